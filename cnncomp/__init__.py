@@ -1,0 +1,38 @@
+"""cnncomp makes a trained convolutional network smaller and measurably faster.
+
+``prune`` and ``quantize`` change a model in place, ``convert`` swaps its layers for drop-in ones on hand-written kernels,
+each measured against dense on this device; ``compress`` is all of it. ``profile`` says what each layer costs.
+"""
+
+from __future__ import annotations
+
+from cnncomp import errors, models, nn, ops
+from cnncomp._version import __version__
+from cnncomp.compress import Recipe, compress
+from cnncomp.convert import ConvertedModel, convert
+from cnncomp.dispatch import Plan
+from cnncomp.profile import profile
+from cnncomp.pruning import prune, remove_masks, sparsity_of
+from cnncomp.quantization import quantize, remove_quantization
+from cnncomp.serialization import load, save
+
+__all__ = [
+    "ConvertedModel",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "compress",
+    "convert",
+    "errors",
+    "load",
+    "models",
+    "nn",
+    "ops",
+    "profile",
+    "prune",
+    "quantize",
+    "remove_masks",
+    "remove_quantization",
+    "save",
+    "sparsity_of",
+]

@@ -1,0 +1,130 @@
+"""The compiled CPU kernels (csrc/cpu). Tensors are addresses, 0 for None; whoever calls has checked shapes and dtypes.
+
+Dtype codes: 0 uint8, 1 int8, 2 float32. Layouts, packed weights and the epilogue: docs/design.md. All release the GIL.
+"""
+
+def isa_available() -> list[str]:
+    """Instruction sets that this machine can run, from the plainest on: of baseline, avx2, avxvnni, avx512, avx512vnni."""
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def set_isa(name: str) -> None:
+    """Use another of :func:`isa_available`, process-wide. ValueError for any other name."""
+
+def set_openmp(gomp_parallel: int, omp_in_parallel: int) -> None:
+    """Run on the OpenMP runtime with these entry points. Until then the kernels use the calling thread alone."""
+
+def conv2d_int8(
+    x: int,
+    x_signed: bool,
+    n: int,
+    h: int,
+    w: int,
+    c: int,
+    weight: int,
+    k: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    groups: int,
+    depthwise: bool,
+    constants: int,
+    residual: int,
+    residual_dtype: int,
+    residual_scale: float,
+    lo: float,
+    out: int,
+    out_dtype: int,
+    num_threads: int,
+) -> None:
+    """8-bit convolution. ``x`` (n, h, w, c), ``residual`` and ``out`` (n, p, q, k), ``constants`` (3, k) float32.
+
+    A linear layer of m rows is n=m, h=w=r=s=1.
+    """
+
+def quantize(
+    x: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    channels_last: bool,
+    out: int,
+    out_signed: bool,
+    inv_scale: float,
+    num_threads: int,
+) -> None:
+    """float32 ``x``, (n, c, h, w) or with ``channels_last`` (n, h, w, c), to 8-bit ``out`` (n, h, w, c)."""
+
+def max_pool2d_int8(
+    x: int,
+    x_signed: bool,
+    n: int,
+    h: int,
+    w: int,
+    c: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    out: int,
+    num_threads: int,
+) -> None:
+    """Max-pool of 8-bit ``x`` (n, h, w, c) to ``out`` (n, p, q, c); padding is the lowest value."""
+
+def conv2d_sparse(
+    x: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    values: int,
+    index: int,
+    row_ptr: int,
+    block: int,
+    k: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    groups: int,
+    bias: int,
+    residual: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+) -> None:
+    """float32 convolution with packed sparse weights. ``x`` (n, c, h, w), ``residual`` and ``out`` (n, k, p, q)."""
+
+def linear_sparse(
+    x: int,
+    m: int,
+    c: int,
+    values: int,
+    index: int,
+    row_ptr: int,
+    block: int,
+    k: int,
+    bias: int,
+    residual: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+) -> None:
+    """float32 linear with packed sparse weights. ``x`` (m, c), ``residual`` and ``out`` (m, k)."""

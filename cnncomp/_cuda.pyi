@@ -1,0 +1,60 @@
+"""int8 CUDA kernels on raw device pointers (integers, 0 for none). dtype codes: 0 uint8, 1 int8, 2 float32."""
+
+from typing import Any
+
+class CudaError(RuntimeError): ...
+
+def conv2d_int8(
+    device: int,
+    stream: int,
+    multiprocessors: int,
+    x: int,
+    x_signed: bool,
+    n: int,
+    h: int,
+    w: int,
+    c: int,
+    weight: int,
+    k: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    groups: int,
+    constants: int,
+    residual: int,
+    residual_dtype: int,
+    residual_scale: float,
+    lo: float,
+    out: int,
+    out_dtype: int,
+    /,
+) -> None: ...
+def linear_int8(
+    device: int,
+    stream: int,
+    multiprocessors: int,
+    x: int,
+    x_signed: bool,
+    m: int,
+    c: int,
+    weight: int,
+    k: int,
+    constants: int,
+    residual: int,
+    residual_dtype: int,
+    residual_scale: float,
+    lo: float,
+    out: int,
+    out_dtype: int,
+    /,
+) -> None: ...
+def plan_conv2d_int8(multiprocessors: int, /, *arguments: Any) -> dict[str, Any]: ...
+def plan_linear_int8(multiprocessors: int, /, *arguments: Any) -> dict[str, Any]: ...
+def supports(device: int) -> bool: ...
+def device_count() -> int: ...
+def device_info(device: int) -> dict[str, Any]: ...

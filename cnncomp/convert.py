@@ -1,0 +1,139 @@
+"""``cnncomp.convert``: swap layers for the fastest drop-in that computes the same, measured on this device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnncomp.dispatch.network import NetworkPlanner
+from cnncomp.dispatch.plan import Plan, load_cached, store_cached
+from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.graph import clone_for_inference, trace
+from cnncomp.graph.nodes import cloned
+from cnncomp.progress import track
+
+
+@dataclass
+class Conversion:
+    """How a model was converted: the plan, the layers that stayed as they were with the reason, and the example inputs'
+    shapes and dtypes."""
+
+    plan: Plan
+    kept: dict[str, str] = field(default_factory=dict)
+    inputs: list[tuple[list[int], str]] = field(default_factory=list)
+
+
+class ConvertedModel(nn.Module):
+    """A converted network: an ordinary module for inference. ``network`` runs, ``conversion`` says how it was made."""
+
+    def __init__(self, network: nn.Module, conversion: Conversion) -> None:
+        super().__init__()
+        self.network = network
+        self.conversion = conversion
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> ConvertedModel:
+        """Stays in eval mode: layers that were kept must not update statistics."""
+        return super().train(False)
+
+    @property
+    def plan(self) -> Plan:
+        return self.conversion.plan
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """``example_inputs`` as positional arguments.
+
+    Raises:
+        ArgumentError: no tensor among them.
+    """
+    inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if not any(isinstance(x, Tensor) for x in inputs):
+        raise ArgumentError("example_inputs", type(example_inputs).__name__, "a tensor or a tuple with tensors")
+    return inputs
+
+
+def resolve_device(device: str | torch.device | None, inputs: tuple[Any, ...]) -> torch.device:
+    if device is None:
+        return next(x.device for x in inputs if isinstance(x, Tensor))
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError("device", repr(device), "a device that torch knows") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise DeviceError("device", repr(device), "'cpu' or 'cuda'")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device", repr(device), "'cpu': torch finds no CUDA device here")
+    return resolved
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    device: str | torch.device | None = None,
+    measure: bool = True,
+    plan: Plan | None = None,
+    cache: bool = True,
+    progress: bool = True,
+) -> ConvertedModel:
+    """Convert a model for fast inference. The model itself stays as it is.
+
+    Every convolution and linear gets the fastest kernel that computes the same: timed on ``example_inputs`` on this
+    device against the best dense float kernel. Only layers that :func:`cnncomp.quantize` has seen run in int8; one of
+    these whose int8 kernel is no faster runs in float, on the same quantised weights but with its input neither rounded
+    nor clipped. At the end the whole network is timed against the dense one; if it loses, the dense one is returned and
+    ``plan.reason`` says so.
+
+    Args:
+        model: a trained module, pruned, quantised, both or neither; or a :class:`ConvertedModel`, to plan it again.
+        example_inputs: a tensor or a tuple of positional arguments, of the size to be fast for. Any other batch or image
+            size works too.
+        device: where it will run; by default where the inputs lie.
+        measure: False takes a rule of thumb instead of timing.
+        plan: replay this plan instead of choosing. Layers that it does not name are chosen by the rule of thumb.
+        cache: keep measured plans on disk, per device, version and shape.
+        progress: show a bar when it takes longer than a second.
+
+    Raises:
+        ArgumentError: no module or one that can't be copied, no tensor among the inputs, a plan with a kernel that
+            can't run its layer.
+        DeviceError: a device that isn't there.
+    """
+    if plan is not None and not isinstance(plan, Plan):
+        raise ArgumentError("plan", type(plan).__name__, "a cnncomp.Plan (Plan.from_json for one that was exported)")
+    inputs = as_inputs(example_inputs)
+    where = resolve_device(device, inputs)
+    inputs = tuple(x.to(where) if isinstance(x, Tensor) else x for x in inputs)
+    inputs = cloned(inputs)  # the model's forward may change them
+    if isinstance(model, ConvertedModel):
+        model = model.network
+    if isinstance(model, nn.Module) and any(p.device != where for p in model.parameters()):
+        model = clone_for_inference(model).to(where)
+    planner = NetworkPlanner(trace(model, inputs), inputs, where)
+    plan = _settle(planner, plan, measure, cache, progress)
+    shapes = [(list(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs if isinstance(x, Tensor)]
+    return ConvertedModel(planner.module, Conversion(plan, planner.kept, shapes)).eval()
+
+
+def _settle(planner: NetworkPlanner, plan: Plan | None, measure: bool, cache: bool, progress: bool) -> Plan:
+    """Convert the planner's network by the plan given, a cached one, measurement, or the rule of thumb."""
+    if plan is not None:
+        return planner.replay(plan)
+    if not measure:
+        return planner.rule_of_thumb()
+    if cache and (cached := load_cached(planner.key)) is not None:
+        try:
+            return planner.replay(cached)
+        except ArgumentError:
+            pass  # written by another version: measured anew
+    with track("measuring kernels", planner.num_layers, show=progress) as advance:
+        plan = planner.measure(advance)
+    if cache:
+        store_cached(plan)
+    return plan

@@ -1,0 +1,172 @@
+"""The table of kernels that can run a layer. Dispatch, tests and benches follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cnncomp.errors import CnncompError
+from cnncomp.nn import (
+    ConvertedLayer,
+    DenseConv2d,
+    DenseLinear,
+    QuantConv2d,
+    QuantLinear,
+    SparseConv2d,
+    SparseLinear,
+    quantize_weight,
+)
+
+#: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
+NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
+
+#: Below this fraction of zeros no sparse kernel is tried: on every CPU measured, dense wins below about 45 %.
+MIN_SPARSITY = 0.3
+#: Without measurement, sparse from here on.
+HEURISTIC_SPARSITY = 0.6
+
+
+def _weight(layer: ConvertedLayer) -> torch.Tensor:
+    assert isinstance(layer, (DenseConv2d, DenseLinear))
+    return layer.weight
+
+
+def count_nonzero(layer: ConvertedLayer) -> int:
+    """Weights of a dense layer that are not zero."""
+    return int(torch.count_nonzero(_weight(layer)))
+
+
+def sparsity_of_weight(layer: ConvertedLayer) -> float:
+    """Fraction of zeros in a dense layer's weight."""
+    return 1 - count_nonzero(layer) / max(1, _weight(layer).numel())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that may run a layer.
+
+    ``takes``: the activation format it reads fastest (its residual too); ``applies``: None if it can run the layer, else one
+    line why not; ``build``: the layer on this kernel, from the dense one.
+    """
+
+    kernel: str
+    takes: str
+    gives: str
+    devices: tuple[str, ...]
+    applies: Callable[[ConvertedLayer], str | None]
+    build: Callable[[ConvertedLayer], ConvertedLayer]
+
+    @property
+    def dense(self) -> bool:
+        return self.kernel.startswith("dense.")
+
+
+def _always(layer: ConvertedLayer) -> str | None:
+    return None
+
+
+def _has_onednn(layer: ConvertedLayer) -> str | None:
+    return None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
+
+
+def _is_quantized(layer: ConvertedLayer) -> str | None:
+    return None if layer.info.input is not None else "not quantised"
+
+
+def _is_sparse(layer: ConvertedLayer) -> str | None:
+    if layer.info.input is not None:
+        return "quantised: runs in int8 or dense"
+    zeros = sparsity_of_weight(layer)
+    return None if zeros >= MIN_SPARSITY else f"{zeros:.0%} zeros: sparse kernels need {MIN_SPARSITY:.0%}"
+
+
+def _dense_conv(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
+    def build(layer: ConvertedLayer) -> ConvertedLayer:
+        assert isinstance(layer, DenseConv2d)
+        return layer.with_kernel(kernel)
+
+    return build
+
+
+def _quant_conv(layer: ConvertedLayer) -> ConvertedLayer:
+    assert isinstance(layer, DenseConv2d) and layer.info.input is not None
+    q, scale = quantize_weight(layer.weight, layer.info.weight_scale)
+    return QuantConv2d(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation)
+
+
+def _quant_linear(layer: ConvertedLayer) -> ConvertedLayer:
+    assert isinstance(layer, DenseLinear) and layer.info.input is not None
+    q, scale = quantize_weight(layer.weight, layer.info.weight_scale)
+    return QuantLinear(q, scale, layer.bias, layer.info.input, layer.activation)
+
+
+def _sparse_conv(layer: ConvertedLayer) -> ConvertedLayer:
+    assert isinstance(layer, DenseConv2d)
+    return SparseConv2d(layer.geometry, layer.weight.detach(), layer.bias, layer.activation)
+
+
+def _sparse_linear(layer: ConvertedLayer) -> ConvertedLayer:
+    assert isinstance(layer, DenseLinear)
+    return SparseLinear(layer.weight.detach(), layer.bias, layer.activation)
+
+
+_ANY = ("cpu", "cuda")
+CONV_CANDIDATES = (
+    Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense_conv("dense.nchw")),
+    Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense_conv("dense.channels_last")),
+    Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense_conv("dense.fused")),
+    Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv),
+    Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
+)
+LINEAR_CANDIDATES = (
+    Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
+    Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear),
+    Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
+)
+
+
+def table(layer: ConvertedLayer) -> tuple[Candidate, ...]:
+    """All candidates for this type of layer, whether they apply or not."""
+    return CONV_CANDIDATES if isinstance(layer, DenseConv2d) else LINEAR_CANDIDATES
+
+
+@dataclass
+class Option:
+    """A candidate that can run one particular layer, built, with its median seconds (NaN until measured)."""
+
+    candidate: Candidate
+    layer: ConvertedLayer
+    seconds: float = float("nan")
+
+
+def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
+    """The candidates that can run ``layer`` on ``device`` (dense first), and one line why compressed ones can't."""
+    options: list[Option] = []
+    reasons: list[str] = []
+    for candidate in table(layer):
+        reason = candidate.applies(layer) if device in candidate.devices else f"{candidate.kernel} needs a CPU"
+        if reason is None:
+            try:
+                built = candidate.build(layer)
+            except CnncompError as error:  # e.g. a reduction too long for int32: the layer stays dense and says so
+                reason = str(error)
+            else:
+                built.info = layer.info
+                options.append(Option(candidate, built))
+        if reason is not None:
+            reasons.append(reason)
+    return options, "; ".join(dict.fromkeys(reasons))
+
+
+def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
+    """The choice without measurement: int8 where quantised, sparse from 60 % zeros, else dense."""
+    by_name = {o.candidate.kernel: o for o in options}
+    for name in ("conv2d_int8", "linear_int8"):
+        if name in by_name:
+            return by_name[name]
+    for name in ("conv2d_sparse", "linear_sparse"):
+        if name in by_name and sparsity_of_weight(layer) >= HEURISTIC_SPARSITY:
+            return by_name[name]
+    return options[0]

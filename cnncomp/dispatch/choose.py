@@ -1,0 +1,208 @@
+"""Choosing a kernel for every layer of a graph: the least total time, conversions between layers included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
+from cnncomp.dispatch.timing import interleaved
+from cnncomp.graph.chain import output_specs, passes_8bit
+from cnncomp.graph.nodes import module_at
+from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantSpec
+
+#: A compressed kernel has to take at most this much of the best dense one's time. What is closer turns with the noise and with
+#: what ran before in the caches, and dense is the safer choice.
+MARGIN = 0.9
+
+#: The same, with the conversions of the layer's inputs counted.
+WITH_CONVERSIONS = 0.97
+#: Where dense and compressed are closer than this, they are timed again, longer.
+CLOSE = 0.75
+
+Assignment = dict[fx.Node, Option]
+
+
+def _seconds(option: Option) -> float:
+    return option.seconds
+
+
+def layer_nodes(gm: fx.GraphModule) -> dict[fx.Node, ConvertedLayer]:
+    """The fused layers of a graph, in order."""
+    found: dict[fx.Node, ConvertedLayer] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = module_at(gm, node)
+            if isinstance(module, ConvertedLayer):
+                found[node] = module
+    return found
+
+
+def to_format(x: Tensor, fmt: str, spec: QuantSpec | None) -> Tensor:
+    """``x`` (float) in an activation format; 8 bit as ``spec`` says."""
+    if fmt == Q8:
+        assert spec is not None
+        return torch.ops.cnncomp.quantize(x, 1.0 / spec.scale, spec.dtype)
+    if x.dim() != 4:
+        return x.contiguous()
+    return x.contiguous(memory_format=torch.contiguous_format if fmt == NCHW else torch.channels_last)
+
+
+@dataclass
+class Chooser:
+    """Options and measured times of one graph's layers.
+
+    ``inputs``: for each layer node, the float tensors that it was called with on the example input.
+    """
+
+    gm: fx.GraphModule
+    inputs: dict[fx.Node, tuple[Tensor, ...]]
+    device: torch.device
+    layers: dict[fx.Node, ConvertedLayer] = field(init=False)
+    options: dict[fx.Node, list[Option]] = field(init=False)
+    why_not: dict[fx.Node, str] = field(init=False)
+    _conversions: dict[tuple[object, ...], float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layers = layer_nodes(self.gm)
+        self.options, self.why_not = {}, {}
+        for node, layer in self.layers.items():
+            self.options[node], self.why_not[node] = options_for(layer, self.device.type)
+
+    def heuristic(self) -> Assignment:
+        """The choice without measurement."""
+        return {node: heuristic(layer, self.options[node]) for node, layer in self.layers.items()}
+
+    def measure(self, progress: Callable[[str], None]) -> None:
+        """Time every option of every layer on its own, in its preferred formats."""
+        all_8bit = {n: next((o for o in opts if o.candidate.takes == Q8), opts[0]) for n, opts in self.options.items()}
+        specs = self._specs(all_8bit)
+        for node, options in self.options.items():
+            if len(options) > 1:
+                self._time(node, options, specs.get(node), budget_s=0.2)
+                dense = min((o for o in options if o.candidate.dense), key=_seconds)
+                rival = min((o for o in options if not o.candidate.dense), key=_seconds, default=None)
+                if rival is not None and CLOSE < dense.seconds / rival.seconds < 1 / CLOSE:
+                    self._time(node, options, specs.get(node), budget_s=0.6)
+            else:
+                options[0].seconds = 0.0  # nothing to choose
+            progress(self.layers[node].info.name)
+
+    def _time(self, node: fx.Node, options: list[Option], spec: QuantSpec | None, budget_s: float) -> None:
+        """Measure options in turn. Those that take the same format share one copy of the inputs: each with its own would
+        find it cold in the caches."""
+        x, *rest = self.inputs[node]
+        inputs: dict[str, tuple[Tensor, ...]] = {}
+        for option in options:
+            takes = option.candidate.takes
+            if takes not in inputs:
+                others = [to_format(r, NHWC if takes == Q8 else takes, None) for r in rest]
+                inputs[takes] = (to_format(x, takes, option.layer.info.input), *others)
+            if isinstance(option.layer, (QuantConv2d, QuantLinear)):
+                option.layer.set_output(spec)
+        fns = {o.candidate.kernel: partial(o.layer, *inputs[o.candidate.takes]) for o in options}
+        times = interleaved(fns, min_rounds=9, budget_s=budget_s, cuda=self.device.type == "cuda")
+        for option in options:
+            option.seconds = times[option.candidate.kernel]
+
+    def _specs(self, assignment: Assignment) -> dict[fx.Node, QuantSpec]:
+        """Which layers hand over 8 bit under an assignment."""
+
+        def input_spec(node: fx.Node) -> QuantSpec | None:
+            option = assignment.get(node)
+            return option.layer.info.input if option is not None and option.candidate.takes == Q8 else None
+
+        return output_specs(self.gm, input_spec)
+
+    def _conversion(self, node: fx.Node, src: str, dst: str, spec: QuantSpec | None) -> float:
+        """Seconds to bring ``node``'s tensor from one format to another, measured once per shape."""
+        shape = node.meta.get("shape")
+        if src == dst or shape is None or (len(shape) != 4 and dst != Q8):
+            return 0.0
+        key = (shape, src, dst, spec)
+        if key not in self._conversions:
+            x = to_format(torch.rand(shape, device=self.device), src, None)
+            fns = {"": lambda: to_format(x, dst, spec)}
+            self._conversions[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
+        return self._conversions[key]
+
+    def costs(self, assignment: Assignment) -> dict[fx.Node, float]:
+        """Seconds of each layer with the conversions of its inputs."""
+        specs = self._specs(assignment)
+        formats: dict[fx.Node, str] = {}
+        costs: dict[fx.Node, float] = {}
+        for node in self.gm.graph.nodes:
+            option = assignment.get(node)
+            if option is None:
+                before = node.all_input_nodes
+                formats[node] = formats[before[0]] if before else NCHW
+                if formats[node] == Q8 and not passes_8bit(self.gm, node):
+                    formats[node] = NCHW
+                continue
+            takes = option.candidate.takes
+            costs[node] = option.seconds
+            for i, arg in enumerate(node.all_input_nodes):
+                have = formats[arg]
+                if have == Q8:
+                    continue  # handed over in 8 bit only where every consumer takes it
+                want = NHWC if takes == Q8 and i else takes
+                costs[node] += self._conversion(arg, have, want, option.layer.info.input)
+            formats[node] = Q8 if node in specs else option.candidate.gives
+        return costs
+
+    def cost(self, assignment: Assignment) -> float:
+        """Seconds of all layers and of the conversions between them."""
+        return sum(self.costs(assignment).values())
+
+    def cheapest_dense(self) -> Assignment:
+        """The best dense network."""
+        allowed = {node: [o for o in opts if o.candidate.dense] for node, opts in self.options.items()}
+        return self._descend({node: min(opts, key=_seconds) for node, opts in allowed.items()}, allowed)
+
+    def cheapest(self) -> Assignment:
+        """The best network in which no compressed layer takes longer than the best dense kernel in its place: its own time
+        must beat dense, and with the conversions of its inputs it must not lose to it."""
+        allowed = {
+            node: [o for o in opts if o.candidate.dense or self.beats_dense(node, o)]
+            for node, opts in self.options.items()
+        }
+        while True:
+            starts = [{node: min(opts, key=_seconds) for node, opts in allowed.items()}, self.cheapest_dense()]
+            best = min((self._descend(start, allowed) for start in starts), key=self.cost)
+            costs = self.costs(best)
+            losers = [
+                n for n, o in best.items() if not o.candidate.dense and costs[n] > WITH_CONVERSIONS * self.best_dense(n)
+            ]
+            if not losers:
+                return best
+            for node in losers:
+                allowed[node].remove(best[node])
+
+    def best_dense(self, node: fx.Node) -> float:
+        """Seconds of the fastest dense option."""
+        return min(o.seconds for o in self.options[node] if o.candidate.dense)
+
+    def beats_dense(self, node: fx.Node, option: Option) -> bool:
+        """Whether a compressed option is measurably faster than every dense one."""
+        return option.seconds <= MARGIN * self.best_dense(node)
+
+    def _descend(self, current: Assignment, allowed: dict[fx.Node, list[Option]]) -> Assignment:
+        best = self.cost(current)
+        improved = True
+        while improved:
+            improved = False
+            for node, options in allowed.items():
+                for option in options:
+                    if option is current[node]:
+                        continue
+                    before, current[node] = current[node], option
+                    cost = self.cost(current)
+                    if cost < best * (1 - 1e-6):
+                        best, improved = cost, True
+                    else:
+                        current[node] = before
+        return current

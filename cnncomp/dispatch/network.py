@@ -1,0 +1,206 @@
+"""Planning a whole network: its traced parts, the choice for each, and the final race against dense."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cnncomp._version import __version__
+from cnncomp.dispatch.candidates import Option, count_nonzero
+from cnncomp.dispatch.choose import Assignment, Chooser, layer_nodes
+from cnncomp.dispatch.device import device_key
+from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
+from cnncomp.dispatch.timing import interleaved
+from cnncomp.errors import ArgumentError
+from cnncomp.graph import Traced
+from cnncomp.graph.chain import output_specs, passes_8bit, source
+from cnncomp.graph.nodes import cloned, input_node, module_at, put_module
+from cnncomp.nn import QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
+from cnncomp.progress import Advance
+
+#: The converted network comes back unless the dense one is faster by more than noise.
+NETWORK_MARGIN = 1.02
+
+
+class _Capture(fx.Interpreter):
+    """Runs a graph, keeps what each layer was called with, and notes shapes in ``node.meta``."""
+
+    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.wanted = nodes
+        self.seen: dict[fx.Node, tuple[Any, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.wanted:
+            self.seen[n] = self.fetch_args_kwargs_from_env(n)[0]
+        out = super().run_node(n)
+        if isinstance(out, Tensor):
+            n.meta["shape"], n.meta["dtype"] = tuple(out.shape), out.dtype
+        return out
+
+
+class NetworkPlanner:
+    """Chooses the kernels of a traced network and puts them in place.
+
+    ``module`` is the network; each of :meth:`measure`, :meth:`replay` and :meth:`rule_of_thumb` leaves it converted.
+    """
+
+    def __init__(self, traced: Traced, inputs: tuple[Any, ...], device: torch.device) -> None:
+        self.module, self.kept, self.inputs, self.device = traced.module, traced.kept, inputs, device
+        self.choosers: list[Chooser] = []
+        with torch.no_grad():
+            for path, gm in traced.graphs.items():
+                capture = _Capture(gm, set(layer_nodes(gm)))
+                capture.run(*cloned(traced.inputs[path]))
+                self.choosers.append(Chooser(gm, capture.seen, device))
+        self.num_layers = sum(len(c.layers) for c in self.choosers)
+        self.key = self._key()
+
+    def _key(self) -> str:
+        layers = [
+            [
+                layer.info.name,
+                layer.extra_repr(),
+                [list(t.shape) for t in chooser.inputs[node]],
+                [o.candidate.kernel for o in chooser.options[node]],
+                count_nonzero(layer),
+                str(layer.info.input),
+            ]
+            for chooser in self.choosers
+            for node, layer in chooser.layers.items()
+        ]
+        return plan_key(
+            {
+                "device": device_key(self.device),
+                "versions": [__version__, torch.__version__],
+                "inputs": [[list(x.shape), str(x.dtype)] for x in self.inputs if isinstance(x, Tensor)],
+                "layers": layers,
+            }
+        )
+
+    def measure(self, advance: Advance) -> Plan:
+        """Time every candidate, take the cheapest network, and race it against the best dense one."""
+        with torch.inference_mode():
+            for chooser in self.choosers:
+                chooser.measure(advance)
+            dense = [c.cheapest_dense() for c in self.choosers]
+            best = [c.cheapest() for c in self.choosers]
+        plan = self._plan(best, measured=True)
+        if all(option.candidate.dense for assignment in best for option in assignment.values()):
+            plan.reason = "no compressed kernel beat dense on any layer"
+            self._apply(best)
+            return plan
+        self._apply(dense)
+        rival = copy.deepcopy(self.module)
+        self._apply(best)
+        with torch.inference_mode():
+            fns = {"dense": lambda: rival(*self.inputs), "converted": lambda: self.module(*self.inputs)}
+            seconds = interleaved(fns, min_rounds=9, budget_s=1.0, cuda=self.device.type == "cuda")
+        network_ms = {name: s * 1e3 for name, s in seconds.items()}
+        if seconds["converted"] > NETWORK_MARGIN * seconds["dense"]:
+            plan = self._plan(dense, measured=True)
+            ms = " against ".join(f"{network_ms[k]:.2f} ms" for k in ("converted", "dense"))
+            plan.reason = f"dense: the converted network as a whole was slower, {ms}"
+            self._apply(dense)
+        plan.network_ms = network_ms
+        return plan
+
+    def rule_of_thumb(self) -> Plan:
+        """Choose without timing anything."""
+        assignments = [c.heuristic() for c in self.choosers]
+        plan = self._plan(assignments, measured=False)
+        self._apply(assignments)
+        return plan
+
+    def replay(self, plan: Plan) -> Plan:
+        """Take the kernels of ``plan``; layers that it does not name get the rule of thumb. Returns what was applied.
+
+        Raises:
+            ArgumentError: a kernel that can't run its layer here.
+        """
+        assignments = [c.heuristic() for c in self.choosers]
+        for chooser, assignment in zip(self.choosers, assignments, strict=True):
+            for node, layer in chooser.layers.items():
+                if (wanted := plan.layers.get(layer.info.name)) is not None:
+                    assignment[node] = _named(chooser.options[node], wanted.kernel, layer.info.name)
+        applied = self._plan(assignments, measured=False)
+        if unknown := plan.layers.keys() - applied.layers.keys():
+            names = ", ".join(sorted(unknown))
+            warnings.warn(f"the plan names layers that the model does not have: {names}", stacklevel=3)
+        for name in plan.layers.keys() & applied.layers.keys():
+            applied.layers[name] = plan.layers[name]
+        for chooser in self.choosers:
+            for layer in chooser.layers.values():
+                layer.info.reason = applied.layers[layer.info.name].reason
+                layer.info.timings = dict(applied.layers[layer.info.name].ms)
+        self._apply(assignments)
+        return replace(applied, network_ms=dict(plan.network_ms), reason=plan.reason, measured=plan.measured)
+
+    def _plan(self, assignments: list[Assignment], measured: bool) -> Plan:
+        plan = Plan(device_key(self.device), self.key, measured=measured)
+        for chooser, assignment in zip(self.choosers, assignments, strict=True):
+            for node, option in assignment.items():
+                info = chooser.layers[node].info
+                info.timings = {o.candidate.kernel: o.seconds * 1e3 for o in chooser.options[node]} if measured else {}
+                info.reason = _reason(chooser, node, option, measured)
+                plan.layers[info.name] = LayerPlan(option.candidate.kernel, dict(info.timings), info.reason)
+        return plan
+
+    def _apply(self, assignments: list[Assignment]) -> None:
+        for chooser, assignment in zip(self.choosers, assignments, strict=True):
+            apply_assignment(chooser.gm, assignment)
+
+
+def _named(options: list[Option], kernel: str, layer: str) -> Option:
+    for option in options:
+        if option.candidate.kernel == kernel:
+            return option
+    known = ", ".join(o.candidate.kernel for o in options)
+    raise ArgumentError("plan", f"kernel {kernel!r} for layer {layer!r}", f"one of {known}")
+
+
+def _reason(chooser: Chooser, node: fx.Node, option: Option, measured: bool) -> str:
+    """One line: why a layer stayed dense, or what a compressed kernel gained."""
+    if not option.candidate.dense:
+        if not measured:
+            return "rule of thumb"
+        return f"{chooser.best_dense(node) / option.seconds:.2f}× faster than dense"
+    compressed = [o for o in chooser.options[node] if not o.candidate.dense]
+    if not compressed:
+        return chooser.why_not[node]
+    if not measured:
+        return "rule of thumb: too few zeros"
+    rival = min(compressed, key=lambda o: o.seconds)
+    ratio = chooser.best_dense(node) / rival.seconds
+    if chooser.beats_dense(node, rival):
+        return f"{rival.candidate.kernel} is {ratio:.2f}× dense here, but its conversions cost more"
+    return f"{rival.candidate.kernel} is {ratio:.2f}× dense here"
+
+
+def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
+    """Put the chosen layers into the graph and settle where 8 bit is handed over."""
+
+    def input_spec(node: fx.Node) -> QuantSpec | None:
+        option = assignment.get(node)
+        layer = None if option is None else option.layer
+        return layer.input if isinstance(layer, (QuantConv2d, QuantLinear)) else None
+
+    specs = output_specs(gm, input_spec)
+    for node, option in assignment.items():
+        layer = option.layer
+        put_module(gm, node, layer)
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
+            step = 1.0
+            if len(node.args) > 1 and (spec := specs.get(source(gm, input_node(node, 1)))) is not None:
+                step = spec.scale
+            layer.set_output(specs.get(node), step)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and passes_8bit(gm, node):
+            module = module_at(gm, node)
+            if isinstance(module, nn.MaxPool2d) and type(module) is nn.MaxPool2d and source(gm, node) in specs:
+                put_module(gm, node, QuantMaxPool2d.from_float(module))

@@ -1,0 +1,74 @@
+"""Where activations stay in 8 bit between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx, nn
+
+from cnncomp.graph.nodes import has_user_hooks, module_at
+from cnncomp.nn import QuantMaxPool2d, QuantSpec
+
+_PASS_METHODS = ("flatten", "reshape")
+
+#: How a node takes its input in 8 bit (None: it doesn't), asked for layers only.
+InputSpec = Callable[[fx.Node], QuantSpec | None]
+
+
+def passes_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` takes and gives 8 bit without changing values or scale."""
+    if node.op == "call_module":
+        module = module_at(gm, node)
+        if has_user_hooks(module):
+            return False
+        if isinstance(module, nn.MaxPool2d) and type(module) in (nn.MaxPool2d, QuantMaxPool2d):
+            return not module.ceil_mode and not module.return_indices
+        return type(module) is nn.Flatten
+    if node.op == "call_function":
+        return node.target is torch.flatten
+    return node.op == "call_method" and node.target in _PASS_METHODS
+
+
+def _reads_shape_only(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
+def _consumers(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(consumer, the input of it that carries ``node``'s values), looking through what passes 8 bit."""
+    for user in node.users:
+        if _reads_shape_only(user):
+            continue
+        if passes_8bit(gm, user) and user.args[0] is node:
+            yield from _consumers(gm, user)
+        else:
+            yield user, node
+
+
+def output_specs(gm: fx.GraphModule, input_spec: InputSpec) -> dict[fx.Node, QuantSpec]:
+    """For each 8-bit layer whose result can stay in 8 bit, how it is quantised.
+
+    It can if every consumer is an 8-bit layer, and those that multiply it agree on one scale and dtype. (A consumer may
+    also take it as its residual; one that is only a residual stays float, since nothing calibrated it.)
+    """
+    specs: dict[fx.Node, QuantSpec] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_module" or input_spec(node) is None:
+            continue
+        wanted: set[QuantSpec | None] = set()
+        for user, carrier in _consumers(gm, node):
+            spec = input_spec(user) if user.op == "call_module" else None
+            if spec is None or user.args[0] is carrier:
+                wanted.add(spec)
+        if len(wanted) == 1 and (spec := wanted.pop()) is not None:
+            specs[node] = spec
+    return specs
+
+
+def source(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node whose values ``node`` carries, looking back through what passes 8 bit."""
+    while passes_8bit(gm, node):
+        node = node.all_input_nodes[0]  # the others are sizes
+    return node

@@ -1,0 +1,177 @@
+"""Brings a traced graph into a form that fusion may reorder: no mutation in place, no identities, no demands on layout."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from cnncomp.graph.nodes import has_user_hooks, module_at
+
+_IDENTITIES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+#: In-place operators and functions, and what computes the same on a new tensor.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    torch.clamp_: torch.clamp,
+    F.relu_: F.relu,
+    F.hardtanh_: F.hardtanh,
+    F.leaky_relu_: F.leaky_relu,
+    F.elu_: F.elu,
+}
+_VIEWS = frozenset(
+    (
+        *("view", "view_as", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze"),
+        *("chunk", "split", "narrow", "expand", "contiguous", "detach", "unbind", "select", "swapaxes", "movedim"),
+        *("to", "getitem", "diagonal", "unfold"),
+    )
+)
+
+
+class CannotNormalize(Exception):
+    """The graph mutates something in a way that is not understood."""
+
+
+def normalize(gm: fx.GraphModule) -> None:
+    """Rewrite ``gm`` in place.
+
+    Raises:
+        CannotNormalize: a mutation of a view, of a buffer, or by an operation with no twin out of place.
+    """
+    _drop_assertions(gm)
+    _out_of_place(gm)
+    _drop_identities(gm)
+    _max_pool_modules(gm)
+    _tolerate_layouts(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _drop_assertions(gm: fx.GraphModule) -> None:
+    """Tracing with default arguments leaves checks that they keep their values, and their placeholders."""
+    for node in reversed(list(gm.graph.nodes)):
+        check = node.op == "call_function" and _name(node) in ("_assert", "_assert_is_none")
+        unused = node.op == "placeholder" and bool(node.args) and not node.users
+        compared = node.op == "call_function" and node.target is operator.eq and not node.users
+        if check or unused or compared:
+            gm.graph.erase_node(node)
+
+
+def _mutates(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` changes its first input in place."""
+    if node.op == "call_module":
+        return bool(getattr(module_at(gm, node), "inplace", False))
+    if node.op == "call_method":
+        return _name(node).endswith("_") and not _name(node).endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in _OUT_OF_PLACE or node.target in (operator.setitem, setattr) or _name(node).endswith("_"):
+        return True
+    return _inplace_argument(node) is not None
+
+
+def _inplace_argument(node: fx.Node) -> int | str | None:
+    """Where a call like ``F.relu(x, True)`` or ``F.relu(x, inplace=True)`` says so."""
+    if node.kwargs.get("inplace"):
+        return "inplace"
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    at = names.index("inplace") if "inplace" in names else len(node.args)
+    return at if at < len(node.args) and node.args[at] else None
+
+
+def _out_of_place(gm: fx.GraphModule) -> None:
+    """Mutations become values: who read the mutated tensor afterwards reads the result instead."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in [n for n in gm.graph.nodes if _mutates(gm, n)]:
+        target = next(iter(node.all_input_nodes), None)
+        if target is None or target.op == "get_attr" or _name(target) in _VIEWS:
+            raise CannotNormalize(f"{_name(node)} changes {target} in place")
+        if any(_name(user) in _VIEWS and user is not node and order[user] < order[node] for user in target.users):
+            raise CannotNormalize(f"{_name(node)} changes {target} in place, of which there is a view")
+        _make_out_of_place(gm, node)
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
+
+
+def _make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "call_module":
+        module = module_at(gm, node)
+        if has_user_hooks(module):
+            raise CannotNormalize(f"{node.target} changes its input in place and has hooks")
+        module.inplace = False  # type: ignore[assignment]
+    elif node.op == "call_method" and hasattr(Tensor, _name(node)[:-1]):
+        node.target = _name(node)[:-1]
+    elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+    elif node.op == "call_function" and (at := _inplace_argument(node)) is not None:
+        if isinstance(at, str):
+            node.kwargs = {**node.kwargs, at: False}
+        else:
+            node.update_arg(at, False)
+    else:
+        raise CannotNormalize(f"{_name(node)} changes a tensor in place")
+
+
+def _drop_identities(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        module = module_at(gm, node) if node.op == "call_module" else None
+        identity = type(module) in _IDENTITIES and module is not None and not has_user_hooks(module)
+        dropout = node.op == "call_function" and node.target is F.dropout and node.kwargs.get("training") is False
+        if (identity or dropout) and len(node.all_input_nodes) == 1:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+
+
+def _max_pool_modules(gm: fx.GraphModule) -> None:
+    """``F.max_pool2d`` with constant arguments as a module, which may pass 8 bit."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
+            continue
+        names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
+        arguments = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+        arguments.pop("input", None)
+        if len(node.all_input_nodes) != 1 or not set(arguments) <= set(names) or arguments.get("return_indices"):
+            continue
+        path = f"{node.name}_module"
+        gm.add_submodule(path, nn.MaxPool2d(**arguments))
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_module(path, (node.all_input_nodes[0],))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _tolerate_layouts(gm: fx.GraphModule) -> None:
+    """Fused layers may return channels_last where torch's gave contiguous tensors: ``view`` becomes ``reshape``, and
+    modules that are not torch's own, or that have hooks, get contiguous inputs."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_method" and node.target == "view":
+            sizes = node.args[1:] or ((node.kwargs["size"],) if "size" in node.kwargs else ())
+            if sizes and not isinstance(sizes[0], torch.dtype):
+                node.target, node.args, node.kwargs = "reshape", (node.args[0], *sizes), {}
+        if node.op != "call_module":
+            continue
+        module = module_at(gm, node)
+        if type(module).__module__.startswith(("torch.nn", "cnncomp.nn")) and not has_user_hooks(module):
+            continue
+        for arg in node.all_input_nodes:
+            if "shape" in arg.meta:
+                with gm.graph.inserting_before(node):
+                    fixed = gm.graph.call_method("contiguous", (arg,))
+                fixed.meta.update(arg.meta)
+                node.replace_input_with(arg, fixed)

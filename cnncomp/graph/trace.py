@@ -1,0 +1,276 @@
+"""From a module to a graph of fused dense layers.
+
+``trace`` never fails on a model: what can't be traced, has hooks, is a user's subclass or shares its weights stays as it
+is and is named in ``Traced.kept``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from cnncomp.errors import ArgumentError
+from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
+from cnncomp.graph.nodes import cloned, has_user_hooks
+from cnncomp.graph.normalize import CannotNormalize
+from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
+from cnncomp.quantization import QuantizeInputHook, remove_layer_quantization
+
+CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass
+class Traced:
+    """What :func:`trace` found.
+
+    ``module``: a copy of the model in which every convertible layer is a dense :class:`ConvertedLayer`, with BatchNorm,
+    activation and residual add folded in. ``graphs``: the traced parts, by path ("" is the whole model), and ``inputs`` what
+    each was called with on the example input. ``kept``: path of each layer that stays as it is, and why.
+    """
+
+    module: nn.Module
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    inputs: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def base_type(module: nn.Module) -> type[nn.Module]:
+    """The layer's class without the parametrisation that prune and quantize add."""
+    cls = type(module)
+    return cls.__mro__[1] if parametrize.is_parametrized(module) else cls
+
+
+def why_kept(module: nn.Module, shared: frozenset[int]) -> str | None:
+    """Why a convertible layer must stay as it is, or None."""
+    if has_user_hooks(module):
+        return "has hooks"
+    if base_type(module) not in CONVERTIBLE:
+        return f"is a subclass, {base_type(module).__name__}"
+    if any(id(p) in shared for p in module.parameters()):
+        return "shares its weights with another layer"
+    if not all(p.dtype == torch.float32 for p in module.parameters()):
+        return "is not float32"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding_mode != "zeros":
+        return f"pads with {module.padding_mode}"
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """Leaves: torch's own layers, converted layers, subclasses of what could be converted, and anything with hooks."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (ConvertedLayer, QuantMaxPool2d, *CONVERTIBLE, *_NORMS)) or has_user_hooks(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def _shared_parameters(model: nn.Module) -> frozenset[int]:
+    """Ids of parameters that more than one module owns."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return frozenset(i for i, n in owners.items() if n > 1)
+
+
+def clone_for_inference(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters need no gradient, and whose converted layers are dense again.
+
+    Raises:
+        ArgumentError: a module that can't be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model", "a ScriptModule", "the module that it was scripted from")
+    try:
+        with torch.inference_mode(False):
+            copied = copy.deepcopy(model).eval().requires_grad_(False)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        expected = "one that copy.deepcopy takes (torch.nn.utils.prune.remove, remove_weight_norm, ... first)"
+        raise ArgumentError("model", f"a module that can't be copied: {error}", expected) from error
+    for name, layer in list(copied.named_modules()):
+        # Fused layers quantise by themselves; until then the network runs on unrounded inputs, to be compared with.
+        for key in [k for k, hook in layer._forward_pre_hooks.items() if isinstance(hook, QuantizeInputHook)]:
+            del layer._forward_pre_hooks[key]
+        if isinstance(layer, ConvertedLayer):
+            if not name:
+                return layer.to_dense()
+            copied.set_submodule(name, layer.to_dense())
+    return copied
+
+
+@dataclass
+class _Call:
+    """What a module was called with in one forward, and what it returned."""
+
+    args: tuple[Any, ...]
+    result: Any = None
+
+
+def _trace_graph(root: nn.Module, call: _Call) -> fx.GraphModule | None:
+    """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave."""
+    try:
+        gm = fx.GraphModule(root, _Tracer().trace(root, _defaults(root, len(call.args))))
+        return gm if gives(gm, call) else None
+    except Exception:  # fx, and the model's own code on a proxy, raise anything
+        return None
+
+
+def _defaults(root: nn.Module, given: int) -> dict[str, Any]:
+    """Parameters of forward that were not given, with their defaults: tracing may then follow branches on them."""
+    parameters = list(inspect.signature(root.forward).parameters.values())[given:]
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def gives(module: nn.Module, call: _Call) -> bool:
+    """Whether the module returns what was recorded."""
+    with torch.no_grad():
+        return _same(module(*cloned(call.args)), call.result)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two results are equal but for rounding, in the same structure."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) is type(b) and not isinstance(a, Tensor)
+
+
+def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
+    """Copy ``model`` and fuse what can be fused (see :class:`Traced`).
+
+    Args:
+        example_inputs: positional arguments of the model's forward; tensors lie on the model's device.
+    """
+    root = clone_for_inference(model)
+    return _Visitor(root, example_inputs).traced
+
+
+def _record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, _Call | None]:
+    """Every module's call in one forward; None where it ran more than once or took keywords."""
+    calls: dict[str, _Call | None] = {}
+    names = {m: name for name, m in root.named_modules(remove_duplicate=False)}
+    handles = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = names[module]
+        calls[name] = None if name in calls or kwargs else _Call(cloned(args))
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if (call := calls[names[module]]) is not None:
+            call.result = cloned((result,))[0]
+
+    for module in names:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            root(*cloned(example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+class _Visitor:
+    """Traces a module as a whole or, where that fails, its children each on its own.
+
+    Whatever is put in a module's place is tried: if the network then returns something else, or raises, because its code
+    wanted an attribute or a layout that is gone, the module stays as it was.
+    """
+
+    def __init__(self, root: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+        self.traced = Traced(root)
+        self.shared = _shared_parameters(root)
+        self.calls = _record_calls(root, example_inputs)
+        graph = self._graph(root, "")
+        if graph is not None:
+            self.traced.module = graph
+        else:
+            self._children(root, "")
+        for name, module in self.traced.module.named_modules():
+            reason = self.traced.kept.get(name, "was not converted")
+            if reason != READ_ELSEWHERE and isinstance(module, CONVERTIBLE) and remove_layer_quantization(module):
+                self.traced.kept[name] = f"{reason}, and runs in float"
+
+    def _graph(self, module: nn.Module, path: str) -> fx.GraphModule | None:
+        """The module's fused graph, noted in ``traced``; None, and nothing noted, if there is none that gives the same."""
+        call = self.calls.get(path)
+        if call is None or has_user_hooks(module) or not any(isinstance(a, Tensor) for a in call.args):
+            return None
+        single = isinstance(module, CONVERTIBLE)
+        gm = _trace_graph(nn.Sequential(module) if single else module, call)
+        if gm is None:
+            return None
+
+        def full_name(target: str) -> str:
+            return path if single else f"{path}.{target}" if path else target
+
+        try:
+            kept = fuse(gm, call.args, lambda m: why_kept(m, self.shared), full_name)
+            if path:
+                _contiguous_outputs(gm)
+            if not gives(gm, call):
+                return None
+        except CannotNormalize:
+            return None
+        self.traced.kept.update(kept)
+        self.traced.graphs[path], self.traced.inputs[path] = gm, call.args
+        return gm
+
+    def _children(self, module: nn.Module, path: str) -> None:
+        kept = self.traced.kept
+        if has_user_hooks(module):
+            kept[path or "(model)"] = "has hooks"
+            return
+        kept[path or "(model)"] = "its forward can't be traced: its layers were converted one by one"
+        for name, child in list(module.named_children()):
+            child_path = f"{path}.{name}" if path else name
+            if not any(isinstance(m, CONVERTIBLE) for m in child.modules()):
+                continue
+            if isinstance(child, CONVERTIBLE) and self.calls.get(child_path) is None:
+                reached = child_path in self.calls
+                kept[child_path] = "is called more than once" if reached else "was not reached by the example input"
+                continue
+            before = dict(kept)
+            graph = self._graph(child, child_path)
+            if graph is None:
+                self._children(child, child_path)
+                continue
+            setattr(module, name, graph)
+            if not self._network_works():
+                setattr(module, name, child)
+                del self.traced.graphs[child_path], self.traced.inputs[child_path]
+                self.traced.kept = kept = before
+                kept[child_path] = "the code around it needs it as it is"
+
+    def _network_works(self) -> bool:
+        call = self.calls[""]
+        if call is None:
+            return False
+        try:
+            return gives(self.traced.module, call)
+        except Exception:  # whatever the network's own code raises
+            return False
+
+
+def _contiguous_outputs(gm: fx.GraphModule) -> None:
+    """A part of a network returns its tensors in torch's own layout, for the code around it may ask for a view."""
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        if "shape" in node.meta:
+            with gm.graph.inserting_before(output):
+                fixed = gm.graph.call_method("contiguous", (node,))
+            fixed.meta.update(node.meta)
+            output.replace_input_with(node, fixed)
+    gm.recompile()

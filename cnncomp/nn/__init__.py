@@ -1,0 +1,32 @@
+"""Drop-in layers for inference: packed weights, one fused kernel call per forward."""
+
+from __future__ import annotations
+
+from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
+from cnncomp.nn.dense import DenseConv2d, DenseLinear
+from cnncomp.nn.pool import QuantMaxPool2d
+from cnncomp.nn.quant import QuantConv2d, QuantLinear, quantize_weight
+from cnncomp.nn.sparse import SparseConv2d, SparseLinear
+
+#: Every converted layer by class name: what a saved file may name.
+LAYERS: dict[str, type[ConvertedLayer]] = {
+    cls.__name__: cls for cls in (DenseConv2d, DenseLinear, QuantConv2d, QuantLinear, SparseConv2d, SparseLinear)
+}
+
+__all__ = [
+    "LAYERS",
+    "LINEAR",
+    "Clamp",
+    "ConvertedLayer",
+    "DenseConv2d",
+    "DenseLinear",
+    "Geometry",
+    "LayerInfo",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantMaxPool2d",
+    "QuantSpec",
+    "SparseConv2d",
+    "SparseLinear",
+    "quantize_weight",
+]

@@ -1,0 +1,172 @@
+"""Dense float layers with a fused epilogue: what a compressed kernel has to beat, and what stays where none does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnncomp.errors import ArgumentError
+from cnncomp.nn.base import (
+    LINEAR,
+    Clamp,
+    ConvertedLayer,
+    Geometry,
+    as_image,
+    clamp_config,
+    clamp_from_config,
+    geometry_config,
+)
+
+#: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused.
+CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
+
+
+def _clamp_add(t: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
+    """In-place epilogue on a fresh tensor ``t``."""
+    if residual is not None:
+        t = t + residual if t.requires_grad else t.add_(residual)
+    if not act:
+        return t
+    if t.requires_grad:
+        return t.clamp(act.lo, act.hi)
+    return t.relu_() if act == Clamp(0.0) else t.clamp_(act.lo, act.hi)
+
+
+class DenseConv2d(ConvertedLayer):
+    """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
+
+    ``kernel`` is one of :data:`CONV_KERNELS`. "dense.fused" runs on the CPU in inference only.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: Clamp = LINEAR,
+        kernel: str = "dense.nchw",
+    ) -> None:
+        super().__init__()
+        if kernel not in CONV_KERNELS:
+            raise ArgumentError("kernel", kernel, f"one of {', '.join(CONV_KERNELS)}")
+        self.geometry, self.activation, self.kernel = geometry, activation, kernel
+        layout = torch.contiguous_format if kernel == "dense.nchw" else torch.channels_last
+        self.weight = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        g = self.geometry
+        if g.conv1d:
+            out = self._image(x.unsqueeze(2), as_image(residual))
+            return out.squeeze(2)
+        return self._image(x, residual)
+
+    def _image(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        g = self.geometry
+        if self.kernel == "dense.nchw":
+            x = x.contiguous()
+        else:
+            x = x.contiguous(memory_format=torch.channels_last)
+            if self.kernel == "dense.fused" and self._can_fuse(x):
+                return self._fused(x, residual)
+        t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
+        return _clamp_add(t, residual, self.activation)
+
+    @staticmethod
+    def _can_fuse(x: Tensor) -> bool:
+        """oneDNN's fused operators have no gradient and, with a residual, no fake function; a compiler fuses by itself."""
+        return x.device.type == "cpu" and x.numel() > 0 and not x.requires_grad and not torch.compiler.is_compiling()
+
+    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        g, act = self.geometry, self.activation
+        attr, scalars = ("none", []) if not act else ("hardtanh", [act.lo, act.hi])
+        if act == Clamp(0.0):
+            attr, scalars = "relu", []
+        where = (list(g.padding), list(g.stride), list(g.dilation), g.groups)
+        op = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            return op.default(x, self.weight, self.bias, *where, attr, scalars, "")
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        if act and attr != "relu":  # oneDNN's binary form takes no hardtanh after the sum
+            t = op.binary(x, residual, self.weight, self.bias, *where, "add", 1.0, None, [], None)
+            return t.clamp_(act.lo, act.hi)
+        return op.binary(x, residual, self.weight, self.bias, *where, "add", 1.0, "relu" if act else None, [], None)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "geometry": geometry_config(self.geometry),
+            "activation": clamp_config(self.activation),
+            "kernel": self.kernel,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {"weight": self.weight.detach()}
+        return out if self.bias is None else {**out, "bias": self.bias.detach()}
+
+    @classmethod
+    def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseConv2d:
+        return cls(
+            Geometry.from_config(config["geometry"]),
+            tensors["weight"],
+            tensors.get("bias"),
+            clamp_from_config(config["activation"]),
+            config["kernel"],
+        )
+
+    def to_dense(self) -> DenseConv2d:
+        return self
+
+    def with_kernel(self, kernel: str) -> DenseConv2d:
+        """The same layer on another of :data:`CONV_KERNELS`."""
+        return DenseConv2d(self.geometry, self.weight, self.bias, self.activation, kernel)
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry} {self.activation} kernel={self.kernel}"
+
+
+class DenseLinear(ConvertedLayer):
+    """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K)."""
+
+    kernel = "dense.linear"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: Clamp = LINEAR,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _clamp_add(F.linear(x, self.weight, self.bias), residual, self.activation)
+
+    def config(self) -> dict[str, Any]:
+        return {"activation": clamp_config(self.activation)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {"weight": self.weight.detach()}
+        return out if self.bias is None else {**out, "bias": self.bias.detach()}
+
+    @classmethod
+    def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseLinear:
+        return cls(tensors["weight"], tensors.get("bias"), clamp_from_config(config["activation"]))
+
+    def to_dense(self) -> DenseLinear:
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}→{self.out_features} {self.activation}"

@@ -1,0 +1,333 @@
+"""int8 layers: 8-bit activations and int8 weights, drop-in for ``nn.Conv2d`` and ``nn.Linear``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cnncomp.errors import ArgumentError
+from cnncomp.nn.base import (
+    LINEAR,
+    Clamp,
+    ConvertedLayer,
+    Geometry,
+    QuantSpec,
+    as_image,
+    check_channels,
+    clamp_config,
+    clamp_from_config,
+    geometry_config,
+)
+from cnncomp.nn.dense import DenseConv2d, DenseLinear
+from cnncomp.ops.library import check_reduction
+from cnncomp.ops.packing import pack_int8, unpack_int8
+from cnncomp.ops.reference import QRANGE
+from cnncomp.quantization import quantization_of
+
+Dense = TypeVar("Dense", DenseConv2d, DenseLinear)
+
+
+def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 weights per output channel: (int8 weight, fp32 scale (K,)). Without ``scale``: max|w| / 127.
+
+    Raises:
+        ArgumentError: NaN or infinite weights.
+    """
+    w = weight.detach().double()
+    if not bool(torch.isfinite(w).all()):
+        raise ArgumentError("weight", "NaN or infinite values", "finite weights")
+    rows = w.flatten(1)
+    s = rows.abs().amax(1) / 127 if scale is None else scale.detach().to(w.device).double()
+    s = torch.where(s > 0, s, torch.ones_like(s)).float()
+    q = torch.round(rows / s.double().unsqueeze(1)).clamp(-127, 127)
+    return q.to(torch.int8).reshape(weight.shape), s
+
+
+class _QuantLayer(ConvertedLayer):
+    """State and constants that the int8 conv and linear share.
+
+    ``output``: how the result is quantised, None for float32. ``residual_scale``: one step of an 8-bit residual (1 for a
+    float one).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    constants: Tensor
+    bias: Tensor | None
+    groups = 1
+
+    def _setup(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        input: QuantSpec,
+        activation: Clamp,
+        output: QuantSpec | None,
+        residual_scale: float,
+    ) -> None:
+        if weight.dtype != torch.int8:
+            raise ArgumentError("weight", weight.dtype, "torch.int8")
+        if weight_scale.shape != (weight.shape[0],) or not bool((weight_scale > 0).all()):
+            raise ArgumentError("weight_scale", tuple(weight_scale.shape), f"({weight.shape[0]},) positive scales")
+        check_reduction(weight[0].numel())
+        self.input, self.activation = input, activation
+        self.register_buffer("weight", self._pack(weight))
+        self.register_buffer("weight_scale", weight_scale.detach().float().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.register_buffer("constants", torch.empty(0), persistent=False)
+        self.set_output(output, residual_scale)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        if weight.device.type == "cpu":
+            return pack_int8(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
+        return self._pack_cuda(weight)
+
+    def _pack_cuda(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _kernel_size(self) -> tuple[int, int]:
+        return (1, 1)
+
+    def set_output(self, output: QuantSpec | None, residual_scale: float = 1.0) -> None:
+        """Fix what the layer returns (8 bit with a scale, or float32) and what one step of its residual is worth."""
+        self.output, self.residual_step = output, residual_scale
+        s_out = 1.0 if output is None else output.scale
+        scale = self.weight_scale.double() * self.input.scale / s_out
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.double() / s_out
+        lo, hi = self.activation.lo / s_out, self.activation.hi / s_out
+        if output is not None:
+            qlo, qhi = QRANGE[output.dtype]
+            lo, hi = max(lo, qlo), min(hi, qhi)
+        self.lo = lo
+        self.constants = torch.stack([scale, bias, torch.full_like(scale, hi)]).float().contiguous()
+        self.residual_scale = float(torch.tensor(residual_scale / s_out, dtype=torch.float32))
+        self.inv_scale = float(torch.tensor(1.0 / self.input.scale, dtype=torch.float32))
+        self.out_dtype = torch.float32 if output is None else output.dtype
+
+    def _input(self, x: Tensor) -> Tensor:
+        if x.dtype == self.input.dtype:
+            return x
+        if not x.is_floating_point():
+            raise ArgumentError("x", x.dtype, f"floats, or {self.input.dtype} with a step of {self.input.scale:g}")
+        return torch.ops.cnncomp.quantize(x, self.inv_scale, self.input.dtype)
+
+    def weight_int8(self) -> Tensor:
+        """The unpacked int8 weight."""
+        raise NotImplementedError
+
+    def _dequantized(self) -> Tensor:
+        q = self.weight_int8()
+        return q.float() * self.weight_scale.reshape(-1, *[1] * (q.dim() - 1))
+
+    def _noted(self, dense: Dense) -> Dense:
+        """``dense`` with this layer's quantisation in its info, so that it can be converted again."""
+        dense.info = dataclasses.replace(self.info, input=self.input, weight_scale=self.weight_scale)
+        return dense
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.set_output(self.output, self.residual_step)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ConvertedLayer:
+        before = self.weight.device.type
+        logical = self.weight_int8() if fn(self.weight[:0]).device.type != before else None
+        super()._apply(fn, recurse)
+        if logical is not None and self.weight.device.type != "meta":
+            self.weight = self._pack(logical.to(self.weight.device))
+        return self
+
+    def config(self) -> dict[str, Any]:
+        out = self.output
+        return {
+            "activation": clamp_config(self.activation),
+            "input": [self.input.scale, str(self.input.dtype).removeprefix("torch.")],
+            "output": None if out is None else [out.scale, str(out.dtype).removeprefix("torch.")],
+            "residual_scale": self.residual_step,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {"weight": self.weight_int8(), "weight_scale": self.weight_scale}
+        return out if self.bias is None else {**out, "bias": self.bias}
+
+    @staticmethod
+    def _parse(config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "input": _spec_from_config(config["input"]),
+            "activation": clamp_from_config(config["activation"]),
+            "output": None if config["output"] is None else _spec_from_config(config["output"]),
+            "residual_scale": float(config["residual_scale"]),
+        }
+
+    def _io(self) -> str:
+        out = "float32" if self.output is None else str(self.output.dtype).removeprefix("torch.")
+        return f"{str(self.input.dtype).removeprefix('torch.')}→{out} {self.activation}".rstrip()
+
+
+def _spec_from_config(config: list[Any]) -> QuantSpec:
+    scale, dtype = config
+    if dtype not in ("uint8", "int8"):
+        raise ArgumentError("dtype", dtype, "'uint8' or 'int8'")
+    return QuantSpec(float(scale), getattr(torch, dtype))
+
+
+def _spec_of(layer: nn.Module, input: QuantSpec | None) -> tuple[QuantSpec, Tensor | None]:
+    """Input spec and weight scale of a quantised torch layer, or of a plain one with ``input`` given."""
+    found = quantization_of(layer)
+    if input is not None:
+        return input, None if found is None else found.weight_scale
+    if found is None:
+        raise ArgumentError("input", None, "how the input is quantised, for a layer that cnncomp.quantize has not seen")
+    return QuantSpec(found.input_scale, found.input_dtype), found.weight_scale
+
+
+class QuantConv2d(_QuantLayer):
+    """int8 convolution with fused bias, residual, clamp and requantisation.
+
+    Input: (N, C, H, W) (or (N, C, L) if ``geometry.conv1d``), floats, which it quantises, or 8 bit as ``input`` says.
+    Output: float32, or 8 bit as ``output`` says. Bit-equal to :func:`cnncomp.ops.reference.conv2d_int8`.
+
+    Args:
+        weight: int8 ``(K, C/G, R, S)``; ``weight_scale``: float32 ``(K,)``; ``bias``: float32 ``(K,)`` or None.
+
+    Raises:
+        OverflowRiskError: a reduction too long for int32.
+        ArgumentError: scales that are not positive, weights that are not int8.
+    """
+
+    kernel = "conv2d_int8"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        input: QuantSpec,
+        activation: Clamp = LINEAR,
+        output: QuantSpec | None = None,
+        residual_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.geometry, self.groups = geometry, geometry.groups
+        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale)
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d | nn.Conv1d,
+        input: QuantSpec | None = None,
+        activation: Clamp = LINEAR,
+    ) -> QuantConv2d:
+        """From a torch convolution that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
+        geometry = Geometry.of(conv)
+        spec, scale = _spec_of(conv, input)
+        weight = conv.weight.detach().reshape(geometry.out_channels, -1, *geometry.kernel_size)
+        q, s = quantize_weight(weight, scale)
+        return cls(geometry, q, s, conv.bias, spec, activation)
+
+    def _kernel_size(self) -> tuple[int, int]:
+        return self.geometry.kernel_size
+
+    def _pack_cuda(self, weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).contiguous()
+
+    def weight_int8(self) -> Tensor:
+        g = self.geometry
+        if self.weight.device.type == "cpu":
+            return unpack_int8(self.weight, g.in_channels, g.out_channels, g.kernel_size, g.groups)
+        return self.weight.permute(0, 3, 1, 2).contiguous()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        g = self.geometry
+        check_channels(x, 1, g.in_channels)
+        if g.conv1d:
+            return self._image(x.unsqueeze(2), as_image(residual)).squeeze(2)
+        return self._image(x, residual)
+
+    def _image(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        g = self.geometry
+        return torch.ops.cnncomp.conv2d_int8(
+            self._input(x), self.weight, self.constants, residual, self.residual_scale, self.lo,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, self.out_dtype,
+        )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        return {"geometry": geometry_config(self.geometry), **super().config()}
+
+    @classmethod
+    def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> QuantConv2d:
+        return cls(
+            Geometry.from_config(config["geometry"]),
+            tensors["weight"],
+            tensors["weight_scale"],
+            tensors.get("bias"),
+            **cls._parse(config),
+        )
+
+    def to_dense(self) -> DenseConv2d:
+        """The float convolution on the dequantised weights."""
+        return self._noted(DenseConv2d(self.geometry, self._dequantized(), self.bias, self.activation))
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry} {self._io()}"
+
+
+class QuantLinear(_QuantLayer):
+    """int8 linear with the same epilogue. Input (..., C) floats or 8 bit, output (..., K). See :class:`QuantConv2d`."""
+
+    kernel = "linear_int8"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        input: QuantSpec,
+        activation: Clamp = LINEAR,
+        output: QuantSpec | None = None,
+        residual_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        input: QuantSpec | None = None,
+        activation: Clamp = LINEAR,
+    ) -> QuantLinear:
+        """From a torch linear that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
+        spec, scale = _spec_of(linear, input)
+        q, s = quantize_weight(linear.weight, scale)
+        return cls(q, s, linear.bias, spec, activation)
+
+    def _pack_cuda(self, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    def weight_int8(self) -> Tensor:
+        if self.weight.device.type != "cpu":
+            return self.weight
+        return unpack_int8(self.weight, self.in_features, self.out_features, (1, 1)).flatten(1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_channels(x, -1, self.in_features)
+        return torch.ops.cnncomp.linear_int8(
+            self._input(x), self.weight, self.constants, residual, self.residual_scale, self.lo, self.out_dtype
+        )
+
+    @classmethod
+    def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> QuantLinear:
+        return cls(tensors["weight"], tensors["weight_scale"], tensors.get("bias"), **cls._parse(config))
+
+    def to_dense(self) -> DenseLinear:
+        """The float linear on the dequantised weights."""
+        return self._noted(DenseLinear(self._dequantized(), self.bias, self.activation))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}→{self.out_features} {self._io()}"

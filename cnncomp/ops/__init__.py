@@ -1,0 +1,10 @@
+"""Operators: ``torch.ops.cnncomp.*``, their references and the packed weight formats. Importing registers them."""
+
+from __future__ import annotations
+
+from cnncomp.ops import conv2d_int8, conv2d_sparse, max_pool2d_int8, quantize
+from cnncomp.ops._openmp import attach
+
+attach()
+
+__all__ = ["conv2d_int8", "conv2d_sparse", "max_pool2d_int8", "quantize"]

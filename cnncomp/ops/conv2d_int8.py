@@ -1,0 +1,203 @@
+"""``cnncomp::conv2d_int8`` and ``cnncomp::linear_int8``: 8-bit activations, int8 weights, the one fused epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cnncomp.errors import ArgumentError
+from cnncomp.ops.library import (
+    DTYPE_CODE,
+    Pair,
+    check_dtype,
+    check_residual,
+    check_same_device,
+    conv_out_shape,
+    define,
+    num_threads,
+    pointer,
+)
+from cnncomp.ops.packing import is_depthwise
+
+CONV_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor constants, Tensor? residual, float residual_scale, float lo, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, ScalarType out_dtype) -> Tensor"
+)
+LINEAR_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor constants, Tensor? residual, float residual_scale, float lo, "
+    "ScalarType out_dtype) -> Tensor"
+)
+
+
+def _check(
+    x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: Sequence[int], out_dtype: torch.dtype
+) -> None:
+    check_dtype("x", x, torch.uint8, torch.int8)
+    check_dtype("weight", weight, torch.int8)
+    check_dtype("constants", constants, torch.float32)
+    if out_dtype not in DTYPE_CODE:
+        raise ArgumentError("out_dtype", out_dtype, "torch.uint8, torch.int8 or torch.float32")
+    if residual is not None:
+        check_dtype("residual", residual, torch.uint8, torch.int8, torch.float32)
+    check_same_device(x, weight=weight, constants=constants, residual=residual)
+    check_residual(residual, shape)
+
+
+def _conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
+    return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int) -> bool:
+    """Check that the packed weight belongs to these sizes; whether it is depthwise."""
+    taps = kernel_size[0] * kernel_size[1]
+    depthwise = is_depthwise(c, k, groups)
+    if c % groups or k % groups:
+        raise ArgumentError("x", f"{c} input and {k} output channels", f"multiples of groups={groups}")
+    expected: tuple[int, ...]
+    if depthwise:
+        expected = (-(-c // 16), -(-taps // 4), 16, 4)
+    else:
+        expected = (groups, -(-(k // groups) // 16), taps, -(-(c // groups) // 4), 16, 4)
+    if tuple(weight.shape) != expected:
+        raise ArgumentError("weight", f"packed shape {tuple(weight.shape)}", f"{expected} for {c} input channels")
+    return depthwise
+
+
+def _conv_cpu(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from cnncomp import _cpu
+
+    shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
+    _check(x, weight, constants, residual, shape, out_dtype)
+    n, c, h, w = x.shape
+    k = shape[1]
+    depthwise = _check_packed(weight, c, k, kernel_size, groups)
+    out = torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    _cpu.conv2d_int8(
+        x.data_ptr(), x.dtype == torch.int8, n, h, w, c,
+        weight.data_ptr(), k, *kernel_size, *stride, *padding, *dilation, groups, depthwise,
+        constants.data_ptr(),
+        pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _conv_cuda(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from cnncomp.ops import cuda
+
+    shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
+    _check(x, weight, constants, residual, shape, out_dtype)
+    return cuda.conv2d_int8(
+        x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype
+    )
+
+
+define("conv2d_int8", CONV_SCHEMA, _conv_fake, _conv_cpu, _conv_cuda)
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], constants.shape[1]), dtype=out_dtype)
+
+
+def _linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from cnncomp import _cpu
+
+    shape = (*x.shape[:-1], constants.shape[1])
+    _check(x, weight, constants, residual, shape, out_dtype)
+    c, k = x.shape[-1], shape[-1]
+    _check_packed(weight, c, k, (1, 1), 1)
+    out = torch.empty(shape, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous()
+    if residual is not None:
+        residual = residual.contiguous()
+    _cpu.conv2d_int8(
+        x.data_ptr(), x.dtype == torch.int8, x.numel() // c, 1, 1, c,
+        weight.data_ptr(), k, 1, 1, 1, 1, 0, 0, 1, 1, 1, False,
+        constants.data_ptr(),
+        pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _linear_cuda(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from cnncomp.ops import cuda
+
+    _check(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype)
+    return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype)
+
+
+define("linear_int8", LINEAR_SCHEMA, _linear_fake, _linear_cpu, _linear_cuda)

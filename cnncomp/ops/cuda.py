@@ -1,0 +1,199 @@
+"""Choice and launch of the GPU kernels: CUDA C++ where this build has machine code for the device, else Triton."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cnncomp.errors import DeviceError
+from cnncomp.kernels import available
+from cnncomp.ops.packing import PackedSparse
+
+try:
+    from cnncomp import _cuda
+except ImportError:  # built without nvcc
+    _cuda = None  # type: ignore[assignment]
+
+_DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+
+
+@functools.cache
+def backend(device: torch.device) -> str:
+    """ "cuda" or "triton": what runs the int8 kernels on this device.
+
+    Raises:
+        DeviceError: neither can.
+    """
+    if _cuda is not None and _cuda.supports(_index(device)):
+        return "cuda"
+    # Triton has no int8 dot before sm_80.
+    if available() and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "triton"
+    raise DeviceError("x", device, "a device that this build's CUDA kernels or Triton 3 (sm_80 and later) can run on")
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _module() -> ModuleType:
+    assert _cuda is not None
+    return _cuda
+
+
+def _launch_arguments(x: Tensor) -> tuple[int, int, int]:
+    """Device index, stream handle and number of multiprocessors."""
+    return _index(x.device), torch.cuda.current_stream(x.device).cuda_stream, _multiprocessors(x.device)
+
+
+def _epilogue_arguments(
+    constants: Tensor, residual: Tensor | None, residual_scale: float, lo: float, out: Tensor
+) -> tuple[int, int, int, float, float, int, int]:
+    pointer, code = (0, 0) if residual is None else (residual.data_ptr(), _DTYPE_CODE[residual.dtype])
+    return constants.data_ptr(), pointer, code, residual_scale, lo, out.data_ptr(), _DTYPE_CODE[out.dtype]
+
+
+def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv2d_int8(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """int8 convolution on the GPU. No synchronisation; allocates only the output, so it may be captured.
+
+    Args:
+        x: (N, C, H, W) uint8 or int8; channels_last, or it is copied.
+        weight: (K, R, S, C/G) int8.
+        constants: (3, K) float32: scale, bias, hi.
+        residual: Shape of the output, uint8, int8 or float32; or None.
+        residual_scale: Factor of the residual.
+        lo: Lower clamp.
+        stride, padding, dilation: (vertical, horizontal).
+        groups: G.
+        out_dtype: uint8, int8 or float32.
+
+    Returns:
+        (N, K, P, Q) of ``out_dtype``, channels_last.
+
+    Raises:
+        DeviceError: no kernel for this device.
+    """
+    if backend(x.device) == "triton":
+        from cnncomp.kernels.conv2d_int8 import conv2d_int8 as launch
+
+        args = (x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype)
+        return launch(*args)
+    n, c, h, w = x.shape
+    k, r, s, _ = weight.shape
+    p = _out_size(h, r, stride[0], padding[0], dilation[0])
+    q = _out_size(w, s, stride[1], padding[1], dilation[1])
+    out = torch.empty((n, k, p, q), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    x, weight, constants = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), constants.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    _module().conv2d_int8(
+        *_launch_arguments(x), x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
+        *stride, *padding, *dilation, groups, *_epilogue_arguments(constants, residual, residual_scale, lo, out),
+    )  # fmt: skip
+    return out
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """int8 linear on the GPU: ``x`` (..., C), ``weight`` (K, C), output (..., K); otherwise as :func:`conv2d_int8`."""
+    if backend(x.device) == "triton":
+        from cnncomp.kernels.gemm_int8 import linear_int8 as launch
+
+        return launch(x, weight, constants, residual, residual_scale, lo, out_dtype)
+    c, k = x.shape[-1], weight.shape[0]
+    out = torch.empty((*x.shape[:-1], k), dtype=out_dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, weight, constants = x.contiguous(), weight.contiguous(), constants.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    _module().linear_int8(
+        *_launch_arguments(x), x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,
+        *_epilogue_arguments(constants, residual, residual_scale, lo, out),
+    )  # fmt: skip
+    return out
+
+
+#: Output channels that share an index list on the GPU: one side of a tensor-core tile, the least that the kernel takes.
+SPARSE_RUN = 16
+
+
+def pack_sparse(weight: Tensor, groups: int = 1) -> PackedSparse:
+    """Pack a masked float32 weight (K, C/G, R, S) for the GPU: the fields hold what ``cnncomp.kernels.conv2d_sparse`` calls
+    values, positions and block_ptr, and ``block`` the length of a run.
+
+    Raises:
+        DeviceError: no Triton.
+    """
+    packed = _sparse_kernels(weight).pack_1xv(weight.detach().float(), SPARSE_RUN, groups)
+    return PackedSparse(packed.values, packed.positions, packed.block_ptr, SPARSE_RUN)
+
+
+def unpack_sparse(packed: PackedSparse, shape: Sequence[int], groups: int = 1) -> Tensor:
+    """The inverse of :func:`pack_sparse`: the weight of ``shape`` (K, C/G, R, S)."""
+    sparse = _sparse_kernels(packed.values)
+    return sparse.unpack_1xv(sparse.Packed1xV(packed.values, packed.positions, packed.row_ptr), shape, groups)
+
+
+def conv2d_sparse(
+    x: Tensor,
+    packed: PackedSparse,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lo: float,
+    hi: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Sparse fp32 convolution on the GPU: (N, C, H, W) to (N, K, P, Q), contiguous.
+
+    Raises:
+        DeviceError: no Triton.
+    """
+    sparse = _sparse_kernels(x)
+    weight = sparse.Packed1xV(packed.values, packed.positions, packed.row_ptr)
+    return sparse.conv2d_sparse(
+        x, weight, out_channels, kernel_size, bias, residual, lo, hi, stride, padding, dilation, groups
+    )
+
+
+def _sparse_kernels(x: Tensor) -> ModuleType:
+    if not available():
+        raise DeviceError("x", x.device, "a CPU, or a GPU with Triton 3 installed: the sparse kernel needs it")
+    from cnncomp.kernels import conv2d_sparse
+
+    return conv2d_sparse

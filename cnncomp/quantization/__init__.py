@@ -1,0 +1,29 @@
+"""Quantisation: 8-bit weights and inputs, chosen by calibration, simulated until the model is converted."""
+
+from __future__ import annotations
+
+from cnncomp.quantization.calibrate import quantize
+from cnncomp.quantization.fake import (
+    FakeQuantizeInput,
+    FakeQuantizeWeight,
+    LayerQuantization,
+    QuantizeInputHook,
+    integer_weight,
+    quantization_of,
+    remove_layer_quantization,
+    remove_quantization,
+)
+from cnncomp.quantization.scales import METHODS
+
+__all__ = [
+    "METHODS",
+    "FakeQuantizeInput",
+    "FakeQuantizeWeight",
+    "LayerQuantization",
+    "QuantizeInputHook",
+    "integer_weight",
+    "quantization_of",
+    "quantize",
+    "remove_layer_quantization",
+    "remove_quantization",
+]

@@ -1,0 +1,11 @@
+// Each kernel family adds its functions to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace cnncomp {
+
+void bind_int8(pybind11::module_& m);
+void bind_conv2d_sparse(pybind11::module_& m);
+
+}  // namespace cnncomp

@@ -1,0 +1,239 @@
+#include "conv2d_int8.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpuid.h"
+#include "parallel.h"
+
+namespace cnncomp {
+
+const Int8Kernels& int8_kernels() {
+#if defined(__x86_64__) || defined(__i386__)
+  switch (current_isa()) {
+    case Isa::avx512vnni: return kInt8Avx512Vnni;
+    case Isa::avx512: return kInt8Avx512;
+    case Isa::avxvnni: return kInt8AvxVnni;
+    case Isa::avx2: return kInt8Avx2;
+    case Isa::baseline: break;
+  }
+#endif
+  return kInt8Baseline;
+}
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
+  return (size + 2 * pad - dil * (kernel - 1) - 1) / stride + 1;
+}
+
+// Bytes at a multiple of 64; grows on demand and keeps nothing when it grows.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const auto bytes = static_cast<size_t>(count) * sizeof(T);
+    if (bytes > size_) {
+      data_.reset(::operator new(bytes, kAlign));
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Delete {
+    void operator()(void* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<void, Delete> data_;
+  size_t size_ = 0;
+};
+
+// Where the channels of the input pixel under each tap begin, for a run of output pixels. Taps outside the image point at
+// zeros. No row reaches past the tensor: the last pixels' rows lie in a copy that zeros follow.
+class Rows {
+ public:
+  // row_bytes: how much of a row is read; slots: pointers per pixel, those after the taps point at zeros.
+  Rows(const Conv2dInt8Args& a, int64_t row_bytes, int64_t slots)
+      : a_(a),
+        p_(out_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h)),
+        q_(out_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w)),
+        row_bytes_(row_bytes),
+        slots_(slots),
+        size_(a.n * a.h * a.w * a.c),
+        tail_size_(std::min(size_, row_bytes)),
+        zeros_(row_bytes),
+        tail_(tail_size_ + row_bytes),
+        tap_offset_(a.r * a.s) {
+    if (tail_size_ > 0) std::memcpy(tail_.data(), a.x + size_ - tail_size_, tail_size_);
+    for (int64_t r = 0; r < a.r; r++)
+      for (int64_t s = 0; s < a.s; s++) tap_offset_[r * a.s + s] = (r * a.dil_h * a.w + s * a.dil_w) * a.c;
+  }
+
+  int64_t pixels() const { return a_.n * p_ * q_; }
+  int64_t slots() const { return slots_; }
+
+  // rows: (count, slots). channel: where to begin in each input pixel.
+  void fill(int64_t first, int64_t count, int64_t channel, const uint8_t** rows) const {
+    int64_t q = first % q_, p = first / q_ % p_, n = first / (q_ * p_);
+    const int64_t taps = a_.r * a_.s, slots = slots_, last = size_ - row_bytes_ - tap_offset_[taps - 1];
+    const int64_t reach_h = (a_.r - 1) * a_.dil_h, reach_w = (a_.s - 1) * a_.dil_w;
+    const int64_t* __restrict tap_offset = tap_offset_.data();
+    for (int64_t i = 0; i < count; i++, rows += slots) {
+      const int64_t h = p * a_.stride_h - a_.pad_h, w = q * a_.stride_w - a_.pad_w;
+      const int64_t at = ((n * a_.h + h) * a_.w + w) * a_.c + channel;
+      if (h >= 0 && w >= 0 && h + reach_h < a_.h && w + reach_w < a_.w && at <= last) {
+        const uint8_t* const base = a_.x + at;
+        const uint8_t** __restrict row = rows;
+        for (int64_t t = 0; t < taps; t++) row[t] = base + tap_offset[t];
+      } else {
+        fill_border(h, w, at, rows);
+      }
+      for (int64_t t = taps; t < slots; t++) rows[t] = zeros_.data();
+      if (++q == q_) q = 0, ++p;
+      if (p == p_) p = 0, ++n;
+    }
+  }
+
+ private:
+  void fill_border(int64_t h, int64_t w, int64_t at, const uint8_t** rows) const {
+    for (int64_t r = 0; r < a_.r; r++) {
+      const int64_t hr = h + r * a_.dil_h;
+      for (int64_t s = 0; s < a_.s; s++) {
+        const int64_t ws = w + s * a_.dil_w, t = r * a_.s + s, offset = at + tap_offset_[t];
+        if (hr < 0 || hr >= a_.h || ws < 0 || ws >= a_.w) {
+          rows[t] = zeros_.data();
+        } else if (offset + row_bytes_ > size_) {
+          rows[t] = tail_.data() + (offset - (size_ - tail_size_));
+        } else {
+          rows[t] = a_.x + offset;
+        }
+      }
+    }
+  }
+
+  const Conv2dInt8Args& a_;
+  const int64_t p_, q_, row_bytes_, slots_, size_, tail_size_;
+  std::vector<uint8_t> zeros_, tail_;
+  std::vector<int64_t> tap_offset_;
+};
+
+// Constants of each group padded to whole blocks, and what its accumulators start from.
+class Constants {
+ public:
+  Constants(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t groups, int64_t blocks, int64_t quads)
+      : padded_(ceil_div(blocks * kBlock, kChannelPad) * kChannelPad) {
+    const int64_t per_group = a.k / groups, size = groups * padded_;
+    values_.resize(3 * size);
+    init_.resize(size);
+    for (int64_t row = 0; row < 3; row++)
+      for (int64_t g = 0; g < groups; g++)
+        std::copy_n(a.constants + row * a.k + g * per_group, per_group, values_.data() + row * size + g * padded_);
+    if (!a.x_signed) return;
+    // The kernels see x + 128.
+    parallel_for(a.num_threads, groups * blocks, [&](int64_t i) {
+      int32_t* sums = init_.data() + i / blocks * padded_ + i % blocks * kBlock;
+      kernels.sum_weights(a.weight + i * quads * 4 * kBlock, quads, sums);
+      for (int j = 0; j < kBlock; j++) sums[j] *= -128;
+    });
+  }
+
+  const int32_t* init(int64_t group, int64_t channel) const { return init_.data() + group * padded_ + channel; }
+
+  Int8Epilogue epilogue(const Conv2dInt8Args& a, int64_t pixel, int64_t group, int64_t group_k, int64_t channel) const {
+    const float* constants = values_.data() + group * padded_ + channel;
+    const auto size = static_cast<int64_t>(init_.size());
+    const int64_t at = pixel * a.k + group * group_k + channel;
+    const auto bytes = [](Dtype dtype) { return dtype == kF32 ? 4 : 1; };
+    return {constants,
+            constants + size,
+            constants + 2 * size,
+            a.lo,
+            a.residual_scale,
+            a.residual_dtype,
+            a.out_dtype,
+            a.residual == nullptr ? nullptr : a.residual + at * bytes(a.residual_dtype),
+            a.out + at * bytes(a.out_dtype),
+            a.k,
+            group_k - channel};
+  }
+
+ private:
+  const int64_t padded_;
+  std::vector<float> values_;
+  std::vector<int32_t> init_;
+};
+
+// In how many runs of pixels, and in how many ranges of output channels, to cut the work.
+struct Plan {
+  int64_t runs, ranges;
+};
+
+// A run's row pointers and input stay in the second-level cache while the weights of all its panels go by.
+Plan make_plan(int64_t pixels, int64_t slots, int64_t c, int64_t groups, int64_t panels, int64_t num_threads) {
+  constexpr int64_t kRun = 256, kRowsBytes = 64 << 10, kInputBytes = 256 << 10, kTasksPerThread = 4, kMinRun = 16;
+  const int64_t most = std::min({kRun, kRowsBytes / (8 * slots), kInputBytes / c});
+  Plan plan{ceil_div(pixels, std::max(most, kMinRun)), 1};
+  if (num_threads > 1) {
+    const int64_t wanted = kTasksPerThread * num_threads;
+    plan.ranges = std::clamp<int64_t>(ceil_div(wanted, plan.runs * groups), 1, panels);
+    const int64_t runs = ceil_div(wanted, plan.ranges * groups);
+    plan.runs = std::max(plan.runs, std::min(runs, ceil_div(pixels, kMinRun)));
+  }
+  return plan;
+}
+
+thread_local Scratch rows_scratch;
+thread_local Scratch weight_scratch;
+
+void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
+  const int64_t group_c = a.c / a.groups, group_k = a.k / a.groups, taps = a.r * a.s;
+  const int64_t quads = ceil_div(group_c, 4), blocks = ceil_div(group_k, kBlock);
+  const int64_t panels = ceil_div(blocks, kernels.max_blocks);
+  const int64_t block_bytes = taps * quads * 4 * kBlock;
+  const Rows rows(a, 4 * quads, taps);
+  const Constants constants(a, kernels, a.groups, blocks, taps * quads);
+  const int64_t pixels = rows.pixels();
+  const Plan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
+  parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
+    const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
+    const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
+    const auto table = rows_scratch.get<const uint8_t*>(count * taps);
+    rows.fill(begin, count, g * group_c, table);
+    const int64_t last = panels * (range + 1) / plan.ranges;
+    for (int64_t panel = panels * range / plan.ranges; panel < last; panel++) {
+      const int64_t block = blocks * panel / panels, end = blocks * (panel + 1) / panels, channel = block * kBlock;
+      kernels.conv({table, count, taps, quads, a.x_signed, a.weight + (g * blocks + block) * block_bytes, end - block,
+                    constants.init(g, channel), constants.epilogue(a, begin, g, group_k, channel)});
+    }
+  });
+}
+
+void depthwise(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
+  const int64_t quads = ceil_div(a.r * a.s, 4), blocks = ceil_div(a.c, kBlock);
+  const Rows rows(a, blocks * kBlock, 4 * quads);
+  const Constants constants(a, kernels, 1, blocks, quads);
+  const int64_t pixels = rows.pixels();
+  const Plan plan = make_plan(pixels, 4 * quads, a.c, 1, 1, a.num_threads);
+  parallel_for(a.num_threads, plan.runs, [&](int64_t run) {
+    const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
+    const auto table = rows_scratch.get<const uint8_t*>(count * rows.slots());
+    rows.fill(begin, count, 0, table);
+    kernels.depthwise({table, count, quads, a.x_signed, a.weight, blocks, constants.init(0, 0),
+                       weight_scratch.get<int8_t>(quads * 4 * kChannelPad), constants.epilogue(a, begin, 0, a.k, 0)});
+  });
+}
+
+}  // namespace
+
+void conv2d_int8(const Conv2dInt8Args& a) {
+  if (a.n * a.k == 0) return;
+  (a.depthwise ? depthwise : dense)(a, int8_kernels());
+}
+
+}  // namespace cnncomp

@@ -1,0 +1,103 @@
+// The register tile of the int8 convolution. Included by the int8 translation units of each instruction set.
+//
+// PIXELS x BLOCKS*16 accumulators; per tap and quad of input channels each pixel's quad is broadcast and meets the
+// weights of 16 channels at a time. int8 inputs have their top bit flipped (init holds the correction).
+#pragma once
+
+#include "int8_epilogue.h"
+
+namespace cnncomp {
+namespace {
+
+template <class S, int BLOCKS, int PIXELS, bool SIGNED>
+void conv_tile(const ConvPanel& a, const uint8_t* const* rows, int32_t* out) {
+  constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
+  typename S::Int acc[PIXELS][V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; v++) {
+    const auto init = S::load(a.init + v * S::kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++) acc[m][v] = init;
+  }
+  const auto flip = S::set(static_cast<int32_t>(0x80808080u));
+  const int64_t taps = a.taps, bytes = 4 * a.quads, block_stride = taps * bytes * kBlock;
+  const int8_t* weight = a.weight;
+  for (int64_t tap = 0; tap < taps; tap++) {
+    const uint8_t* x[PIXELS];
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++) x[m] = rows[m * taps + tap];
+    for (int64_t c = 0; c < bytes; c += 4, weight += 4 * kBlock) {
+      typename S::Operand w[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++)
+        w[v] = S::weight(S::load(weight + (v / kPerBlock) * block_stride + (v % kPerBlock) * S::kBytes));
+#pragma GCC unroll 16
+      for (int m = 0; m < PIXELS; m++) {
+        auto quad = S::broadcast(x[m] + c);
+        if constexpr (SIGNED) quad = S::bit_xor(quad, flip);
+        const auto input = S::input(quad);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < PIXELS; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) S::store(out + m * BLOCKS * kBlock + v * S::kLanes, acc[m][v]);
+}
+
+using ConvTile = void (*)(const ConvPanel&, const uint8_t* const*, int32_t*);
+
+// tile[PIXELS - 1] for PIXELS up to MAX.
+template <class S, int BLOCKS, int MAX, bool SIGNED>
+struct ConvTiles {
+  ConvTile tile[MAX];
+  constexpr ConvTiles() : tile() { fill<MAX>(); }
+
+ private:
+  template <int PIXELS>
+  constexpr void fill() {
+    tile[PIXELS - 1] = conv_tile<S, BLOCKS, PIXELS, SIGNED>;
+    if constexpr (PIXELS > 1) fill<PIXELS - 1>();
+  }
+};
+
+constexpr int kEpiloguePixels = 28;
+
+template <class S, int BLOCKS, int MAX>
+void conv_blocks(const ConvPanel& a) {
+  static constexpr ConvTiles<S, BLOCKS, MAX, false> unsigned_tiles;
+  static constexpr ConvTiles<S, BLOCKS, MAX, true> signed_tiles;
+  const ConvTile* tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
+  const EpilogueFn finish = epilogue_of<S, BLOCKS>(a.epilogue);
+  // The epilogue takes several tiles at a time; their sums stay in the first-level cache.
+  constexpr int64_t kTiles = kEpiloguePixels / MAX;
+  alignas(64) int32_t acc[kTiles * MAX * BLOCKS * kBlock];
+  // Tiles of equal size, give or take one: no tile is left with a single pixel.
+  const int64_t count = (a.pixels + MAX - 1) / MAX;
+  int64_t done = 0, end = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t begin = end;
+    end = a.pixels * (i + 1) / count;
+    tiles[end - begin - 1](a, a.rows + begin * a.taps, acc + (begin - done) * BLOCKS * kBlock);
+    if (i % kTiles == kTiles - 1 || i == count - 1) {
+      finish(acc, BLOCKS * kBlock, end - done, a.epilogue, done, 0);
+      done = end;
+    }
+  }
+}
+
+template <class S>
+void sum_weights(const int8_t* block, int64_t quads, int32_t* sums) {
+  constexpr int V = kBlock / S::kLanes;
+  typename S::Int acc[V];
+  for (int v = 0; v < V; v++) acc[v] = S::set(0);
+  const auto ones = S::input(S::set(0x01010101));
+  for (int64_t i = 0; i < quads; i++, block += 4 * kBlock)
+    for (int v = 0; v < V; v++) acc[v] = S::dot(acc[v], ones, S::weight(S::load(block + v * S::kBytes)));
+  for (int v = 0; v < V; v++) S::store(sums + v * S::kLanes, acc[v]);
+}
+
+}  // namespace
+}  // namespace cnncomp

@@ -1,0 +1,31 @@
+// Convolution of dense fp32 activations with unstructured sparse fp32 weights.
+#pragma once
+
+#include <cstdint>
+
+namespace cnncomp {
+
+// Weights as docs/design.md packs them ("sparse fp32, CPU").
+struct SparseWeights {
+  const float* values;
+  const uint16_t* index;   // (c_in_block * R + r) * S + s
+  const int32_t* row_ptr;  // (groups * blocks * K / groups + 1)
+  int64_t block;           // input channels per block
+};
+
+struct Conv2dSparseArgs {
+  const float* x;  // (n, c, h, w)
+  int64_t n, c, h, w;
+  SparseWeights weights;
+  int64_t k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+  const float* bias;      // (k), or null
+  const float* residual;  // (n, k, p, q), or null
+  float lo, hi;
+  float* out;  // (n, k, p, q)
+  int num_threads;
+};
+
+// out = clamp(conv2d(x, weights) + bias + residual, lo, hi). Throws std::invalid_argument for sizes that give no convolution.
+void conv2d_sparse(const Conv2dSparseArgs& args);
+
+}  // namespace cnncomp

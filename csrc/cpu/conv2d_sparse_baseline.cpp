@@ -1,0 +1,37 @@
+// The sparse micro-kernels in plain C++: 4 pixels to a vector, one SSE2 or NEON register.
+#include "conv2d_sparse_tile.h"
+
+namespace cnncomp {
+namespace {
+
+struct Baseline {
+  static constexpr int kLanes = 4;
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+
+  static Vec broadcast(float v) { return Vec{v, v, v, v}; }
+  static Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static Vec load_first(const float* p, int n) {
+    Vec v = {};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+  }
+  static void store_first(float* p, Vec v, int n) {
+    for (int i = 0; i < n; i++) p[i] = v[i];
+  }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  // Comparisons with NaN are false: NaN stays, as in torch.clamp.
+  static Vec clamp(Vec v, Vec lo, Vec hi) {
+    v = v < lo ? lo : v;
+    return v > hi ? hi : v;
+  }
+  static Vec even(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+};
+
+}  // namespace
+
+const SparseKernels kSparseBaseline = sparse_kernels_of<Baseline>();
+
+}  // namespace cnncomp

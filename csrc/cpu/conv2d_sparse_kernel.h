@@ -1,0 +1,68 @@
+// What the drivers of the sparse kernels and the micro-kernels, compiled once per instruction set, say to each other.
+// Plain data only: see conv2d_sparse_tile.h.
+#pragma once
+
+#include <cstdint>
+
+namespace cnncomp {
+
+constexpr int kSparseMaxTile = 14;   // vectors: with the broadcast weight and one to spare they fill 16 registers
+constexpr int kSparseMaxLanes = 16;  // floats in the widest vector
+
+// Pixels of a tile that are consecutive in the output, too.
+struct SparseSegment {
+  int64_t tile_begin, length;
+  int64_t out_begin;  // floats from SparseTile::out, for output channel 0
+};
+
+// One tile of output pixels, one block of input channels, a range of output channels.
+struct SparseTile {
+  const float* values;
+  const uint16_t* index;
+  const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
+  int64_t k_begin, k_end;
+  const float* x;         // of this block
+  const int32_t* offset;  // bytes from x, for each index
+  float* partial;         // (k_end - k_begin, tile): the sums over the blocks before this one
+  bool first_block, last_block;
+  const float* bias;      // of output channel 0, or null
+  const float* residual;  // laid out like out, or null
+  float* out;             // of output channel 0
+  int64_t out_stride_k;   // floats
+  const SparseSegment* segments;
+  int64_t num_segments;
+  float lo, hi;
+};
+
+// A stretch of one row of one packed plane: zeros, then input, then zeros.
+struct SparseRun {
+  int64_t length, first, last;  // the input is at [first, last)
+  int64_t row;                  // of the plane
+  int64_t image, column;        // floats from SparsePack::x to the image; column of the input that goes to `first`
+};
+
+// Copies input channels to planes: (channels, row planes, column planes, plane_length) floats.
+struct SparsePack {
+  const float* x;  // first channel of the first image
+  int64_t channels, h, w, stride_h, stride_w;
+  const int64_t* row_start;  // for each row plane, the input row that is its row 0
+  int64_t row_planes, column_planes, plane_length;
+  const SparseRun* runs;  // (num_runs, column planes)
+  int64_t num_runs;
+  float* dst;  // followed by kSparseMaxLanes floats that may be written, too
+};
+
+struct SparseKernels {
+  int lanes;                                        // floats in a vector
+  void (*tile[kSparseMaxTile])(const SparseTile&);  // tile[T - 1]: T vectors of pixels
+  void (*pack)(const SparsePack&);
+};
+
+extern const SparseKernels kSparseBaseline;
+extern const SparseKernels kSparseAvx2;    // x86-64 only
+extern const SparseKernels kSparseAvx512;  // x86-64 only
+
+// The kernels for the instruction set in force.
+const SparseKernels& sparse_kernels();
+
+}  // namespace cnncomp

@@ -1,0 +1,39 @@
+// The int8 kernels with AVX-512 without VNNI: products of 16-bit pairs.
+#include "simd512.h"
+
+#include "conv2d_int8_kernel.h"
+#include "depthwise_int8_kernel.h"
+#include "quantize_kernel.h"
+
+namespace cnncomp {
+namespace {
+
+// As many pixels as 32 registers hold accumulators for, next to the weights and the input.
+constexpr int kPixels[kMaxBlocks] = {14, 12, 7, 5};
+
+void conv(const ConvPanel& a) {
+  switch (a.blocks) {
+    case 1: return conv_blocks<Vec512, 1, kPixels[0]>(a);
+    case 2: return conv_blocks<Vec512, 2, kPixels[1]>(a);
+    case 3: return conv_blocks<Vec512, 3, kPixels[2]>(a);
+    default: return conv_blocks<Vec512, 4, kPixels[3]>(a);
+  }
+}
+
+void depthwise(const DepthwisePanel& a) {
+  depthwise_vectors<Vec128>(a, depthwise_vectors<Vec256>(a, depthwise_vectors<Vec512>(a, 0)));
+}
+
+}  // namespace
+
+const Int8Kernels kInt8Avx512{4,
+                           {kPixels[0], kPixels[1], kPixels[2], kPixels[3]},
+                           conv,
+                           depthwise,
+                           sum_weights<Vec512>,
+                           quantize_flat<Vec512>,
+                           quantize_planes<Vec512>,
+                           max_rows<uint8_t>,
+                           max_rows<int8_t>};
+
+}  // namespace cnncomp

@@ -1,0 +1,27 @@
+// The int8 kernels for any processor: SSE2 on x86, plain C++ elsewhere.
+#include "simd128.h"
+
+#include "conv2d_int8_kernel.h"
+#include "depthwise_int8_kernel.h"
+#include "quantize_kernel.h"
+
+namespace cnncomp {
+namespace {
+
+void conv(const ConvPanel& a) { conv_blocks<Vec128, 1, 2>(a); }
+
+void depthwise(const DepthwisePanel& a) { depthwise_vectors<Vec128>(a, 0); }
+
+}  // namespace
+
+const Int8Kernels kInt8Baseline{1,
+                                {2},
+                                conv,
+                                depthwise,
+                                sum_weights<Vec128>,
+                                quantize_flat<Vec128>,
+                                quantize_planes<Vec128>,
+                                max_rows<uint8_t>,
+                                max_rows<int8_t>};
+
+}  // namespace cnncomp

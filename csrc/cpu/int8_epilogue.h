@@ -1,0 +1,107 @@
+// From int32 accumulators to the output. Included by the int8 translation units of each instruction set.
+#pragma once
+
+#include "int8_kernels.h"
+
+namespace cnncomp {
+namespace {
+
+enum Residual : int { kResidualU8 = 0, kResidualS8 = 1, kResidualF32 = 2, kNoResidual = 3 };
+
+// The epilogue's steps on one vector; each is rounded on its own. A NaN stays NaN, as in torch.
+template <class S>
+inline typename S::Float scale_and_shift(typename S::Int acc, typename S::Float scale, typename S::Float bias) {
+  return S::add(S::mul(S::to_float(acc), scale), bias);
+}
+
+template <class S>
+inline typename S::Float clamp(typename S::Float t, typename S::Float lo, typename S::Float hi) {
+  return S::min(hi, S::max(lo, t));
+}
+
+template <class S, Residual RESIDUAL>
+inline typename S::Float load_residual(const char* p, int vector) {
+  if constexpr (RESIDUAL == kResidualF32) {
+    return S::load_float(reinterpret_cast<const float*>(p) + vector * S::kLanes);
+  } else {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(p) + vector * S::kLanes;
+    return S::to_float(RESIDUAL == kResidualS8 ? S::load_s8(bytes) : S::load_u8(bytes));
+  }
+}
+
+// Channels of one pixel, V vectors of them.
+template <class S, Dtype OUT, int V>
+inline void store_channels(char* p, const typename S::Float (&t)[V]) {
+  if constexpr (OUT == kF32) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) S::store_float(reinterpret_cast<float*>(p) + v * S::kLanes, t[v]);
+  } else {
+    typename S::Int q[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) q[v] = S::round(t[v]);
+    S::template store_bytes<OUT == kS8>(reinterpret_cast<uint8_t*>(p), q);
+  }
+}
+
+// BLOCKS blocks of 16 channels of some pixels. acc: acc_stride int32 from pixel to pixel. `pixel` and `channel` count from
+// those that e's pointers are of. Channels beyond the last go to spare memory.
+template <class S, int BLOCKS, Dtype OUT, Residual RESIDUAL>
+void epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8Epilogue& e, int64_t pixel,
+              int64_t channel) {
+  constexpr int kChannels = BLOCKS * kBlock, V = kChannels / S::kLanes;
+  constexpr int kOutBytes = OUT == kF32 ? 4 : 1, kResidualBytes = RESIDUAL == kResidualF32 ? 4 : 1;
+  const int64_t valid = e.channels - channel < kChannels ? e.channels - channel : kChannels;
+  if (valid <= 0) return;
+  typename S::Float scale[V], bias[V], hi[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) {
+    scale[v] = S::load_float(e.scale + channel + v * S::kLanes);
+    bias[v] = S::load_float(e.bias + channel + v * S::kLanes);
+    hi[v] = S::load_float(e.hi + channel + v * S::kLanes);
+  }
+  const auto lo = S::set_float(e.lo), residual_scale = S::set_float(e.residual_scale);
+  char* out = e.out + (pixel * e.stride + channel) * kOutBytes;
+  const char* residual = e.residual + (pixel * e.stride + channel) * kResidualBytes;
+  for (int64_t m = 0; m < pixels; m++, out += e.stride * kOutBytes, acc += acc_stride) {
+    alignas(64) char spare[kChannels * 4];
+    typename S::Float t[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) t[v] = scale_and_shift<S>(S::load(acc + v * S::kLanes), scale[v], bias[v]);
+    if constexpr (RESIDUAL != kNoResidual) {
+      const char* from = residual;
+      if (valid < kChannels) {
+        __builtin_memset(spare, 0, sizeof(spare));
+        __builtin_memcpy(spare, residual, valid * kResidualBytes);
+        from = spare;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) t[v] = S::add(t[v], S::mul(load_residual<S, RESIDUAL>(from, v), residual_scale));
+      residual += e.stride * kResidualBytes;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) t[v] = clamp<S>(t[v], lo, hi[v]);
+    if (valid == kChannels) {
+      store_channels<S, OUT>(out, t);
+    } else {
+      store_channels<S, OUT>(spare, t);
+      __builtin_memcpy(out, spare, valid * kOutBytes);
+    }
+  }
+}
+
+using EpilogueFn = void (*)(const int32_t*, int64_t, int64_t, const Int8Epilogue&, int64_t, int64_t);
+
+template <class S, int BLOCKS>
+EpilogueFn epilogue_of(const Int8Epilogue& e) {
+  static constexpr EpilogueFn table[3][4] = {
+      {epilogue<S, BLOCKS, kU8, kResidualU8>, epilogue<S, BLOCKS, kU8, kResidualS8>,
+       epilogue<S, BLOCKS, kU8, kResidualF32>, epilogue<S, BLOCKS, kU8, kNoResidual>},
+      {epilogue<S, BLOCKS, kS8, kResidualU8>, epilogue<S, BLOCKS, kS8, kResidualS8>,
+       epilogue<S, BLOCKS, kS8, kResidualF32>, epilogue<S, BLOCKS, kS8, kNoResidual>},
+      {epilogue<S, BLOCKS, kF32, kResidualU8>, epilogue<S, BLOCKS, kF32, kResidualS8>,
+       epilogue<S, BLOCKS, kF32, kResidualF32>, epilogue<S, BLOCKS, kF32, kNoResidual>}};
+  return table[e.out_dtype][e.residual == nullptr ? kNoResidual : static_cast<Residual>(e.residual_dtype)];
+}
+
+}  // namespace
+}  // namespace cnncomp

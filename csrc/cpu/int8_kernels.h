@@ -1,0 +1,78 @@
+// What the drivers of the int8 kernels and the kernels, compiled once per instruction set, say to each other.
+// Plain data only: a kernel's translation unit must emit no inline function that the linker could pick for the rest.
+#pragma once
+
+#include <cstdint>
+
+namespace cnncomp {
+
+enum Dtype : int { kU8 = 0, kS8 = 1, kF32 = 2 };
+
+constexpr int kBlock = 16;        // output channels that meet one quad of inputs
+constexpr int kMaxBlocks = 4;     // blocks in a panel of weights
+constexpr int kChannelPad = 64;   // constants can be read up to a multiple of this many channels
+constexpr int kMaxPixels = 16;    // pixels in a register tile, at most
+
+// t = acc * scale[k] + bias[k] (+ residual * residual_scale); t = min(max(t, lo), hi[k]); rounded to even for 8 bit.
+struct Int8Epilogue {
+  const float *scale, *bias, *hi;  // of the first channel
+  float lo, residual_scale;
+  Dtype residual_dtype, out_dtype;
+  const char* residual;  // of the first pixel and channel, or null
+  char* out;             // of the first pixel and channel
+  int64_t stride;        // elements from pixel to pixel, in out and residual
+  int64_t channels;      // to be written; those beyond the last are computed and dropped
+};
+
+// A panel: up to kMaxBlocks blocks of output channels, any number of pixels.
+struct ConvPanel {
+  const uint8_t* const* rows;  // (pixels, taps): where the channels of the input pixel under a tap begin
+  int64_t pixels, taps, quads;
+  bool x_signed;
+  const int8_t* weight;    // (blocks, taps, quads, 16, 4)
+  int64_t blocks;
+  const int32_t* init;     // (blocks * 16): what the accumulators start from
+  Int8Epilogue epilogue;
+};
+
+struct DepthwisePanel {
+  const uint8_t* const* rows;  // (pixels, 4 * quads), and 16 * blocks bytes can be read from each
+  int64_t pixels, quads;       // quads of taps
+  bool x_signed;
+  const int8_t* weight;  // (blocks, quads, 16, 4)
+  int64_t blocks;
+  const int32_t* init;
+  int8_t* scratch;  // quads * 256 bytes, at a multiple of 64
+  Int8Epilogue epilogue;
+};
+
+struct QuantizeRange {
+  float inv_scale, lo, hi;
+};
+
+struct Int8Kernels {
+  int max_blocks;               // of a ConvPanel
+  int max_pixels[kMaxBlocks];   // pixels in the register tile of 1, 2, ... blocks
+  void (*conv)(const ConvPanel&);
+  void (*depthwise)(const DepthwisePanel&);
+  // sums[i] = sum of the weights of channel i in one block of (quads, 16, 4).
+  void (*sum_weights)(const int8_t* block, int64_t quads, int32_t* sums);
+  void (*quantize_flat)(const float* x, int64_t count, const QuantizeRange&, uint8_t* out);
+  // x: pixels of c planes, plane_stride floats apart; out (pixels, c).
+  void (*quantize_planes)(const float* x, int64_t plane_stride, int64_t c, int64_t pixels, const QuantizeRange&,
+                          uint8_t* out);
+  // out[i] = max over rows[0..count) of row[i]; count >= 1.
+  void (*max_rows_u8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
+  void (*max_rows_s8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
+};
+
+extern const Int8Kernels kInt8Baseline;
+extern const Int8Kernels kInt8Avx2;        // this and the following: x86-64 only
+extern const Int8Kernels kInt8AvxVnni;
+extern const Int8Kernels kInt8Avx512;
+extern const Int8Kernels kInt8Avx512Vnni;
+
+// The kernels for the instruction set in force.
+const Int8Kernels& int8_kernels();
+
+}  // namespace cnncomp

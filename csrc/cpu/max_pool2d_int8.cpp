@@ -1,0 +1,38 @@
+#include "max_pool2d_int8.h"
+
+#include <cstring>
+#include <vector>
+
+#include "int8_kernels.h"
+#include "parallel.h"
+
+namespace cnncomp {
+
+void max_pool2d_int8(const MaxPool2dInt8Args& a) {
+  const auto max_rows = a.x_signed ? int8_kernels().max_rows_s8 : int8_kernels().max_rows_u8;
+  const int64_t out_h = (a.h + 2 * a.pad_h - a.dil_h * (a.r - 1) - 1) / a.stride_h + 1;
+  const int64_t out_w = (a.w + 2 * a.pad_w - a.dil_w * (a.s - 1) - 1) / a.stride_w + 1;
+  parallel_for(a.num_threads, a.n * out_h, [&](int64_t i) {
+    const int64_t n = i / out_h, p = i % out_h;
+    std::vector<const uint8_t*> rows(a.r * a.s);
+    uint8_t* out = a.out + i * out_w * a.c;
+    for (int64_t q = 0; q < out_w; q++, out += a.c) {
+      int64_t count = 0;
+      for (int64_t r = 0; r < a.r; r++) {
+        const int64_t h = p * a.stride_h - a.pad_h + r * a.dil_h;
+        if (h < 0 || h >= a.h) continue;
+        for (int64_t s = 0; s < a.s; s++) {
+          const int64_t w = q * a.stride_w - a.pad_w + s * a.dil_w;
+          if (w >= 0 && w < a.w) rows[count++] = a.x + ((n * a.h + h) * a.w + w) * a.c;
+        }
+      }
+      if (count > 0) {
+        max_rows(rows.data(), count, a.c, out);
+      } else {
+        std::memset(out, a.x_signed ? -128 : 0, a.c);
+      }
+    }
+  });
+}
+
+}  // namespace cnncomp

@@ -1,0 +1,98 @@
+// 128-bit vectors: SSE2, or plain C++ (GCC's and Clang's vector types) where there is none.
+//
+// Vec128, Vec256 and Vec512 have the same members. Int and Float have kLanes 32-bit lanes. dot(acc, input(x), weight(w))
+// adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
+// VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
+// zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): 8-bit values of the lanes, the order of zip undone.
+// store_bytes: the lanes' 8-bit values in order. max(a, b) and min(a, b) give b where either is NaN.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE2__) && !defined(CNNCOMP_PORTABLE)
+// GCC 12 finds its own intrinsics' undefined vectors.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+namespace cnncomp {
+namespace {
+
+struct Vec128 {
+  using Int = __m128i;
+  using Float = __m128;
+  static constexpr int kBytes = 16;
+  static constexpr int kLanes = 4;
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  using Operand = Int;
+  static Operand input(Int x) { return x; }
+  static Operand weight(Int w) { return w; }
+#ifdef __AVX512VNNI__
+  static Int dot(Int acc, Operand x, Operand w) { return _mm_dpbusd_epi32(acc, x, w); }
+#else
+  static Int dot(Int acc, Operand x, Operand w) { return _mm_dpbusd_avx_epi32(acc, x, w); }
+#endif
+#else
+  struct Operand {
+    Int even, odd;
+  };
+  static Operand input(Int x) { return {_mm_and_si128(x, _mm_set1_epi16(0xff)), _mm_srli_epi16(x, 8)}; }
+  static Operand weight(Int w) { return {_mm_srai_epi16(_mm_slli_epi16(w, 8), 8), _mm_srai_epi16(w, 8)}; }
+  static Int dot(Int acc, Operand x, Operand w) {
+    const Int sum = _mm_add_epi32(_mm_madd_epi16(x.even, w.even), _mm_madd_epi16(x.odd, w.odd));
+    return _mm_add_epi32(acc, sum);
+  }
+#endif
+
+  static Int broadcast(const uint8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return _mm_set1_epi32(quad);
+  }
+  static Int set(int32_t v) { return _mm_set1_epi32(v); }
+  static Int load(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static void store(void* p, Int v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+  static Int bit_xor(Int a, Int b) { return _mm_xor_si128(a, b); }
+  static Int bit_or(Int a, Int b) { return _mm_or_si128(a, b); }
+  static Int bit_and(Int a, Int b) { return _mm_and_si128(a, b); }
+  static Int add_int(Int a, Int b) { return _mm_add_epi32(a, b); }
+  template <int N>
+  static Int shift_left(Int a) { return _mm_slli_epi32(a, N); }
+
+  static Int zip8_lo(Int a, Int b) { return _mm_unpacklo_epi8(a, b); }
+  static Int zip8_hi(Int a, Int b) { return _mm_unpackhi_epi8(a, b); }
+  static Int zip16_lo(Int a, Int b) { return _mm_unpacklo_epi16(a, b); }
+  static Int zip16_hi(Int a, Int b) { return _mm_unpackhi_epi16(a, b); }
+  template <bool SIGNED>
+  static Int pack(Int a, Int b, Int c, Int d) {
+    const Int ab = _mm_packs_epi32(a, b), cd = _mm_packs_epi32(c, d);
+    return SIGNED ? _mm_packs_epi16(ab, cd) : _mm_packus_epi16(ab, cd);
+  }
+
+  static Int load_u8(const uint8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    const Int zero = _mm_setzero_si128();
+    return _mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(quad), zero), zero);
+  }
+  static Int load_s8(const uint8_t* p) { return _mm_srai_epi32(_mm_slli_epi32(load_u8(p), 24), 24); }
+  template <bool SIGNED>
+  static void store_bytes(uint8_t* p, const Int (&v)[4]) { store(p, pack<SIGNED>(v[0], v[1], v[2], v[3])); }
+
+  static Float set_float(float v) { return _mm_set1_ps(v); }
+  static Float load_float(const float* p) { return _mm_loadu_ps(p); }
+  static void store_float(float* p, Float v) { _mm_storeu_ps(p, v); }
+  static Float to_float(Int v) { return _mm_cvtepi32_ps(v); }
+  static Int round(Float v) { return _mm_cvtps_epi32(v); }
+  static Float add(Float a, Float b) { return _mm_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm_mul_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm_max_ps(a, b); }
+  static Float min(Float a, Float b) { return _mm_min_ps(a, b); }
+};
+
+}  // namespace
+}  // namespace cnncomp
+#else
+#include "simd_portable.h"
+#endif

@@ -1,0 +1,82 @@
+// 512-bit vectors: AVX-512 F, BW, DQ, VL; VNNI where the translation unit has it. See simd128.h for what is what.
+#pragma once
+
+#include "simd256.h"
+
+namespace cnncomp {
+namespace {
+
+struct Vec512 {
+  using Int = __m512i;
+  using Float = __m512;
+  static constexpr int kBytes = 64;
+  static constexpr int kLanes = 16;
+
+#ifdef __AVX512VNNI__
+  using Operand = Int;
+  static Operand input(Int x) { return x; }
+  static Operand weight(Int w) { return w; }
+  static Int dot(Int acc, Operand x, Operand w) { return _mm512_dpbusd_epi32(acc, x, w); }
+#else
+  struct Operand {
+    Int even, odd;
+  };
+  static Operand input(Int x) { return {_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(x, 8)}; }
+  static Operand weight(Int w) { return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)}; }
+  static Int dot(Int acc, Operand x, Operand w) {
+    const Int sum = _mm512_add_epi32(_mm512_madd_epi16(x.even, w.even), _mm512_madd_epi16(x.odd, w.odd));
+    return _mm512_add_epi32(acc, sum);
+  }
+#endif
+
+  static Int broadcast(const uint8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return _mm512_set1_epi32(quad);
+  }
+  static Int set(int32_t v) { return _mm512_set1_epi32(v); }
+  static Int load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, Int v) { _mm512_storeu_si512(p, v); }
+  static Int bit_xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
+  static Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
+  static Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  template <int N>
+  static Int shift_left(Int a) { return _mm512_slli_epi32(a, N); }
+
+  static Int zip8_lo(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
+  static Int zip8_hi(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
+  static Int zip16_lo(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
+  static Int zip16_hi(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
+  template <bool SIGNED>
+  static Int pack(Int a, Int b, Int c, Int d) {
+    const Int ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+    return SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
+  }
+
+  static Int load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static Int load_s8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  template <bool SIGNED, int V>
+  static void store_bytes(uint8_t* p, const Int (&v)[V]) {
+    if constexpr (V == 4) {
+      // pack leaves 4 bytes of each v in each 128 bits.
+      const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      store(p, _mm512_permutexvar_epi32(order, pack<SIGNED>(v[0], v[1], v[2], v[3])));
+    } else {
+      for (int i = 0; i < V; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(v[i]));
+    }
+  }
+
+  static Float set_float(float v) { return _mm512_set1_ps(v); }
+  static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_float(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
+  static Int round(Float v) { return _mm512_cvtps_epi32(v); }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+};
+
+}  // namespace
+}  // namespace cnncomp

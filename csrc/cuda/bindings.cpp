@@ -1,0 +1,103 @@
+// cnncomp._cuda: the int8 kernels on raw device pointers. Importing it needs no driver.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+namespace cuda = cnncomp::cuda;
+
+namespace {
+
+cuda::DType dtype_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("dtype code: got " + std::to_string(code) + ", expected 0, 1 or 2");
+  return static_cast<cuda::DType>(code);
+}
+
+void check_sizes(const cuda::Conv2d& c) {
+  const bool positive = c.c > 0 && c.k > 0 && c.r > 0 && c.s > 0 && c.stride_h > 0 && c.stride_w > 0 && c.dil_h > 0 &&
+                        c.dil_w > 0 && c.groups > 0 && c.n >= 0 && c.pad_h >= 0 && c.pad_w >= 0;
+  if (!positive) throw std::invalid_argument("conv2d_int8: a size, stride, dilation or group count is not positive");
+  if (c.c % c.groups || c.k % c.groups)
+    throw std::invalid_argument("conv2d_int8: " + std::to_string(c.c) + " input and " + std::to_string(c.k) +
+                                " output channels, expected multiples of groups=" + std::to_string(c.groups));
+}
+
+// Arguments in the order of the Python functions; dtype codes 0 uint8, 1 int8, 2 float32; pointers as integers, 0 for none.
+cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, uintptr_t weight, int k, int r, int s,
+                       int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups,
+                       uintptr_t constants, uintptr_t residual, int residual_dtype, float residual_scale, float lo,
+                       uintptr_t out, int out_dtype) {
+  cuda::Conv2d conv = {};
+  conv.x = reinterpret_cast<const void*>(x);
+  conv.weight = reinterpret_cast<const int8_t*>(weight);
+  conv.epilogue = {reinterpret_cast<const float*>(constants), reinterpret_cast<const void*>(residual),
+                   reinterpret_cast<void*>(out),              dtype_of(residual_dtype),
+                   dtype_of(out_dtype),                       residual_scale,
+                   lo};
+  conv.x_signed = x_signed;
+  conv.n = n, conv.h = h, conv.w = w, conv.c = c, conv.k = k, conv.r = r, conv.s = s;
+  conv.stride_h = stride_h, conv.stride_w = stride_w, conv.pad_h = pad_h, conv.pad_w = pad_w;
+  conv.dil_h = dil_h, conv.dil_w = dil_w, conv.groups = groups;
+  check_sizes(conv);
+  return conv;
+}
+
+bool empty(const cuda::Conv2d& c) { return c.n == 0 || c.h <= 0 || c.w <= 0 || c.p() <= 0 || c.q() <= 0; }
+
+py::dict as_dict(const cuda::Launch& launch) {
+  py::dict d;
+  d["kernel"] = launch.kernel;
+  d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
+  d["block"] = launch.block;
+  d["params"] = py::bytes(launch.params.data(), launch.params.size());
+  return d;
+}
+
+// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d.
+template <typename... Args>
+void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*make)(Args...)) {
+  m.def(
+      name,
+      [make](int device, uintptr_t stream, int multiprocessors, Args... args) {
+        const cuda::Conv2d conv = make(args...);
+        if (!empty(conv)) cuda::run(cuda::plan_conv2d_int8(conv, multiprocessors), device, reinterpret_cast<void*>(stream));
+      },
+      doc, py::call_guard<py::gil_scoped_release>());
+  m.def((std::string("plan_") + name).c_str(),
+        [make](int multiprocessors, Args... args) { return as_dict(cuda::plan_conv2d_int8(make(args...), multiprocessors)); },
+        "The kernel, grid, block and parameter bytes that the call would launch with. Touches no device.");
+}
+
+cuda::Conv2d make_linear(uintptr_t x, bool x_signed, int m, int c, uintptr_t weight, int k, uintptr_t constants,
+                         uintptr_t residual, int residual_dtype, float residual_scale, float lo, uintptr_t out,
+                         int out_dtype) {
+  return make_conv(x, x_signed, m, 1, 1, c, weight, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, constants, residual, residual_dtype,
+                   residual_scale, lo, out, out_dtype);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "int8 CUDA kernels on raw device pointers; see cnncomp.ops.cuda.";
+  py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  define(m, "conv2d_int8",
+         "conv2d_int8(device, stream, multiprocessors, x, x_signed, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
+         "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype)",
+         &make_conv);
+  define(m, "linear_int8",
+         "linear_int8(device, stream, multiprocessors, x, x_signed, m, c, weight, k, constants, residual, residual_dtype, "
+         "residual_scale, lo, out, out_dtype)",
+         &make_linear);
+  m.def("supports", &cuda::supports, "Whether this build holds machine code for the device.");
+  m.def("device_count", &cuda::device_count, "CUDA devices; 0 without a driver.");
+  m.def("device_info", [](int device) {
+    const cuda::DeviceInfo info = cuda::device_info(device);
+    py::dict d;
+    d["name"] = info.name;
+    d["capability"] = py::make_tuple(info.major, info.minor);
+    d["multiprocessors"] = info.multiprocessors;
+    return d;
+  });
+}

@@ -1,0 +1,149 @@
+// The one epilogue (docs/design.md, "Numbers") for kVec neighbouring output channels of one pixel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/launch.h"
+
+namespace cnncomp::cuda {
+
+struct EpilogueParams {
+  Epilogue e;
+  int32_t k;        // output channels of all groups: the row length of out and residual
+  int32_t limit;    // output channels of one group of the grid
+  int32_t vectors;  // 1: channels come in whole aligned vectors, so no element has to be looked at alone
+};
+
+// Parameters for a kernel whose grid has `limit` channels a group and whose threads hold `vec` neighbouring ones.
+inline EpilogueParams epilogue_params(const Conv2d& conv, int32_t limit, int vec) {
+  const Epilogue& e = conv.epilogue;
+  auto fits = [&](const void* p, DType type) { return aligned(p, type == DType::kFloat32 ? 16 : vec); };
+  const bool vectors = vec >= 4 && limit % vec == 0 && aligned(e.constants, 16) &&
+                       fits(e.out, e.out_dtype) && fits(e.residual, e.residual_dtype);
+  return {e, conv.k, limit, vectors ? 1 : 0};
+}
+
+template <int kVec>
+struct ChannelConstants {
+  float scale[kVec], bias[kVec], hi[kVec];
+};
+
+// What kBytes neighbouring bytes are moved as.
+template <int kBytes>
+struct Word {
+  using type = uint8_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+
+// Loads kVec floats from a row of constants or a float residual; whole vectors are 16-byte aligned.
+template <int kVec>
+__device__ __forceinline__ void load_floats(float (&out)[kVec], const float* src, int real) {
+  if (kVec % 4 == 0 && real == kVec) {
+#pragma unroll
+    for (int i = 0; i + 3 < kVec; i += 4) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(src + i));
+      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) out[i] = i < -real ? __ldg(src + i) : 0.0f;
+  }
+}
+
+// How many of kVec channels from `channel` of a group exist: kVec if they may be moved as vectors, else minus their number.
+template <int kVec>
+__device__ __forceinline__ int real_channels(const EpilogueParams& p, int channel) {
+  const int left = min(max(p.limit - channel, 0), kVec);
+  return p.vectors && left == kVec ? kVec : -left;
+}
+
+template <int kVec>
+__device__ __forceinline__ ChannelConstants<kVec> load_constants(const EpilogueParams& p, int group, int channel) {
+  ChannelConstants<kVec> c;
+  const int real = real_channels<kVec>(p, channel);
+  const float* row = p.e.constants + group * p.limit + channel;
+  load_floats(c.scale, row, real);
+  load_floats(c.bias, row + p.k, real);
+  load_floats(c.hi, row + 2 * static_cast<int64_t>(p.k), real);
+  return c;
+}
+
+template <int kVec>
+__device__ __forceinline__ void load_residual(float (&out)[kVec], const Epilogue& e, int64_t offset, int real) {
+  if (e.residual_dtype == DType::kFloat32) return load_floats(out, static_cast<const float*>(e.residual) + offset, real);
+  const uint8_t* src = static_cast<const uint8_t*>(e.residual) + offset;
+  const int flip = e.residual_dtype == DType::kInt8 ? 0x80 : 0;  // s8 = (byte ^ 0x80) - 0x80
+  alignas(kVec) uint8_t bytes[kVec] = {};
+  if (real == kVec) {
+    using W = typename Word<kVec>::type;
+    *reinterpret_cast<W*>(bytes) = __ldg(reinterpret_cast<const W*>(src));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < -real) bytes[i] = __ldg(src + i);
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) out[i] = __int2float_rn((bytes[i] ^ flip) - flip);
+}
+
+template <int kVec>
+__device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
+  if (e.out_dtype == DType::kFloat32) {
+    float* dst = static_cast<float*>(e.out) + offset;
+    if (real == kVec) {
+#pragma unroll
+      for (int i = 0; i + 3 < kVec; i += 4)
+        *reinterpret_cast<float4*>(dst + i) = make_float4(t[i], t[i + 1], t[i + 2], t[i + 3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i)
+        if (i < -real) dst[i] = t[i];
+    }
+    return;
+  }
+  uint8_t* dst = static_cast<uint8_t*>(e.out) + offset;
+  alignas(kVec) uint8_t bytes[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) bytes[i] = static_cast<uint8_t>(__float2int_rn(t[i]));  // half to even; in range already
+  if (real == kVec) {
+    using W = typename Word<kVec>::type;
+    *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(bytes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < -real) dst[i] = bytes[i];
+  }
+}
+
+// Scales, clamps, rounds and stores `acc`, channels `channel`... of `group` at output pixel `pixel`.
+// Comparisons instead of fminf and fmaxf: NaN stays NaN, as in torch.
+template <int kVec>
+__device__ __forceinline__ void finish(const int32_t (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                       int64_t pixel, int group, int channel) {
+  const int real = real_channels<kVec>(p, channel);
+  if (real == 0) return;
+  const int64_t offset = pixel * p.k + group * p.limit + channel;
+  float t[kVec], residual[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(__int2float_rn(acc[i]), c.scale[i]), c.bias[i]);
+  if (p.e.residual != nullptr) {
+    load_residual(residual, p.e, offset, real);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(t[i], __fmul_rn(residual[i], p.e.residual_scale));
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    t[i] = t[i] < p.e.lo ? p.e.lo : t[i];
+    t[i] = t[i] > c.hi[i] ? c.hi[i] : t[i];
+  }
+  store(t, p.e, offset, real);
+}
+
+}  // namespace cnncomp::cuda

@@ -1,0 +1,90 @@
+// The int8 kernels as the host sees them: plain C++, no CUDA headers, raw device pointers.
+//
+// A call is planned first (which kernel, grid, parameters: no device is touched) and launched then. Launching allocates
+// nothing and never synchronises, so it may be captured into a CUDA graph.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace cnncomp::cuda {
+
+enum class DType : int32_t { kUint8 = 0, kInt8 = 1, kFloat32 = 2 };
+
+// The one epilogue of docs/design.md. residual may be null; it is laid out like out.
+struct Epilogue {
+  const float* constants;  // (3, k): scale, bias, hi
+  const void* residual;
+  void* out;
+  DType residual_dtype;
+  DType out_dtype;
+  float residual_scale;
+  float lo;
+};
+
+// A convolution of NHWC images with weights (k, r, s, c / groups). A linear layer is one with 1 x 1 images.
+struct Conv2d {
+  const void* x;
+  const int8_t* weight;
+  Epilogue epilogue;
+  bool x_signed;
+  int32_t n, h, w, c, k, r, s;
+  int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t groups;
+
+  int32_t p() const { return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1; }
+  int32_t q() const { return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1; }
+  bool pointwise() const {
+    return r == 1 && s == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0 && groups == 1;
+  }
+};
+
+// A kernel and all that its launch needs. Every kernel takes one struct by value: `params`.
+struct Launch {
+  std::string kernel;
+  const void* function = nullptr;
+  uint32_t grid[3] = {1, 1, 1};
+  uint32_t block = 0;
+  std::vector<char> params;
+
+  template <typename Params>
+  void set_params(const Params& value) {
+    static_assert(std::is_trivially_copyable_v<Params>, "kernel parameters are copied as bytes");
+    params.resize(sizeof(Params));
+    std::memcpy(params.data(), &value, sizeof(Params));
+  }
+};
+
+// A CUDA call that failed; the text names the kernel, its launch and CUDA's own reason.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct DeviceInfo {
+  std::string name;
+  int major, minor, multiprocessors;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Picks kernel and tile; `multiprocessors` of the device decide how large a tile still fills it.
+// Throws std::invalid_argument for sizes beyond the grid's limits.
+Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors);
+Launch plan_gemm_int8(const Conv2d& conv, int multiprocessors);
+Launch plan_depthwise_int8(const Conv2d& conv);
+
+// Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
+void run(const Launch& launch, int device, void* stream);
+
+// Whether this build holds machine code for the device.
+bool supports(int device);
+
+int device_count();
+DeviceInfo device_info(int device);
+
+}  // namespace cnncomp::cuda

@@ -1,0 +1,97 @@
+"""int8 linear: ``out = epilogue(x @ weight.T)``, u8 or s8 activations and s8 weights on the tensor cores."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cnncomp.kernels.epilogue import flip_sign_bit, store_epilogue
+from cnncomp.kernels.launch import Tile, cdiv, choose_tile, device_guard
+
+
+@triton.jit
+def gemm_int8_kernel(
+    x_ptr,
+    weight_ptr,
+    constants_ptr,
+    residual_ptr,
+    out_ptr,
+    residual_scale,
+    lo,
+    m,
+    c,
+    k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x (m, c), weight (k, c), out and residual (m, k), all row-major; one program a tile of the output."""
+    UNSIGNED: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    row = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    kk = tl.arange(0, BLOCK_K)
+    x_base = x_ptr + row.to(tl.int64)[:, None] * c + kk[None, :]
+    weight_base = weight_ptr + channel.to(tl.int64)[None, :] * c + kk[:, None]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    weight_sum = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.int32)
+    for k0 in range(0, c, BLOCK_K):
+        real = k0 + kk < c
+        a = tl.load(x_base + k0, mask=(row < m)[:, None] & real[None, :], other=0)
+        b = tl.load(weight_base + k0, mask=(channel < k)[None, :] & real[:, None], other=0)
+        if UNSIGNED:
+            a = flip_sign_bit(a)
+            weight_sum += b.to(tl.int32)
+        acc = tl.dot(a, b, acc=acc, out_dtype=tl.int32)
+    if UNSIGNED:
+        acc += 128 * tl.sum(weight_sum, axis=0)[None, :]
+
+    offset = row.to(tl.int64)[:, None] * k + channel[None, :]
+    mask = (row < m)[:, None] & (channel < k)[None, :]
+    store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """int8 linear with the fused epilogue. No synchronisation; allocates only the output.
+
+    Args:
+        x: (..., C) uint8 or int8.
+        weight: (K, C) int8.
+        constants: (3, K) float32: scale, bias, hi.
+        residual: Shape of the output, uint8, int8 or float32; or None.
+        residual_scale: Factor of the residual.
+        lo: Lower clamp.
+        out_dtype: uint8, int8, float32, float16 or bfloat16.
+        tile: Overrides the rule that picks one.
+
+    Returns:
+        (..., K) of ``out_dtype``, contiguous.
+    """
+    c, k = x.shape[-1], weight.shape[0]
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty((*x.shape[:-1], k), dtype=out_dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    m = out.numel() // k
+    residual = None if residual is None else residual.contiguous()
+    tile = tile or choose_tile(m, k)
+    grid = (cdiv(m, tile.block_m) * cdiv(k, tile.block_n),)
+    with device_guard(x):
+        gemm_int8_kernel[grid](
+            x, weight, constants.contiguous(), residual, out, residual_scale, lo, m, c, k,
+            **tile.meta(), **tile.options(),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,129 @@
+"""Compiles the CUDA kernels to PTX or machine code with nvcc, and runs planned launches in the emulator."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.ptx import GlobalMemory, Result, emulate, entry_names
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "cuda_tests"
+NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
+KERNELS = ("conv2d_int8", "gemm_int8", "depthwise_int8")
+DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+
+
+@cache
+def _digest() -> str:
+    """Of all sources, the flags and the compiler: what a compiled file in the cache depends on."""
+    assert NVCC
+    h = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
+    h.update(" ".join(FLAGS).encode())
+    for path in sorted(SOURCES.iterdir()):
+        h.update(path.name.encode() + path.read_bytes())
+    return h.hexdigest()[:16]
+
+
+def compiled(kernel: str, arch: str, kind: str) -> tuple[Path, str]:
+    """Compile csrc/cuda/<kernel>.cu for sm_<arch>, or take it from the cache.
+
+    Args:
+        kernel: File name without suffix.
+        arch: "75", "90a", ...
+        kind: "ptx" or "cubin".
+
+    Returns:
+        The file, and what ptxas said of registers and spills (nothing for "ptx").
+    """
+    assert NVCC
+    CACHE.mkdir(parents=True, exist_ok=True)
+    out = CACHE / f"{kernel}.sm_{arch}.{_digest()}.{kind}"
+    log = out.with_suffix(f".{kind}.log")
+    if not log.exists():
+        partial = out.with_suffix(".partial")
+        command = [
+            NVCC,
+            *FLAGS,
+            f"-arch=sm_{arch}",
+            f"-{kind}",
+            "-Xptxas=-v",
+            str(SOURCES / f"{kernel}.cu"),
+            "-o",
+            str(partial),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+        partial.rename(out)
+        log.write_text(result.stderr)
+    return out, log.read_text()
+
+
+@cache
+def ptx_of(kernel: str, arch: str) -> str:
+    return compiled(kernel, arch, "ptx")[0].read_text()
+
+
+def entry_of(launch: str, ptx: str) -> str:
+    """The mangled kernel of a launch's name: the same numbers, and the same flags for signed and byte loads."""
+    numbers = re.findall(r"(?<=[_x])\d+(?=[_x])", launch.split("int8")[1])
+    flags = ["1" if "_s8" in launch else "0"]
+    if launch.startswith("conv2d"):
+        flags.append("1" if launch.endswith("_bytes") else "0")
+    found = [
+        name
+        for name in entry_names(ptx)
+        if re.findall(r"Li(\d+)E", name) == numbers and re.findall(r"Lb([01])E", name) == flags
+    ]
+    assert len(found) == 1, (launch, found)
+    return found[0]
+
+
+def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str | None = None) -> Result:
+    """Run in the emulator what the extension module would launch."""
+    ptx = ptx or ptx_of(plan["kernel"].split("_int8")[0] + "_int8", arch)
+    return emulate(ptx, entry_of(plan["kernel"], ptx), plan["grid"], plan["block"], [plan["params"]], memory)
+
+
+def nhwc(x: Tensor) -> np.ndarray:
+    return x.permute(0, 2, 3, 1).contiguous().numpy() if x.dim() == 4 else x.contiguous().numpy()
+
+
+class Case:
+    """Tensors of one convolution (x 4-D) or linear layer (x 2-D) on the emulated device."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: tuple[int, ...],
+        out_dtype: torch.dtype, misalign: int = 0,
+    ) -> None:  # fmt: skip
+        self.memory = GlobalMemory(1 << 22)
+        put = self.memory.allocate
+        self.x = put(nhwc(x), misalign)
+        self.weight = put(nhwc(weight))
+        self.constants = put(constants.numpy())
+        self.residual = 0 if residual is None else put(nhwc(residual))
+        self.residual_dtype = 0 if residual is None else DTYPE_CODE[residual.dtype]
+        self.image = nhwc(torch.zeros(shape, dtype=out_dtype))
+        self.out = put(self.image)
+        self.out_dtype = out_dtype
+
+    def epilogue(self, residual_scale: float, lo: float) -> tuple[Any, ...]:
+        """The trailing arguments of the extension module's functions."""
+        code = DTYPE_CODE[self.out_dtype]
+        return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
+
+    def output(self) -> Tensor:
+        out = torch.from_numpy(self.memory.fetch(self.out, self.image))
+        return out.permute(0, 3, 1, 2) if out.dim() == 4 else out

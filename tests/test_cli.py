@@ -1,0 +1,229 @@
+"""The command line: what it writes is what the Python functions give, and errors are one line with exit code 2."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+import cnncomp
+from cnncomp import cli, doctor
+from cnncomp.errors import ArgumentError, CnncompError
+
+image_module = pytest.importorskip("PIL.Image")
+
+MODULE = """
+import torch
+from torch import nn
+
+number = 3
+
+def build():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
+    )
+"""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def trained() -> nn.Sequential:
+    """The network of MODULE with weights of its own."""
+    namespace: dict[str, object] = {}
+    exec(MODULE, namespace)
+    network = namespace["build"]()  # type: ignore[operator]
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(1.5).add_(0.01)
+    return network.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the module tinynet, its weights and twelve images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "tinynet", raising=False)
+    (tmp_path / "tinynet.py").write_text(MODULE)
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        pixels = torch.randint(0, 256, (20 + i, 24, 3), dtype=torch.uint8)
+        image_module.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i:02}.png")
+    return tmp_path
+
+
+NETWORK = ("--model", "tinynet:build", "--weights", "weights.pt", "--size", 16)
+
+
+def pictures() -> Tensor:
+    return cli.read_images(Path("images"), 16)
+
+
+def test_version_and_entry_point() -> None:
+    assert run("--version").output == f"cnncomp {cnncomp.__version__}\n"
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="cnncomp")
+    assert entry.load() is cli.main
+
+
+@pytest.mark.parametrize("command", ["compress", "convert", "profile", "demo", "doctor"])
+def test_help_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: cnncomp {command}" in " ".join(result.output.split())
+    assert command in run("--help").output
+
+
+def test_compress_is_the_python_function(folder: Path) -> None:
+    result = run("compress", *NETWORK, "--images", "images", "--out", "a.cnncomp", "--no-measure", "--exclude", "0")
+    assert result.exit_code == 0, result.output
+    x = pictures()
+    calibration, held_out = cli.split(x)
+    recipe = cnncomp.Recipe(exclude=("0",))
+    expected = cnncomp.compress(trained(), list(calibration.split(8)), recipe, example_inputs=x[:1], measure=False)
+    loaded = cnncomp.load("a.cnncomp")
+    assert torch.equal(loaded(x), expected(x))
+    assert {name: p.kernel for name, p in loaded.plan.layers.items()} == {
+        "0": "dense.nchw", "3": "conv2d_int8", "7": "linear_int8",
+    }  # fmt: skip
+    same = int((loaded(held_out).argmax(1) == trained()(held_out).argmax(1)).sum())
+    assert len(held_out) == 2 and f"same class as full precision on {same} of 2 images" in result.output
+    assert f"{(folder / 'a.cnncomp').stat().st_size / 1e6:.2f} MB in a.cnncomp" in result.output
+
+
+def test_compress_prunes_and_leaves_precision(folder: Path) -> None:
+    arguments = ("--images", "images", "--out", "a.cnncomp", "--no-measure", "--sparsity", 0.75, "--no-int8")
+    result = run("compress", *NETWORK, *arguments)
+    assert result.exit_code == 0, result.output
+    kernels = [p.kernel for p in cnncomp.load("a.cnncomp").plan.layers.values()]
+    assert kernels == ["dense.nchw", "conv2d_sparse", "dense.linear"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".ckpt"])
+def test_convert_keeps_the_zeros_that_are_there(folder: Path, suffix: str) -> None:
+    network = cnncomp.remove_masks(cnncomp.prune(trained(), sparsity=0.9, scope="layer", include_first_last=True))
+    path = folder / f"pruned{suffix}"
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(network.state_dict(), path)
+    else:
+        torch.save(
+            {"state_dict": network.state_dict(), "epoch": 3} if suffix == ".ckpt" else network.state_dict(), path
+        )
+    arguments = ("--model", "tinynet:build", "--weights", path, "--size", 16, "--out", "b.cnncomp", "--no-measure")
+    result = run("convert", *arguments, "--images", "images")
+    assert result.exit_code == 0, result.output
+    assert "of 12 images" in result.output
+    loaded = cnncomp.load("b.cnncomp")
+    torch.testing.assert_close(loaded(pictures()), network(pictures()), rtol=1e-4, atol=1e-5)
+    assert {p.kernel for p in loaded.plan.layers.values()} == {"conv2d_sparse", "linear_sparse"}
+    assert run("convert", *arguments).exit_code == 0  # without images
+
+
+def test_convert_measures(folder: Path) -> None:
+    result = run("convert", *NETWORK, "--out", "c.cnncomp", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    plan = cnncomp.load("c.cnncomp").plan
+    assert plan.measured and all(ms > 0 for ms in plan.layers["0"].ms.values())
+
+
+def test_profile_writes_json_and_csv(folder: Path) -> None:
+    run("convert", *NETWORK, "--out", "c.cnncomp", "--no-measure")
+    result = run("profile", "c.cnncomp", "--json", "p.json", "--csv", "p.csv")
+    assert result.exit_code == 0, result.output
+    layers = json.loads(Path("p.json").read_text())["layers"]
+    assert [(row["name"], row["shape"]) for row in layers] == [("0", "1×3×16×16"), ("3", "1×16×8×8"), ("7", "1×32")]
+    rows = list(csv.DictReader(Path("p.csv").read_text().splitlines()))
+    assert [row["kernel"] for row in rows] == [row["kernel"] for row in layers]
+    assert run("profile", "c.cnncomp", "--shape", "2,3,12,10", "--json", "q.json").exit_code == 0
+    assert json.loads(Path("q.json").read_text())["layers"][0]["shape"] == "2×3×12×10"
+
+
+@pytest.mark.parametrize("shape", ["", "1,3,a,4", "1,0,4,4", "1,3,4,"])
+def test_bad_shape(shape: str) -> None:
+    with pytest.raises(ArgumentError, match="--shape"):
+        cli.parse_shape(shape)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("profile", "nosuch.cnncomp"), "nosuch.cnncomp"),
+        (("profile", "tinynet.py"), "not a file that cnncomp.save wrote"),
+        (("convert", "--model", "tinynet", "--out", "x"), "MODULE:FUNCTION"),
+        (("convert", "--model", "nosuchmodule:build", "--out", "x"), "nosuchmodule"),
+        (("convert", "--model", "tinynet:nosuch", "--out", "x"), "nosuch"),
+        (("convert", "--model", "tinynet:number", "--out", "x"), "torch.nn.Module"),
+        (("convert", "--model", "torch.nn:Identity", "--weights", "weights.pt", "--out", "x"), "--weights"),
+        (("convert", "--model", "tinynet:build", "--weights", "tinynet.py", "--out", "x"), "can't be read as weights"),
+        (("convert", "--model", "tinynet:build", "--weights", "nosuch.pt", "--out", "x"), "nosuch.pt"),
+        (("convert", *NETWORK, "--device", "toaster", "--out", "x"), "device"),
+        (("compress", *NETWORK, "--images", "nosuch", "--out", "x"), "folder"),
+        (("compress", *NETWORK, "--images", "images", "--out", "x", "--sparsity", 2), "sparsity"),
+        (("compress", *NETWORK, "--images", "images", "--out", "nosuch/x", "--no-measure"), "nosuch"),
+        (("demo", "--only", "nosuch"), "mobilenet"),
+    ],
+)
+def test_errors_are_one_line(folder: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output and "Error: " in result.output and "Traceback" not in result.output
+    debug = run(*arguments, "--debug")
+    assert isinstance(debug.exception, (CnncompError, OSError))
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("owned"),)
+
+
+def test_weights_run_no_code(folder: Path) -> None:
+    torch.save({"state_dict": Malicious()}, "evil.pt")
+    result = run("convert", "--model", "tinynet:build", "--weights", "evil.pt", "--out", "x")
+    assert result.exit_code == 2 and "can't be read as weights" in result.output
+    assert not Path("owned").exists()
+
+
+def test_every_fifth_image_is_held_out_of_ten() -> None:
+    few = torch.arange(9).view(9, 1)
+    assert all(torch.equal(part, few) for part in cli.split(few))
+    calibration, held_out = cli.split(torch.arange(23).view(23, 1))
+    assert held_out.flatten().tolist() == [4, 9, 14, 19]
+    assert sorted([*calibration.flatten().tolist(), *held_out.flatten().tolist()]) == list(range(23))
+
+
+def test_doctor_finds_that_every_kernel_works() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.output.splitlines()]
+    for kernel in doctor.CHECKS:
+        assert [f"{kernel},", "cpu", "works"] in lines
+    assert torch.__version__ in result.output
+
+
+def test_doctor_sees_a_broken_kernel_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    def fails(device: torch.device) -> bool:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    monkeypatch.setitem(doctor.CHECKS, "linear_int8", fails)
+    monkeypatch.setattr(cnncomp.nn.QuantConv2d, "forward", lambda self, x: torch.zeros(1))
+    result = run("doctor")
+    text = " ".join(result.output.split())
+    assert result.exit_code == 0
+    assert "conv2d_int8, cpu gives wrong results" in text
+    assert "linear_int8, cpu does not run: RuntimeError: no such instruction" in text
+    assert "pip install --no-deps foolbox==3.3.4" in text

@@ -1,0 +1,385 @@
+"""The int8 CPU kernels, called directly, under every instruction set that this machine has: bit for bit the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cnncomp.ops  # noqa: F401  (gives the kernels torch's threads)
+from cnncomp import _cpu
+from cnncomp.ops._openmp import attach
+
+U8, S8, F32 = torch.uint8, torch.int8, torch.float32
+CODE = {U8: 0, S8: 1, F32: 2}
+PROT_NONE = 0
+RANGE = {U8: (0.0, 255.0), S8: (-128.0, 127.0), F32: (-3.0, 6.0)}
+
+
+@pytest.fixture(params=_cpu.isa_available())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _cpu.isa()
+    _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa(before)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One call of the kernel. ``residual`` and ``out`` are dtypes."""
+
+    c: int
+    k: int
+    n: int = 1
+    h: int = 1
+    w: int = 1
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int] = (0, 0)
+    dil: tuple[int, int] = (1, 1)
+    groups: int = 1
+    x: torch.dtype = U8
+    residual: torch.dtype | None = None
+    out: torch.dtype = U8
+    threads: int = 1
+
+    @property
+    def depthwise(self) -> bool:
+        return 1 < self.groups == self.c == self.k
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        size = [
+            (s + 2 * p - d * (r - 1) - 1) // t + 1
+            for s, p, d, r, t in zip((self.h, self.w), self.pad, self.dil, self.kernel, self.stride, strict=True)
+        ]
+        return self.n, self.k, size[0], size[1]
+
+
+@dataclass
+class Operands:
+    x: Tensor  # (n, c, h, w)
+    weight: Tensor  # (k, c / groups, r, s)
+    constants: Tensor  # (3, k)
+    residual: Tensor | None  # (n, k, p, q)
+    residual_scale: float
+    lo: float
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if dtype == F32:
+        return torch.randn(shape)
+    return torch.randint(0, 256, shape, dtype=U8) if dtype == U8 else torch.randint(-128, 128, shape, dtype=S8)
+
+
+def random_operands(conv: Conv) -> Operands:
+    taps = conv.c // conv.groups * math.prod(conv.kernel)
+    lo, hi = RANGE[conv.out]
+    # Most outputs inside the range, and enough of them at half-way points and beyond both ends.
+    scale = (0.25 + torch.rand(conv.k)) * (hi - lo) / (180 * 73 * math.sqrt(taps))
+    bias = (torch.rand(conv.k) - 0.2) * (hi - lo) / 2
+    bias[::3] = bias[::3].round() + 0.5
+    scale[::5] = 0.0
+    constants = torch.stack([scale, bias, torch.full((conv.k,), hi)])
+    constants[2, ::4] -= 0.25 * (hi - lo)
+    residual = None if conv.residual is None else random_tensor(conv.out_shape, conv.residual)
+    weight = torch.randint(-127, 128, (conv.k, conv.c // conv.groups, *conv.kernel), dtype=S8)
+    return Operands(random_tensor((conv.n, conv.c, conv.h, conv.w), conv.x), weight, constants, residual, 0.37, lo)
+
+
+def reference(conv: Conv, o: Operands) -> Tensor:
+    """The convolution in float64, where it is exact, then the epilogue's steps one by one."""
+    acc = F.conv2d(o.x.double(), o.weight.double(), None, conv.stride, conv.pad, conv.dil, conv.groups)
+    scale, bias, hi = (row.reshape(1, -1, 1, 1) for row in o.constants)
+    t = acc.to(torch.int32).float() * scale
+    t = t + bias
+    if o.residual is not None:
+        t = t + o.residual.float() * torch.tensor(o.residual_scale)
+    t = torch.minimum(torch.maximum(t, torch.tensor(o.lo)), hi)
+    return t if conv.out == F32 else torch.round(t).to(conv.out)
+
+
+def pack(weight: Tensor, groups: int, depthwise: bool) -> Tensor:
+    """docs/design.md, "Packed weights", element by element of the definition."""
+    k, cg, r, s = weight.shape
+    if depthwise:
+        packed = torch.zeros(-(-k // 16) * 16, -(-r * s // 4) * 4, dtype=S8)
+        packed[:k, : r * s] = weight.reshape(k, r * s)
+        return packed.reshape(-1, 16, packed.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    kg, kb, cq = k // groups, -(-k // groups // 16), -(-cg // 4)
+    packed = torch.zeros(groups, kb * 16, cq * 4, r * s, dtype=S8)
+    packed[:, :kg, :cg] = weight.reshape(groups, kg, cg, r * s)
+    return packed.reshape(groups, kb, 16, cq, 4, r * s).permute(0, 1, 5, 3, 2, 4).contiguous()
+
+
+def nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class Guarded:
+    """Copies of tensors that end where a page ends that must not be touched."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[mmap.mmap, object]] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = x.numel() * x.element_size()
+        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+        buffer = (ctypes.c_char * len(memory)).from_buffer(memory)
+        end = ctypes.addressof(buffer) + pages
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, PROT_NONE) == 0
+        self.kept.append((memory, buffer))
+        if size == 0:
+            return x
+        copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).reshape(x.shape)
+        return copy.copy_(x)
+
+
+def run(conv: Conv, o: Operands) -> Tensor:
+    guarded = Guarded()
+    x, constants = guarded(nhwc(o.x)), guarded(o.constants)
+    weight = guarded(pack(o.weight, conv.groups, conv.depthwise))
+    residual = None if o.residual is None else guarded(nhwc(o.residual))
+    n, k, p, q = conv.out_shape
+    before = guarded(torch.full((n, p, q, k), 77, dtype=conv.out))
+    _cpu.conv2d_int8(
+        x.data_ptr(), conv.x == S8, conv.n, conv.h, conv.w, conv.c,
+        weight.data_ptr(), k, *conv.kernel, *conv.stride, *conv.pad, *conv.dil, conv.groups, conv.depthwise,
+        constants.data_ptr(),
+        0 if residual is None else residual.data_ptr(), CODE[conv.residual or U8], o.residual_scale, o.lo,
+        before.data_ptr(), CODE[conv.out], conv.threads,
+    )  # fmt: skip
+    return before.clone().permute(0, 3, 1, 2)
+
+
+def check(conv: Conv, operands: Operands | None = None) -> None:
+    o = operands or random_operands(conv)
+    got, expected = run(conv, o), reference(conv, o)
+    if not torch.equal(got, expected):
+        wrong = (got != expected).nonzero()
+        at = tuple(wrong[0].tolist())
+        pytest.fail(
+            f"{_cpu.isa()} {conv}: {len(wrong)} of {got.numel()} wrong, {at}: got {got[at]}, not {expected[at]}"
+        )
+
+
+# Around the register tiles (1 to 14 pixels, 1 to 4 blocks of 16 output channels) and the quads of input channels.
+PIXELS = (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 15, 29, 300)
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 31, 48, 64, 65, 80, 100, 145])
+def test_linear(isa: str, k: int) -> None:
+    for rows in PIXELS:
+        for c in (1, 4, 63):
+            check(Conv(c, k, n=rows, x=S8 if rows % 2 else U8))
+
+
+@pytest.mark.parametrize("x", [U8, S8])
+@pytest.mark.parametrize("c", [1, 2, 3, 4, 5, 16, 33])
+def test_conv(isa: str, c: int, x: torch.dtype) -> None:
+    for k, size in ((16, 7), (24, 14), (70, 9)):
+        conv = Conv(c, k, 2, size, size + 1, kernel=(3, 3), pad=(1, 1), x=x)
+        check(conv)
+        check(replace(conv, stride=(2, 2), n=1))
+        check(replace(conv, kernel=(1, 1), pad=(0, 0), stride=(3, 2)))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(3, 64, 1, 33, 31, (7, 7), (2, 2), (3, 3)),
+        Conv(8, 20, 2, 11, 9, (3, 3), (3, 3), (2, 2), (2, 2)),
+        Conv(6, 17, 1, 8, 13, (1, 5), (1, 2), (0, 4), (1, 3)),
+        Conv(5, 8, 3, 6, 6, (5, 2), (1, 1), (4, 1), (1, 2), x=S8),
+        Conv(4, 16, 1, 2, 2, (3, 3), (1, 1), (5, 5)),  # whole tiles of padding
+        Conv(12, 24, 2, 5, 5, (3, 3), (1, 1), (1, 1), groups=3),
+        Conv(15, 60, 1, 7, 7, (3, 3), (2, 1), (1, 0), groups=5, x=S8),
+        Conv(64, 64, 1, 6, 6, (3, 3), (1, 1), (1, 1), groups=32),
+        Conv(7, 14, 1, 4, 4, (3, 3), (1, 1), (1, 1), groups=7),  # one input channel, two outputs: not depthwise
+    ],
+)
+def test_geometry(isa: str, conv: Conv) -> None:
+    check(conv)
+    check(replace(conv, threads=2, residual=S8, out=S8))
+
+
+@pytest.mark.parametrize("x", [U8, S8])
+@pytest.mark.parametrize("c", [2, 15, 16, 17, 31, 32, 33, 48, 64, 65, 96, 129])
+def test_depthwise(isa: str, c: int, x: torch.dtype) -> None:
+    conv = Conv(c, c, 2, 6, 7, (3, 3), (1, 1), (1, 1), groups=c, x=x)
+    check(conv)
+    check(replace(conv, stride=(2, 2), out=S8, threads=2))
+    check(replace(conv, kernel=(5, 5), pad=(2, 2)))
+    check(replace(conv, kernel=(2, 1), pad=(0, 0), dil=(2, 1), stride=(3, 1)))
+    check(replace(conv, h=1, w=1, out=F32))
+    for residual in (U8, S8, F32):
+        check(replace(conv, residual=residual, out=F32 if residual == U8 else S8))
+
+
+@pytest.mark.parametrize("out", [U8, S8, F32])
+@pytest.mark.parametrize("residual", [None, U8, S8, F32])
+def test_epilogue(isa: str, residual: torch.dtype | None, out: torch.dtype) -> None:
+    for k in (3, 16, 37, 64):
+        check(Conv(8, k, 1, 5, 5, (3, 3), residual=residual, out=out))
+        check(Conv(9, k, 13, residual=residual, out=out, x=S8))
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("weight", [-128, -127, 127])
+@pytest.mark.parametrize(("dtype", "value"), [(U8, 255), (U8, 0), (S8, -128), (S8, 127)])
+def test_extremes(isa: str, dtype: torch.dtype, value: int, weight: int, groups: int) -> None:
+    """Nothing saturates on the way to 32 bits: the accumulator itself comes out, its low half and its high half."""
+    conv = Conv(32, 32, 1, 9, 9, (3, 3), pad=(1, 1), groups=groups, x=dtype, out=F32)
+    o = random_operands(conv)
+    o.x.fill_(value)
+    o.weight.fill_(weight)
+    o.constants[0], o.constants[1], o.constants[2], o.lo = 1.0, 0.0, math.inf, -math.inf
+    check(conv, o)
+
+
+@pytest.mark.parametrize("dtype", [U8, S8])
+def test_longest_reduction(isa: str, dtype: torch.dtype) -> None:
+    conv = Conv(66_311, 1, n=2, x=dtype, out=F32)
+    o = random_operands(conv)
+    o.x.fill_(255 if dtype == U8 else -128)
+    o.weight.fill_(127)
+    o.constants[:, 0], o.lo = torch.tensor([1.0, 0.0, math.inf]), -math.inf
+    check(conv, o)
+
+
+def test_nan_residual_stays_nan(isa: str) -> None:
+    conv = Conv(4, 20, 2, residual=F32, out=F32)
+    o = random_operands(conv)
+    assert o.residual is not None
+    o.residual[1, 18] = math.nan
+    got, expected = run(conv, o), reference(conv, o)
+    assert torch.isnan(got[1, 18]).item()
+    assert torch.equal(got.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+def test_empty_batch(isa: str) -> None:
+    for conv in (Conv(8, 16, 0), Conv(8, 8, 0, 4, 4, (3, 3), groups=8)):
+        check(conv)
+
+
+GEOMETRY = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2))  # r, stride, pad, dil
+
+
+@st.composite
+def convs(draw: st.DrawFn) -> Conv:
+    (r, sh, ph, dh), (s, sw, pw, dw) = draw(GEOMETRY), draw(GEOMETRY)
+    h = draw(st.integers(max(1, dh * (r - 1) + 1 - 2 * ph), 20))
+    w = draw(st.integers(max(1, dw * (s - 1) + 1 - 2 * pw), 20))
+    kind = draw(st.sampled_from(["dense", "grouped", "depthwise"]))
+    groups = 1 if kind == "dense" else draw(st.integers(2, 6 if kind == "grouped" else 80))
+    c, k = (groups, groups) if kind == "depthwise" else (groups * draw(st.integers(1, 40)) for _ in "ck")
+    dtypes = st.sampled_from([U8, S8, F32])
+    return Conv(
+        c, k, draw(st.integers(1, 3)), h, w, (r, s), (sh, sw), (ph, pw), (dh, dw), groups,
+        draw(st.sampled_from([U8, S8])), draw(st.none() | dtypes), draw(dtypes), draw(st.integers(1, 4)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _cpu.isa_available())
+@settings(max_examples=60)
+@given(conv=convs())
+def test_random_conv(name: str, conv: Conv) -> None:
+    before = _cpu.isa()
+    _cpu.set_isa(name)
+    try:
+        torch.manual_seed(1)
+        check(conv)
+    finally:
+        _cpu.set_isa(before)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(16, 40, 1, 30, 30, (3, 3), pad=(1, 1)),
+        Conv(64, 200, 3),
+        Conv(70, 70, 1, 17, 17, (3, 3), pad=(1, 1), groups=70),
+        Conv(24, 24, 1, 9, 9, (3, 3), pad=(1, 1), groups=2, x=S8),
+    ],
+)
+def test_threads(isa: str, conv: Conv) -> None:
+    """Any number of threads, inside one call and across calls, gives the same bits."""
+    o = random_operands(conv)
+    expected = reference(conv, o)
+    for threads in (-1, 0, 1, 2, 3, 7):
+        assert torch.equal(run(replace(conv, threads=threads), o), expected), threads
+    with ThreadPoolExecutor(3) as pool:
+        for got in pool.map(lambda t: run(replace(conv, threads=t), o), (1, 2, 1, 2, 1, 2)):
+            assert torch.equal(got, expected)
+
+
+def quantized(x: Tensor, channels_last: bool, dtype: torch.dtype, inv_scale: float, threads: int) -> Tensor:
+    guarded = Guarded()
+    n, c, h, w = x.shape
+    source = guarded(nhwc(x) if channels_last else x.contiguous())
+    out = guarded(torch.full((n, h, w, c), 77, dtype=dtype))
+    _cpu.quantize(source.data_ptr(), n, c, h, w, channels_last, out.data_ptr(), dtype == S8, inv_scale, threads)
+    return out.clone().permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [U8, S8])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 224, 224), (2, 1, 5, 5), (2, 2, 3, 7), (1, 3, 4, 4), (3, 4, 4, 5), (1, 5, 9, 9), (2, 64, 7, 7), (1, 71, 5, 3),
+     (5, 19, 1, 1), (0, 3, 4, 4), (1, 3000, 4, 5)],
+)  # fmt: skip
+def test_quantize(isa: str, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(shape) * 100
+    flat = x.view(-1)
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.25, 0.75, -0.25, -0.75, 1e30, -1e30, 63.75, 127.25, -0.0])
+    flat[: special.numel()] = special[: flat.numel()]
+    lo, hi = RANGE[dtype]
+    expected = torch.round(torch.nan_to_num(x * 2.0, nan=lo, posinf=hi, neginf=lo).clamp(lo, hi)).to(dtype)
+    for threads in (1, 2):
+        assert torch.equal(quantized(x, channels_last, dtype, 2.0, threads), expected)
+
+
+@pytest.mark.parametrize("dtype", [U8, S8])
+@pytest.mark.parametrize("c", [1, 3, 16, 31, 64, 65])
+def test_max_pool(isa: str, c: int, dtype: torch.dtype) -> None:
+    for h, w, kernel, stride, pad, dil in [
+        (14, 14, (3, 3), (2, 2), (1, 1), (1, 1)), (8, 9, (2, 2), (2, 2), (0, 0), (1, 1)), (9, 7, (3, 2), (1, 3), (1, 1), (2, 2))
+    ]:  # fmt: skip
+        x = random_tensor((2, c, h, w), dtype)
+        expected = F.max_pool2d(x.float(), kernel, stride, pad, dil).to(dtype)
+        guarded = Guarded()
+        source, out = guarded(nhwc(x)), guarded(torch.zeros_like(nhwc(expected)))
+        _cpu.max_pool2d_int8(
+            source.data_ptr(), dtype == S8, 2, h, w, c, *kernel, *stride, *pad, *dil, out.data_ptr(), 2
+        )
+        assert torch.equal(out.permute(0, 3, 1, 2), expected)
+
+
+def test_openmp_is_torchs() -> None:
+    assert attach()
+
+
+def test_isa_names() -> None:
+    assert _cpu.isa_available()[0] == "baseline"
+    assert _cpu.isa() == _cpu.isa_available()[-1]
+    with pytest.raises(ValueError, match="got 'sse9', expected one of baseline"):
+        _cpu.set_isa("sse9")
+
+
+def test_unknown_dtype_code() -> None:
+    x = torch.zeros(64, dtype=torch.int8)
+    p = x.data_ptr()
+    with pytest.raises(ValueError, match="dtype"):
+        _cpu.conv2d_int8(p, False, 1, 1, 1, 4, p, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, False, p, 0, 0, 1.0, 0.0, p, 3, 1)

@@ -1,0 +1,125 @@
+"""The GPU launch glue, cnncomp.ops.cuda, from torch tensors to the output, with the emulator in the place of the device."""
+
+from __future__ import annotations
+
+import ctypes
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cnncomp.errors import DeviceError
+from cnncomp.ops import cuda, reference
+from tests import cuda_emulated as emulated
+from tests.ptx import GlobalMemory
+
+_cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
+pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
+
+
+def host_bytes(pointer: int, size: int) -> np.ndarray:
+    """Memory of this process as an array."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+
+
+class EmulatedModule:
+    """Stands in for the extension module: takes host pointers, plans with the real one, runs in the emulator."""
+
+    def conv2d_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
+        names = (
+            "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual "
+            "residual_dtype residual_scale lo out out_dtype"
+        )
+        a = dict(zip(names.split(), arguments, strict=True))
+        p, q = (
+            (a[size] + 2 * a[f"pad_{i}"] - a[f"dil_{i}"] * (a[kernel] - 1) - 1) // a[f"stride_{i}"] + 1
+            for i, size, kernel in (("h", "h", "r"), ("w", "w", "s"))
+        )
+        weights = a["k"] * a["r"] * a["s"] * a["c"] // a["groups"]
+        self._run(
+            _cuda.plan_conv2d_int8, multiprocessors, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * p * q
+        )
+
+    def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
+        names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
+        a = dict(zip(names.split(), arguments, strict=True))
+        self._run(_cuda.plan_linear_int8, multiprocessors, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
+
+    def _run(self, plan: Any, multiprocessors: int, a: dict[str, Any], x: int, weights: int, pixels: int) -> None:
+        size_of = (1, 1, 4)
+        sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
+        if a["residual"]:
+            sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
+        memory = GlobalMemory(1 << 22)
+        host = {name: host_bytes(a[name], size) for name, size in sizes.items()}
+        placed = a | {name: memory.allocate(view) for name, view in host.items()}
+        emulated.run_planned(plan(multiprocessors, *placed.values()), "80", memory)
+        host["out"][:] = memory.fetch(placed["out"], host["out"])
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "backend", lambda device: "cuda")
+    monkeypatch.setattr(cuda, "_cuda", EmulatedModule())
+    monkeypatch.setattr(cuda, "_launch_arguments", lambda x: (0, 0, 108))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "groups, out_dtype, residual", [(1, torch.uint8, torch.int8), (16, torch.float32, torch.float32)]
+)
+def test_conv(layout, groups, out_dtype, residual):
+    """Every argument differs from its neighbours, so none can change places unnoticed."""
+    x = torch.randint(0, 256, (2, 16, 9, 11), dtype=torch.uint8).contiguous(memory_format=layout)
+    weight = torch.randint(-127, 128, (16, 16 // groups, 3, 2), dtype=torch.int8)
+    geometry = ((2, 1), (1, 0), (1, 2), groups)
+    constants = torch.stack([torch.rand(16) * 2e-3, torch.randn(16) * 20 + 60, torch.full((16,), 240.0)])
+    shape = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape
+    res = torch.randint(-128, 128, shape).to(residual).contiguous(memory_format=layout)
+    expected = reference.conv2d_int8(x, weight, constants, res, 0.25, 3.0, *geometry, out_dtype)
+    packed = weight.permute(0, 2, 3, 1).contiguous()
+    got = cuda.conv2d_int8(x, packed, constants, res, 0.25, 3.0, *geometry, out_dtype)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,)])
+def test_linear(shape):
+    x, weight = torch.randint(-128, 128, shape, dtype=torch.int8), torch.randint(-127, 128, (24, 48), dtype=torch.int8)
+    constants = torch.stack([torch.rand(24) * 1e-3, torch.randn(24) * 20, torch.full((24,), 100.0)])
+    args = (x, weight, constants, None, 0.0, -128.0, torch.int8)
+    got = cuda.linear_int8(*args)
+    assert got.shape == (*shape[:-1], 24)
+    flat = (x.reshape(-1, 48), *args[1:])
+    assert torch.equal(got.reshape(-1, 24), reference.linear_int8(*flat))
+
+
+def test_empty_batches():
+    constants = torch.zeros(3, 8)
+    x, weight = torch.zeros(0, 16, 4, 4, dtype=torch.uint8), torch.zeros(8, 1, 1, 16, dtype=torch.int8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_cuda", _cuda)  # the real one must not launch anything
+        out = cuda.conv2d_int8(x, weight, constants, None, 0.0, 0.0, (1, 1), (0, 0), (1, 1), 1, torch.uint8)
+        linear = cuda.linear_int8(
+            torch.zeros(0, 16, dtype=torch.uint8), weight.flatten(1), constants, None, 0.0, 0.0, torch.uint8
+        )
+    assert out.shape == (0, 8, 4, 4) and linear.shape == (0, 8) and prod(out.shape) == 0
+
+
+@pytest.mark.parametrize("supported, capability, expected", [(True, (7, 5), "cuda"), (False, (9, 0), "triton")])
+def test_backend(supported, capability, expected, monkeypatch):
+    assert choose_backend(monkeypatch, supported, capability) == expected
+
+
+def test_no_backend_is_an_error_that_names_the_device(monkeypatch):
+    with pytest.raises(DeviceError, match="cuda:3"):
+        choose_backend(monkeypatch, False, (7, 5))
+
+
+def choose_backend(monkeypatch: pytest.MonkeyPatch, supported: bool, capability: tuple[int, int]) -> str:
+    monkeypatch.undo()  # back to the real function
+    monkeypatch.setattr(cuda, "_cuda", type("Module", (), {"supports": staticmethod(lambda index: supported)}))
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return cuda.backend.__wrapped__(torch.device("cuda", 3))

@@ -1,0 +1,237 @@
+"""Every operator: registration (opcheck), agreement with its reference, typed errors, no silent gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cnncomp
+from cnncomp.errors import ArgumentError, DtypeError, InferenceOnlyError, OverflowRiskError
+from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, SparseConv2d, SparseLinear
+from cnncomp.ops import packing, reference
+from tests.helpers import make_quant_conv, random_8bit, reference_conv
+
+OPS = torch.ops.cnncomp
+DTYPES = (torch.uint8, torch.int8)
+
+
+def _conv_args(
+    dtype: torch.dtype, groups: int = 1, residual: torch.dtype | None = None, out: torch.dtype = torch.uint8
+):
+    g = Geometry(8 * groups, 12 * groups, (3, 3), (2, 1), (1, 1), (1, 1), groups)
+    spec = None if out == torch.float32 else QuantSpec(0.05, out)
+    layer = make_quant_conv(g, dtype, spec, Clamp(0.0))
+    x = random_8bit((2, g.in_channels, 9, 7), dtype).contiguous(memory_format=torch.channels_last)
+    shape = (2, g.out_channels, 5, 7)
+    res = None
+    if residual is not None:
+        res = torch.randn(shape) if residual == torch.float32 else random_8bit(shape, residual)
+    return (
+        x, layer.weight, layer.constants, res, layer.residual_scale, layer.lo,
+        g.kernel_size, g.stride, g.padding, g.dilation, g.groups, out,
+    )  # fmt: skip
+
+
+def _sparse_args(groups: int = 1):
+    weight = torch.randn(6 * groups, 5, 3, 3) * (torch.rand(6 * groups, 5, 3, 3) > 0.8)
+    packed = packing.pack_sparse(weight, groups, block=2)
+    bias = torch.randn(6 * groups)
+    x = torch.randn(2, 5 * groups, 8, 9)
+    return (x, *packed, bias, None, 0.0, 6.0, 6 * groups, (3, 3), (1, 2), (1, 0), (1, 1), groups)
+
+
+def _linear_sparse_args():
+    packed = packing.pack_sparse((torch.randn(7, 33) * (torch.rand(7, 33) > 0.7)).reshape(7, 33, 1, 1))
+    return (torch.randn(3, 33), *packed, None, torch.randn(3, 7), -1.0, 1.0, 7)
+
+
+def _linear_args():
+    weight, scale = torch.randint(-127, 128, (9, 20), dtype=torch.int8), torch.rand(9) * 0.01 + 1e-3
+    layer = QuantLinear(weight, scale, torch.randn(9), QuantSpec(0.1, torch.int8))
+    return (random_8bit((4, 20), torch.int8), layer.weight, layer.constants, None, 1.0, layer.lo, torch.float32)
+
+
+CASES = {
+    "quantize-4d": ("quantize", lambda: (torch.randn(2, 5, 4, 3), 12.5, torch.int8)),
+    "quantize-2d": ("quantize", lambda: (torch.randn(7, 5), 12.5, torch.uint8)),
+    "conv-u8": ("conv2d_int8", lambda: _conv_args(torch.uint8)),
+    "conv-s8-groups-residual": ("conv2d_int8", lambda: _conv_args(torch.int8, 2, torch.uint8, torch.int8)),
+    "conv-f32": ("conv2d_int8", lambda: _conv_args(torch.uint8, 1, torch.float32, torch.float32)),
+    "linear-int8": ("linear_int8", _linear_args),
+    "conv-sparse": ("conv2d_sparse", _sparse_args),
+    "conv-sparse-groups": ("conv2d_sparse", lambda: _sparse_args(3)),
+    "linear-sparse": ("linear_sparse", _linear_sparse_args),
+    "max-pool": ("max_pool2d_int8", lambda: (random_8bit((2, 6, 9, 8), torch.uint8), (3, 3), (2, 2), (1, 1), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str) -> None:
+    name, args = CASES[case]
+    torch.library.opcheck(getattr(OPS, name).default, args())
+
+
+@given(
+    n=st.integers(0, 3),
+    c=st.integers(1, 40),
+    k=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 1, 2, 3, "depthwise"]),
+    dtype=st.sampled_from(DTYPES),
+    out=st.sampled_from([torch.uint8, torch.int8, torch.float32]),
+    residual=st.sampled_from([None, torch.uint8, torch.int8, torch.float32]),
+    layout=st.sampled_from(["contiguous", "channels_last", "strided"]),
+    seed=st.integers(0, 1000),
+)
+def test_conv2d_int8_is_bit_equal_to_the_reference(
+    n, c, k, size, kernel, stride, dilation, groups, dtype, out, residual, layout, seed
+) -> None:
+    torch.manual_seed(seed)
+    if groups == "depthwise":
+        groups = k = c
+    else:
+        c, k = c * groups, k * groups
+    padding = tuple(d // 2 for d in kernel)
+    extent = [(kernel[i] - 1) * dilation + 1 for i in (0, 1)]
+    size = tuple(max(size[i], extent[i] - 2 * padding[i]) for i in (0, 1))
+    g = Geometry(c, k, kernel, stride, padding, (dilation, dilation), groups)
+    spec = None if out == torch.float32 else QuantSpec(0.03, out)
+    layer = make_quant_conv(g, dtype, spec, Clamp(0.0, 6.0), residual_scale=0.07)
+    x = random_8bit((n, c, *size), dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = random_8bit((n, c, size[0] + 1, size[1] * 2), dtype)[:, :, 1:, ::2]
+    shape = layer(x).shape
+    res = None
+    if residual is not None:
+        res = torch.randn(shape) if residual == torch.float32 else random_8bit(shape, residual)
+    assert torch.equal(layer(x, res), reference_conv(layer, x, res))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", [127, -127])
+def test_int8_extremes_do_not_saturate(dtype: torch.dtype, weight: int) -> None:
+    """All products at their largest: any 16-bit intermediate sum that saturates would show."""
+    g = Geometry(64, 17, (3, 3), (1, 1), (1, 1))
+    q = torch.full((17, 64, 3, 3), weight, dtype=torch.int8)
+    layer = QuantConv2d(g, q, torch.ones(17), None, QuantSpec(1.0, dtype))
+    for value in (torch.iinfo(dtype).min, torch.iinfo(dtype).max):
+        x = torch.full((1, 64, 5, 6), value, dtype=dtype)
+        assert torch.equal(layer(x), reference_conv(layer, x))
+
+
+@given(
+    shape=st.sampled_from([(0, 3, 4, 4), (1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 17, 16), (5,), (3, 19)]),
+    dtype=st.sampled_from(DTYPES),
+    inv_scale=st.floats(2.0**-10, 2.0**10, width=32),
+    channels_last=st.booleans(),
+)
+def test_quantize_is_bit_equal_to_the_reference(shape, dtype, inv_scale, channels_last) -> None:
+    x = torch.randn(shape) * 200 / inv_scale
+    if x.numel() > 4:
+        x.view(-1)[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.5 / inv_scale])
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    out = OPS.quantize(x, inv_scale, dtype)
+    assert torch.equal(out, reference.quantize(x, inv_scale, dtype))
+    if x.dim() == 4:
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_quantize_rounds_half_to_even() -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, -1.5, 254.5, 255.5])
+    assert OPS.quantize(x, 1.0, torch.uint8).tolist() == [0, 2, 2, 4, 0, 0, 254, 255]
+    assert OPS.quantize(x, 1.0, torch.int8).tolist() == [0, 2, 2, 4, 0, -2, 127, 127]
+
+
+@given(
+    c=st.integers(1, 40), size=st.tuples(st.integers(3, 11), st.integers(3, 11)), kernel=st.integers(1, 3),
+    stride=st.integers(1, 3), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_max_pool2d_int8(c, size, kernel, stride, dtype) -> None:
+    x = random_8bit((2, c, *size), dtype)
+    args = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    assert torch.equal(OPS.max_pool2d_int8(x, *args), reference.max_pool2d_int8(x, *args))
+
+
+@given(
+    c=st.integers(1, 70), k=st.integers(1, 40), size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    kernel=st.integers(1, 3), stride=st.integers(1, 3), dilation=st.integers(1, 2), groups=st.integers(1, 3),
+    zeros=st.sampled_from([0.0, 0.5, 0.9, 1.0]), residual=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_conv2d_sparse_is_close_to_torch(c, k, size, kernel, stride, dilation, groups, zeros, residual, seed) -> None:
+    """Within 1e-5 of the sum of absolute products, the scale on which float rounding acts."""
+    torch.manual_seed(seed)
+    padding = (kernel - 1) * dilation // 2
+    g = Geometry(c * groups, k * groups, (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
+    weight = torch.randn(g.out_channels, c, kernel, kernel) * (torch.rand(g.out_channels, c, kernel, kernel) >= zeros)
+    size = tuple(max(s, (kernel - 1) * dilation + 1 - 2 * padding) for s in size)
+    x, bias = torch.randn(2, g.in_channels, *size), torch.randn(g.out_channels)
+    layer = SparseConv2d(g, weight, bias, Clamp(-1.0, 2.0))
+    res = torch.randn_like(layer(x)) if residual else None
+    where = (g.stride, g.padding, g.dilation, g.groups)
+    expected = reference.conv2d_sparse(x, weight, bias, res, -1.0, 2.0, *where)
+    scale = reference.conv2d_sparse(x.abs(), weight.abs(), bias.abs(), res, 0.0, float("inf"), *where).abs() + 1
+    assert ((layer(x, res) - expected).abs() <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("m", [0, 1, 3, 8, 50])
+def test_linear_layers(m: int) -> None:
+    weight = torch.randn(31, 130) * (torch.rand(31, 130) > 0.8)
+    x, bias = torch.randn(m, 130), torch.randn(31)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(SparseLinear(weight, bias)(x), expected, rtol=1e-5, atol=1e-4)
+    q, scale = cnncomp.nn.quantize_weight(weight)
+    layer = QuantLinear(q, scale, bias, QuantSpec(0.03, torch.int8), Clamp(0.0))
+    res = torch.randn(m, 31)
+    x8 = reference.quantize(x, layer.inv_scale, torch.int8)
+    args = (layer.constants, res, layer.residual_scale, layer.lo, torch.float32)
+    assert torch.equal(layer(x, res), reference.linear_int8(x8, q, *args))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 35])
+@pytest.mark.parametrize("channels", [(35, 35), (70, 105)])
+def test_packing_round_trip(groups: int, channels: tuple[int, int]) -> None:
+    c, k = channels
+    if c % groups or k % groups:
+        pytest.skip("not divisible")
+    weight = torch.randint(-127, 128, (k, c // groups, 3, 2), dtype=torch.int8)
+    packed = packing.pack_int8(weight, groups)
+    assert torch.equal(packing.unpack_int8(packed, c, k, (3, 2), groups), weight)
+    masked = weight.float() * (torch.rand(weight.shape) > 0.7)
+    sparse = packing.pack_sparse(masked, groups, block=4)
+    assert sparse.values.numel() == int(torch.count_nonzero(masked))
+    assert torch.equal(packing.unpack_sparse(sparse, c, k, (3, 2), groups), masked)
+
+
+def test_backward_says_what_to_do() -> None:
+    layer = SparseConv2d(Geometry(3, 4, (3, 3)), torch.randn(4, 3, 3, 3))
+    with pytest.raises(InferenceOnlyError, match="before cnncomp.convert"):
+        layer(torch.randn(1, 3, 8, 8, requires_grad=True)).sum().backward()
+    with pytest.raises(InferenceOnlyError, match="before cnncomp.convert"):
+        make_quant_conv(Geometry(3, 4, (3, 3)))(torch.randn(1, 3, 8, 8, requires_grad=True))
+
+
+def test_bad_input_is_named() -> None:
+    args = list(_conv_args(torch.uint8))
+    with pytest.raises(DtypeError, match="x: got torch.float32"):
+        OPS.conv2d_int8(args[0].float(), *args[1:])
+    with pytest.raises(ArgumentError, match="packed shape"):
+        OPS.conv2d_int8(args[0][:, :4], *args[1:])
+    with pytest.raises(ArgumentError, match="residual"):
+        OPS.conv2d_int8(*args[:3], torch.zeros(1, 1, 1, 1), *args[4:])
+    with pytest.raises(ArgumentError, match="no smaller than the kernel"):
+        SparseConv2d(Geometry(3, 4, (3, 3)), torch.randn(4, 3, 3, 3))(torch.randn(1, 3, 2, 2))
+    with pytest.raises(ArgumentError, match="3 channels"):
+        SparseConv2d(Geometry(3, 4, (3, 3)), torch.randn(4, 3, 3, 3))(torch.randn(1, 4, 8, 8))
+    with pytest.raises(ArgumentError, match="NaN"):
+        SparseConv2d(Geometry(1, 1, (1, 1)), torch.full((1, 1, 1, 1), float("nan")))
+    with pytest.raises(OverflowRiskError, match="66312 products"):
+        QuantLinear(torch.zeros(1, 66312, dtype=torch.int8), torch.ones(1), None, QuantSpec(1.0, torch.uint8))
+    QuantLinear(torch.zeros(1, 66311, dtype=torch.int8), torch.ones(1), None, QuantSpec(1.0, torch.uint8))
