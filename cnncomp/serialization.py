@@ -163,7 +163,7 @@ def _encode(model: ConvertedModel) -> tuple[Document, Tensors]:
         if module._forward_hooks or module._forward_pre_hooks:
             raise SerializationError(
                 f"layer {name.removeprefix('network.') or '(model)'!r} has hooks, which can't be saved: remove them "
-                "before cnncomp.convert (those of cnncomp.quantize: exclude the layer from it)"
+                "before cnncomp.convert"
             )
     graph = encode_graph(network.graph)
     modules: dict[str, Any] = {}

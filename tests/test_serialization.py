@@ -101,6 +101,15 @@ def test_graph_with_functions_attributes_and_constants(tmp_path: Path) -> None:
     assert torch.equal(cnncomp.load(tmp_path / "m", replan=True)(*inputs)["z"], expected["z"])
 
 
+def test_quantised_layer_that_is_called_twice_runs_in_float_and_can_be_saved(tmp_path: Path) -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    net = cnncomp.quantize(nn.Sequential(layer, layer).eval(), [x], progress=False)
+    model = cnncomp.convert(net, x, measure=False, cache=False)
+    assert model.conversion.kept == {"0": "is called more than once, and runs in float"}
+    cnncomp.save(model, tmp_path / "m")
+    assert torch.equal(cnncomp.load(tmp_path / "m")(x), model(x))
+
+
 _SEQUENCE, _IMAGE = (2, 6, 8), (2, 6, 8, 8)
 #: An instance of every torch layer that a file may hold, with arguments that are not the defaults, and an input shape.
 SAMPLES: list[tuple[nn.Module, tuple[int, ...]]] = [
@@ -186,11 +195,6 @@ class TakesApart(nn.Module):
         return F.linear(self.fc(x), self.fc.weight)
 
 
-def _twice() -> nn.Module:
-    layer = nn.Linear(4, 4)
-    return cnncomp.quantize(nn.Sequential(layer, layer).eval(), [torch.randn(2, 4)], progress=False)
-
-
 def _hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     model[1].register_forward_hook(lambda module, args, out: out + 1)
@@ -203,7 +207,6 @@ UNSAVEABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "function": (lambda: nn.Sequential(nn.Linear(4, 4), Fft()), r"fft_fft.*torch\.export"),
     "hook": (_hooked, "has hooks.*remove them"),
     "parts": (TakesApart, "'fc.weight' lies inside 'fc'.*is used on its own too"),
-    "quantised and called twice": (_twice, "has hooks.*exclude the layer"),
 }
 
 

@@ -139,7 +139,13 @@ class NetworkPlanner:
                 layer.info.reason = applied.layers[layer.info.name].reason
                 layer.info.timings = dict(applied.layers[layer.info.name].ms)
         self._apply(assignments)
-        return replace(applied, network_ms=dict(plan.network_ms), reason=plan.reason, measured=plan.measured)
+        return replace(
+            applied,
+            device=plan.device,  # where it was chosen: a saved model is planned again when it is loaded elsewhere
+            network_ms=dict(plan.network_ms),
+            reason=plan.reason,
+            measured=plan.measured,
+        )
 
     def _plan(self, assignments: list[Assignment], measured: bool) -> Plan:
         plan = Plan(device_key(self.device), self.key, measured=measured)

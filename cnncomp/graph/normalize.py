@@ -59,12 +59,13 @@ def _name(node: fx.Node) -> str:
 
 
 def _drop_assertions(gm: fx.GraphModule) -> None:
-    """Tracing with default arguments leaves checks that they keep their values, and their placeholders."""
+    """Tracing with fixed arguments leaves checks that they keep their values, and their placeholders."""
+    fixed: set[fx.Node] = set()  # what the checks read
     for node in reversed(list(gm.graph.nodes)):
         check = node.op == "call_function" and _name(node) in ("_assert", "_assert_is_none")
-        unused = node.op == "placeholder" and bool(node.args) and not node.users
-        compared = node.op == "call_function" and node.target is operator.eq and not node.users
-        if check or unused or compared:
+        compared = node.op == "call_function" and node.target is operator.eq and node in fixed
+        if check or (not node.users and (compared or (node.op == "placeholder" and node in fixed))):
+            fixed.update(node.all_input_nodes)
             gm.graph.erase_node(node)
 
 

@@ -115,16 +115,24 @@ class _Call:
 
 
 def _trace_graph(root: nn.Module, call: _Call) -> fx.GraphModule | None:
-    """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave."""
-    try:
-        gm = fx.GraphModule(root, _Tracer().trace(root, _defaults(root, len(call.args))))
-        return gm if gives(gm, call) else None
-    except Exception:  # fx, and the model's own code on a proxy, raise anything
-        return None
+    """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave.
+
+    Parameters of forward that were not given stay parameters of the graph; where tracing fails so, because the code
+    branches on them, they are fixed at their defaults.
+    """
+    defaults = _defaults(root, len(call.args))
+    for fixed in ({}, defaults) if defaults else ({},):
+        try:
+            gm = fx.GraphModule(root, _Tracer().trace(root, fixed))
+            if gives(gm, call):
+                return gm
+        except Exception:  # fx, and the model's own code on a proxy, raise anything
+            continue
+    return None
 
 
 def _defaults(root: nn.Module, given: int) -> dict[str, Any]:
-    """Parameters of forward that were not given, with their defaults: tracing may then follow branches on them."""
+    """Parameters of forward that were not given, with their defaults."""
     parameters = list(inspect.signature(root.forward).parameters.values())[given:]
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
