@@ -9,7 +9,7 @@ between as before. Same kernels, same arguments: the same bits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -327,10 +327,7 @@ class Recording:
             if node is None:
                 self.program.run(item.first, item.last, slots)
                 continue
-            if node.op == "placeholder":
-                value = next(given, node.args[0] if node.args else None)
-            else:
-                value = self._call(node, env)
+            value = self._call(node, env, given)
             if item.outside:
                 leaves = tree_leaves(value)
                 for i, view in item.outside:
@@ -342,7 +339,9 @@ class Recording:
                 del env[n]
         return map_arg(self.output.args[0], lambda n: env[n])
 
-    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], given: Iterator[Any]) -> Any:
+        if node.op == "placeholder":
+            return next(given, node.args[0] if node.args else None)
         args = map_arg(node.args, lambda n: env[n])
         kwargs = map_arg(node.kwargs, lambda n: env[n]) if node.kwargs else {}
         if node.op == "call_module":
