@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
 
@@ -58,18 +57,6 @@ def select(names: Sequence[str], exclude: str | Sequence[str]) -> list[str]:
             raise ArgumentError("exclude", repr(pattern), f"a pattern of layer names such as {list(names)[:3]}")
         excluded |= hits
     return [name for name in names if name not in excluded]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; afterwards each is in the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def is_depthwise(layer: nn.Module) -> bool:

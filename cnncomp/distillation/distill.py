@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import eval_mode
+from cnncomp._batches import evaluating
 from cnncomp.distillation.hints import Features, build_projections, hint_loss
 from cnncomp.distillation.losses import soft_cross_entropy
 from cnncomp.errors import ArgumentError, DeviceError
@@ -87,7 +87,7 @@ def distill(
     hints = dict(hints or {})
     weight = LABEL_WEIGHT if label_weight is None else label_weight
     with ExitStack() as stack:
-        stack.enter_context(eval_mode(teacher))
+        stack.enter_context(evaluating(teacher))
         ours = stack.enter_context(Features(student, list(hints), "student"))
         theirs = stack.enter_context(Features(teacher, list(hints.values()), "teacher"))
         model = _Student(student, ours, hints)
@@ -163,7 +163,7 @@ def _try_out(model: _Student, teacher: nn.Module, theirs: Features, data: Iterab
     if batch is None:
         raise ArgumentError("data", "no batches", "at least one")
     x = split_batch(batch)[0][:2].to(next(model.student.parameters()).device)
-    with torch.no_grad(), eval_mode(model.student):
+    with torch.no_grad(), evaluating(model.student):
         soft_cross_entropy(model.student(x), teacher(x))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

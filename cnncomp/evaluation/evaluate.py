@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import eval_mode
+from cnncomp._batches import evaluating
 from cnncomp.errors import ArgumentError
 from cnncomp.evaluation.corruptions import CORRUPTIONS, corrupt
 from cnncomp.progress import track
@@ -77,7 +77,7 @@ def evaluate(
         stack.enter_context(torch.inference_mode())
         for module in (model, parent):
             if isinstance(module, nn.Module):
-                stack.enter_context(eval_mode(module))
+                stack.enter_context(evaluating(module))
         advance = stack.enter_context(track("evaluating", len(steps), show=progress))
         for start in steps:
             x, y = images[start : start + batch_size], labels[start : start + batch_size]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -251,17 +250,14 @@ class _Run:
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
         checkpoints.seed_everything(seed + 7919 * distributed.rank())
-        batches = itertools.islice(iter(self.loader), self.step, None)
-        if self.random is None:
-            return batches
-        # The loader may draw from the global generators when it gives a batch: what was drawn up to here comes again with
-        # the skipped batches, and the rest of the state, as the model's dropout left it, from the file.
-        first = list(itertools.islice(batches, 1))
-        checkpoints.set_random_state(self.random)
-        if first:
+        batches = iter(self.loader)
+        for _ in range(self.step):
+            next(batches, None)
+        if self.random is not None:
+            # What the skipped batches drew came again with them; the model's own numbers, of dropout, did not.
             checkpoints.set_random_state(self.random)
-        self.random = None
-        return itertools.chain(first, batches)
+            self.random = None
+        return batches
 
     def run_epoch(self, advance: Callable[[str], None]) -> Row:
         self.model.train()
