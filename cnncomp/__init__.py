@@ -12,7 +12,7 @@ from cnncomp.compress import Recipe, compress
 from cnncomp.convert import ConvertedModel, convert
 from cnncomp.dispatch import Plan
 from cnncomp.profile import profile
-from cnncomp.pruning import prune, remove_masks, sparsity_of
+from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
 from cnncomp.quantization import quantize, remove_quantization
 from cnncomp.serialization import load, save
 
@@ -20,6 +20,7 @@ __all__ = [
     "ConvertedModel",
     "Plan",
     "Recipe",
+    "WeightPruning",
     "__version__",
     "compress",
     "convert",

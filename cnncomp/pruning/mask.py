@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +24,16 @@ class Mask(WeightParametrization):
 
     Args:
         mask: bool, of the weight's shape; False where the weight is pruned.
+        pattern: Name of the pattern that the mask follows.
+        note: What is special about it in this layer, "" if nothing.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, pattern: str = "unstructured", note: str = "") -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.pattern, self.note = pattern, note
 
     def forward(self, weight: Tensor) -> Tensor:
         # Not weight * mask, which gives −0 for pruned negative weights and NaN for infinite ones.
@@ -38,7 +44,8 @@ class Mask(WeightParametrization):
         return self.forward(weight)
 
     def extra_repr(self) -> str:
-        return f"sparsity={1.0 - self.mask.float().mean().item():.4f}"
+        note = f", {self.note}" if self.note else ""
+        return f"sparsity={1.0 - self.mask.float().mean().item():.4f}, pattern={self.pattern}{note}"
 
 
 def mask_of(layer: nn.Module) -> Tensor | None:
@@ -47,14 +54,14 @@ def mask_of(layer: nn.Module) -> Tensor | None:
     return None if found is None else found.mask
 
 
-def apply_mask(layers: list[Layer], mask: Tensor) -> None:
+def apply_mask(layers: list[Layer], mask: Tensor, pattern: str = "unstructured", note: str = "") -> Mask:
     """Give ``mask`` to all ``layers``, which share one weight; masks that are there already are updated in place."""
-    present = next((m for m in (parametrization_of(layer, Mask) for layer in layers) if m is not None), None)
-    if present is None:
-        shared = Mask(mask)
+    shared = next((m for m in (parametrization_of(layer, Mask) for layer in layers) if m is not None), None)
+    if shared is None:
+        shared = Mask(mask, pattern, note)
     else:
-        shared = present
         shared.mask.copy_(mask)
+        shared.pattern, shared.note = pattern, note
     for layer in layers:
         if parametrization_of(layer, Mask) is None:
             add_parametrization(layer, shared)
@@ -62,6 +69,19 @@ def apply_mask(layers: list[Layer], mask: Tensor) -> None:
             with torch.no_grad():
                 parameter = weight_parameter(layer, "")
                 parameter.copy_(shared(parameter))
+    return shared
+
+
+@contextmanager
+def temporarily_masked(parameter: Tensor, mask: Tensor) -> Iterator[None]:
+    """Zeros in ``parameter`` where ``mask`` is False; afterwards its values again."""
+    with torch.no_grad():
+        saved = parameter.detach().clone()
+        parameter.masked_fill_(~mask, 0)
+        try:
+            yield
+        finally:
+            parameter.copy_(saved)
 
 
 def remove_masks(model: nn.Module) -> nn.Module:
