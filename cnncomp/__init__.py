@@ -15,6 +15,7 @@ from cnncomp.profile import profile
 from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
 from cnncomp.quantization import quantize, remove_quantization
 from cnncomp.serialization import load, save
+from cnncomp.structured import channels_of, prune_channels
 
 __all__ = [
     "ConvertedModel",
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "WeightPruning",
     "__version__",
+    "channels_of",
     "compress",
     "convert",
     "errors",
@@ -31,6 +33,7 @@ __all__ = [
     "ops",
     "profile",
     "prune",
+    "prune_channels",
     "quantize",
     "remove_masks",
     "remove_quantization",
