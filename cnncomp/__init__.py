@@ -14,6 +14,7 @@ from cnncomp.dispatch import Plan
 from cnncomp.profile import profile
 from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
 from cnncomp.quantization import quantize, remove_quantization
+from cnncomp.search import SearchResult, Target
 from cnncomp.serialization import load, save
 from cnncomp.structured import channels_of, prune_channels
 
@@ -21,6 +22,8 @@ __all__ = [
     "ConvertedModel",
     "Plan",
     "Recipe",
+    "SearchResult",
+    "Target",
     "WeightPruning",
     "__version__",
     "channels_of",
