@@ -46,6 +46,8 @@ def ladder(
         costs = [(seconds(layer, DENSE), 0.0, DENSE)]
         costs += [(seconds(layer, c), max(0.0, losses[layer, c]), c) for c in choices if (layer, c) in losses]
         corners = hull([c for c in costs if c[2] == DENSE or c[0] < costs[0][0]])
+        if corners[0][2] != DENSE:  # something faster loses nothing
+            corners.insert(0, costs[0])
         steps += [(_price(fast, slow), layer, fast[2]) for slow, fast in zip(corners, corners[1:], strict=False)]
     rungs: list[Config] = [{}]
     for _, layer, choice in sorted(steps, key=lambda s: s[0]):  # stable: hulls stay in order where prices are equal

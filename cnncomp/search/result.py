@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from cnncomp.convert import ConvertedModel
 from cnncomp.errors import ArgumentError, MissingPackageError
 from cnncomp.search.space import Target
 from cnncomp.search.table import LatencyTable
@@ -83,7 +82,7 @@ class SearchResult:
         tables: the latency tables, by fraction of channels taken out, to be used again.
     """
 
-    model: nn.Module
+    model: ConvertedModel
     best: Point
     reached: bool
     message: str
