@@ -13,12 +13,13 @@ from cnncomp.convert import ConvertedModel, convert
 from cnncomp.dispatch import Plan
 from cnncomp.profile import profile
 from cnncomp.pruning import prune, remove_masks, sparsity_of
-from cnncomp.quantization import quantize, remove_quantization
+from cnncomp.quantization import Quantization, quantize, remove_quantization
 from cnncomp.serialization import load, save
 
 __all__ = [
     "ConvertedModel",
     "Plan",
+    "Quantization",
     "Recipe",
     "__version__",
     "compress",
