@@ -37,6 +37,8 @@ _BIAS: Arguments = {"correct_bias": True}
 VARIANTS: dict[str, Arguments] = {
     "mse": {},
     "mse, equalised": _EQUAL,
+    "percentile, equalised": {**_EQUAL, "method": "percentile"},
+    "mse, equalised, 5 % float": {**_EQUAL, "float_budget": 0.05},
     "min-max": {"method": "minmax"},
     "percentile": {"method": "percentile"},
     "entropy": {"method": "entropy"},
@@ -45,8 +47,6 @@ VARIANTS: dict[str, Arguments] = {
     "mse, mean-shift": {"scheme": "mean-shift"},
     "mse, equalised, biases": {**_EQUAL, **_BIAS},
     "mse, equalised, adaptive": {**_EQUAL, **_ADAPTIVE},
-    "mse, equalised, 5 % float": {**_EQUAL, "float_budget": 0.05},
-    "percentile, equalised": {**_EQUAL, "method": "percentile"},
     "mse, adaptive": _ADAPTIVE,
     "mse, equalised, adaptive, biases": {**_EQUAL, **_ADAPTIVE, **_BIAS},
 }

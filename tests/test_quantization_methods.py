@@ -20,7 +20,7 @@ from cnncomp.models import ArticleNet, ConcatNet, DigitsNet, mobilenet_v2, resne
 from cnncomp.pruning import mask_of, prune
 from cnncomp.quantization import ClampChannels, integer_weight, quantization_of, quantize
 from cnncomp.quantization.equalize import equalize
-from cnncomp.quantization.links import graph_of, links_of
+from cnncomp.quantization.links import Link, graph_of, links_of
 from cnncomp.quantization.qat import fold_norms
 from cnncomp.quantization.rounding import DAMPING, choose_rounding, columns_of
 from cnncomp.quantization.scales import RangeObserver
@@ -111,10 +111,10 @@ class Chain(nn.Module):
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "chain": (Chain, (4, 3, 8, 8), 4),
     "article": (ArticleNet, (4, 3, 32, 32), 2),
-    "digits": (DigitsNet, (4, 1, 8, 8), 2),
-    "mobilenet": (lambda: mobilenet_v2(10, 0.35), (2, 3, 32, 32), 37),
-    "resnet18": (lambda: resnet18(10), (2, 3, 32, 32), 8),
-    "concat": (ConcatNet, (2, 3, 16, 16), 1),
+    "digits": (DigitsNet, (4, 1, 8, 8), 3),
+    "mobilenet": (lambda: mobilenet_v2(10, 0.35), (2, 3, 32, 32), 42),
+    "resnet18": (lambda: resnet18(10), (2, 3, 32, 32), 12),
+    "concat": (ConcatNet, (2, 3, 16, 16), 2),
 }
 
 
@@ -125,18 +125,28 @@ def test_equalised_nets_compute_the_same(name: str, by: str) -> None:
     model, x = randomize_norms(build().eval()), torch.randn(shape)
     before = copy.deepcopy(model)
     found = equalize(model, lambda: model(x), by)
-    assert len(found) == links, [(k.first, k.second) for k in found]
+    assert len(found) == links, [(list(k.firsts), list(k.seconds)) for k in found]
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
     for images in (x, 5 * torch.randn(shape)):  # not only where it was calibrated: upper bounds went along
         torch.testing.assert_close(model(images), before(images), rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_between_links() -> None:
-    links = {(k.first, k.second): k for k in links_of(Chain(), graph_of(Chain()))}
-    assert set(links) == {("a", "b"), ("b", "c"), ("c", "d"), ("d", "e")}
-    assert links["a", "b"].clamps == ["six"] and not links["a", "b"].direct
-    assert links["b", "c"].norm == "norm" and links["b", "c"].clamps == ["act"] and links["b", "c"].direct
-    assert links["c", "d"].expand == 4 and links["d", "e"].expand == 1
+    model = Chain()
+    a, b, c, d = links_of(model, graph_of(model))
+    assert a == Link({"a": None}, {"b": 1}, ["six"], pooled=True)
+    assert b == Link({"b": "norm"}, {"c": 1}, ["act"])
+    assert c == Link({"c": None}, {"d": 4}, pooled=True)
+    assert d == Link({"d": None}, {"e": 1})
+
+
+def test_layers_that_are_added_share_a_link() -> None:
+    model = mobilenet_v2(10, 0.35)
+    links = links_of(model, graph_of(model))
+    stream = next(k for k in links if "features.4.conv.2" in k.firsts)
+    assert set(stream.firsts) == {f"features.{i}.conv.2" for i in (4, 5, 6)}
+    assert set(stream.seconds) == {f"features.{i}.conv.0.0" for i in (5, 6, 7)}
+    assert set(stream.firsts.values()) == {f"features.{i}.conv.3" for i in (4, 5, 6)}
 
 
 def test_no_link_through_what_minds_a_factor() -> None:

@@ -1,7 +1,8 @@
-"""Which layers feed which: pairs of layers with nothing between them that would mind a positive factor per channel."""
+"""Which layers feed which, with nothing between them that would mind a positive factor per channel."""
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -36,21 +37,24 @@ _POOLING = {
 }  # fmt: skip
 
 
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
 @dataclass
 class Link:
-    """``second`` reads what ``first`` gives, through ``norm`` and activations, and nobody else does.
+    """``seconds`` read what ``firsts`` give, through norms, activations, pooling and additions, and nobody else does.
 
-    ``clamps``: names of the activations between them that have an upper bound; lower bounds are 0. ``expand``: how many
-    inputs of ``second`` belong to one output channel of ``first`` (more than one after flatten). ``direct``: there is
-    nothing but norm and activations between them.
+    Attributes:
+        firsts: layers, each with the name of the BatchNorm that alone reads it, or None.
+        seconds: layers, each with the number of its inputs that belong to one channel (more than one after flatten).
+        clamps: names of the activations between them that have an upper bound; lower bounds are 0.
+        pooled: there is a pooling or flatten between them.
     """
 
-    first: str
-    second: str
-    norm: str | None = None
+    firsts: dict[str, str | None] = field(default_factory=dict)
+    seconds: dict[str, int] = field(default_factory=dict)
     clamps: list[str] = field(default_factory=list)
-    expand: int = 1
-    direct: bool = True
+    pooled: bool = False
 
 
 def graph_of(model: nn.Module) -> fx.Graph | None:
@@ -82,15 +86,94 @@ def norm_after(model: nn.Module, graph: fx.Graph | None) -> dict[str, str]:
 
 
 def links_of(model: nn.Module, graph: fx.Graph | None) -> list[Link]:
-    """All links of a graph, in the order of execution."""
-    once = {str(n.target) for n in _called_once(model, graph)}
-    norms = norm_after(model, graph)
-    links = []
-    for node in _called_once(model, graph):
-        link = _follow(model, graph, node, norms)
-        if link is not None and link.second in once:
-            links.append(link)
+    """All links of a graph, in the order of execution. Each layer is in one link as first and in one as second, at most."""
+    calls = {node: str(node.target) for node in _called_once(model, graph)}
+    norms, links, seen = norm_after(model, graph), [], set[str]()
+    for node, name in calls.items():
+        if name not in seen:
+            search = _Search(model, graph, calls, norms)
+            if search.run(node):
+                links.append(search.link)
+            seen |= set(search.link.firsts)
     return links
+
+
+class _Search:
+    """Finds the link that a layer is a first of: all values whose channels must share their factors with its outputs."""
+
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph | None, calls: dict[fx.Node, str], norms: dict[str, str]
+    ) -> None:
+        self.model, self.graph, self.calls, self.norms = model, graph, calls, norms
+        self.layers = layers_of(model)
+        self.link = Link()
+        self.flat: dict[fx.Node, bool] = {}  # the values, and whether they are flattened
+        self.todo: list[fx.Node] = []
+
+    def run(self, start: fx.Node) -> bool:
+        """Whether there is a link. ``link.firsts`` holds the layers found in either case."""
+        first = self.layers[self.calls[start]]
+        self.rows, self.channels = isinstance(first, nn.Linear), first.weight.shape[0]  # rows: channels come last
+        good = self._value(start, False)
+        while good and self.todo:
+            node = self.todo.pop()
+            good = all(self._read_by(user, node) for user in node.users) and self._made_of(node)
+        return good and bool(self.link.seconds)
+
+    def _value(self, node: fx.Node, flat: bool) -> bool:
+        """Take a value in; False if its channels can't be rescaled."""
+        if node in self.flat:
+            return True
+        self.flat[node] = flat
+        self.todo.append(node)
+        if (name := self.calls.get(node)) is not None:
+            self.link.firsts[name] = self.norms.get(name)
+            norm = self.link.firsts[name]
+            affine = norm is None or self.model.get_submodule(norm).weight is not None
+            layer = self.layers[name]
+            return affine and layer.weight.shape[0] == self.channels and isinstance(layer, nn.Linear) == self.rows
+        module = self._module(node)
+        kind = node.target if module is None else type(module)
+        if kind in _ADDS:
+            return not node.kwargs and len(node.args) == 2 and len(node.all_input_nodes) > 0
+        if str(node.target) in self.norms.values() and module is not None:
+            return self.calls.get(node.all_input_nodes[0]) in self.norms
+        if self.rows:
+            return kind in _ELEMENTWISE
+        if module is not None and _is_clamp(module):
+            self.link.clamps.append(str(node.target))
+            return _calls(self.graph, node) == 1
+        if kind in _POOLING or _flattens(node, module):
+            self.link.pooled = True
+            return True
+        return kind in _ELEMENTWISE
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _read_by(self, user: fx.Node, node: fx.Node) -> bool:
+        if (name := self.calls.get(user)) is not None:
+            expand = self._inputs_per_channel(self.layers[name], self.flat[node])
+            self.link.seconds[name] = expand
+            return expand > 0
+        return self._value(user, self.flat[node] or _flattens(user, self._module(user)))
+
+    def _inputs_per_channel(self, second: Layer, flat: bool) -> int:
+        """0 if the layer does not read these channels as its inputs."""
+        if not isinstance(second, nn.Linear):
+            return int(second.in_channels == self.channels and not flat and not self.rows)
+        if not (self.rows or flat) or second.in_features % self.channels:
+            return 0  # it reads the last dimension, which holds no channels
+        return second.in_features // self.channels
+
+    def _made_of(self, node: fx.Node) -> bool:
+        """Take in what a value is computed from, up to the layers."""
+        if node in self.calls:
+            return True
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return False
+        flat = self.flat[node] and not _flattens(node, self._module(node))
+        return all(self._value(source, flat) for source in node.all_input_nodes)
 
 
 def _called_once(model: nn.Module, graph: fx.Graph | None) -> Iterator[fx.Node]:
@@ -122,38 +205,6 @@ def _norm(model: nn.Module, node: fx.Node) -> BatchNorm | None:
     return module if isinstance(module, NORMS) else None
 
 
-def _follow(model: nn.Module, graph: fx.Graph | None, node: fx.Node, norms: dict[str, str]) -> Link | None:
-    """The link that starts at a layer's call, if there is one."""
-    link = Link(str(node.target), "", norms.get(str(node.target)))
-    first = layers_of(model)[link.first]
-    rows = isinstance(first, nn.Linear)  # channels are in the last dimension
-    flattened = False
-    at: fx.Node | None = _only_user(node)
-    if at is not None and link.norm is not None:
-        if model.get_submodule(link.norm).weight is None:
-            return None
-        at = _only_user(at)
-    while at is not None:
-        module = model.get_submodule(str(at.target)) if at.op == "call_module" else None
-        kind = at.target if module is None else type(module)
-        if isinstance(module, LAYER_TYPES):
-            return _closed(link, str(at.target), first, module, flattened)
-        if rows and kind not in _ELEMENTWISE:
-            return None
-        if module is not None and _is_clamp(module):
-            if _calls(graph, at) > 1:
-                return None
-            link.clamps.append(str(at.target))
-        elif _flattens(at, module):
-            flattened, link.direct = True, False
-        elif kind in _POOLING:
-            link.direct = False
-        elif kind not in _ELEMENTWISE:
-            return None
-        at = _only_user(at)
-    return None
-
-
 def _is_clamp(module: nn.Module) -> bool:
     """ReLU6, Hardtanh from 0 on, and what they became before."""
     if isinstance(module, ClampChannels):
@@ -170,16 +221,3 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
     return (node.args[1:] in ((1,), (1, -1)) and not node.kwargs) or (
         len(node.args) == 1 and node.kwargs == {"start_dim": 1}
     )
-
-
-def _closed(link: Link, name: str, first: Layer, second: Layer, flattened: bool) -> Link | None:
-    """The link, complete, if the channels of ``first`` are the inputs of ``second``."""
-    link.second = name
-    outputs = first.weight.shape[0]
-    if isinstance(second, nn.Linear):
-        # It reads the last dimension: of channels after a linear layer, of all that was flattened after a convolution.
-        if not (isinstance(first, nn.Linear) or flattened) or second.in_features % outputs:
-            return None
-        link.expand = second.in_features // outputs
-        return link
-    return link if second.in_channels == outputs and not flattened and not isinstance(first, nn.Linear) else None
