@@ -7,7 +7,6 @@ is and is named in ``Traced.kept``.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from cnncomp.errors import ArgumentError
+from cnncomp.graph.arguments import optional_arguments, positional, trace_with_fixed
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
 from cnncomp.graph.nodes import cloned, has_user_hooks
 from cnncomp.graph.normalize import CannotNormalize
@@ -117,30 +117,32 @@ class _Call:
 def _trace_graph(root: nn.Module, call: _Call) -> fx.GraphModule | None:
     """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave.
 
-    Parameters of forward that were not given stay parameters of the graph; where tracing fails so, because the code
-    branches on them, they are fixed at their defaults.
+    Parameters of forward that were not given stay free parameters of the graph, but for those that tracing fails with,
+    because the code branches on them: these are fixed at their defaults.
     """
-    defaults = _defaults(root, len(call.args))
-    for fixed in ({}, defaults) if defaults else ({},):
+
+    def attempt(fixed: dict[str, Any]) -> fx.GraphModule | None:
         try:
-            gm = fx.GraphModule(root, _Tracer().trace(root, fixed))
-            if gives(gm, call):
-                return gm
+            gm = trace_with_fixed(_Tracer(), root, fixed)
+            return gm if gives(gm, call) else None
         except Exception:  # fx, and the model's own code on a proxy, raise anything
-            continue
-    return None
+            return None
 
-
-def _defaults(root: nn.Module, given: int) -> dict[str, Any]:
-    """Parameters of forward that were not given, with their defaults."""
-    parameters = list(inspect.signature(root.forward).parameters.values())[given:]
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    found, fixed = attempt({}), optional_arguments(root, len(call.args))
+    if found is None and fixed and (found := attempt(fixed)) is not None:
+        for name in list(fixed) if len(fixed) > 1 else ():
+            fewer = {k: v for k, v in fixed.items() if k != name}
+            if (gm := attempt(fewer)) is not None:
+                found, fixed = gm, fewer
+    return found
 
 
 def gives(module: nn.Module, call: _Call) -> bool:
     """Whether the module returns what was recorded."""
+    # A GraphModule's __call__ prints a traceback when it fails, which is no failure here.
+    run = module.forward if isinstance(module, fx.GraphModule) else module
     with torch.no_grad():
-        return _same(module(*cloned(call.args)), call.result)
+        return _same(run(*cloned(call.args)), call.result)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -165,14 +167,15 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
 
 
 def _record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, _Call | None]:
-    """Every module's call in one forward; None where it ran more than once or took keywords."""
+    """Every module's call in one forward; None where it ran more than once or took keywords only."""
     calls: dict[str, _Call | None] = {}
     names = {m: name for name, m in root.named_modules(remove_duplicate=False)}
     handles = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = names[module]
-        calls[name] = None if name in calls or kwargs else _Call(cloned(args))
+        given = positional(module, args, kwargs)
+        calls[name] = None if name in calls or given is None else _Call(cloned(given))
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if (call := calls[names[module]]) is not None:
