@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from cnncomp._modules import bake_weight
 from cnncomp.errors import ArgumentError
 from cnncomp.graph.arguments import optional_arguments, positional, trace_with_fixed
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
 from cnncomp.graph.nodes import cloned, has_user_hooks
 from cnncomp.graph.normalize import CannotNormalize
 from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
-from cnncomp.quantization import QuantizeInputHook, remove_layer_quantization
+from cnncomp.quantization import QuantizeInputHook, quantization_of, remove_layer_quantization
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -79,7 +80,8 @@ def _shared_parameters(model: nn.Module) -> frozenset[int]:
 
 
 def clone_for_inference(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters need no gradient, and whose converted layers are dense again.
+    """A copy in eval mode whose parameters need no gradient, with masks baked into the weights and converted layers dense
+    again.
 
     Raises:
         ArgumentError: a module that can't be copied.
@@ -96,6 +98,8 @@ def clone_for_inference(model: nn.Module) -> nn.Module:
         expected = "one that copy.deepcopy takes (torch.nn.utils.prune.remove, remove_weight_norm, ... first)"
         raise ArgumentError("model", f"a module that can't be copied: {error}", expected) from error
     for name, layer in list(copied.named_modules()):
+        if quantization_of(layer) is None:
+            bake_weight(layer)  # inference has no use for masks, and what is parametrised can't be pickled
         # Fused layers quantise by themselves; until then the network runs on unrounded inputs, to be compared with.
         for key in [k for k, hook in layer._forward_pre_hooks.items() if isinstance(hook, QuantizeInputHook)]:
             del layer._forward_pre_hooks[key]
@@ -209,10 +213,17 @@ class _Visitor:
             self.traced.module = graph
         else:
             self._children(root, "")
+        self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Layers that stay lose their quantisation, but for those whose weight the graph computes itself."""
         for name, module in self.traced.module.named_modules():
+            if not isinstance(module, CONVERTIBLE):
+                continue
             reason = self.traced.kept.get(name, "was not converted")
-            if reason != READ_ELSEWHERE and isinstance(module, CONVERTIBLE) and remove_layer_quantization(module):
+            if reason != READ_ELSEWHERE and remove_layer_quantization(module):
                 self.traced.kept[name] = f"{reason}, and runs in float"
+                bake_weight(module)
 
     def _graph(self, module: nn.Module, path: str) -> fx.GraphModule | None:
         """The module's fused graph, noted in ``traced``; None, and nothing noted, if there is none that gives the same."""
@@ -229,8 +240,7 @@ class _Visitor:
 
         try:
             kept = fuse(gm, call.args, lambda m: why_kept(m, self.shared), full_name)
-            if path:
-                _contiguous_outputs(gm)
+            _contiguous_outputs(gm)
             if not gives(gm, call):
                 return None
         except CannotNormalize:
@@ -241,10 +251,11 @@ class _Visitor:
 
     def _children(self, module: nn.Module, path: str) -> None:
         kept = self.traced.kept
-        if has_user_hooks(module):
-            kept[path or "(model)"] = "has hooks"
+        if has_user_hooks(module) and path:
+            kept[path] = "has hooks"
             return
-        kept[path or "(model)"] = "its forward can't be traced: its layers were converted one by one"
+        reason = "has hooks" if has_user_hooks(module) else "its forward can't be traced"
+        kept[path or "(model)"] = f"{reason}: its layers were converted one by one"
         for name, child in list(module.named_children()):
             child_path = f"{path}.{name}" if path else name
             if not any(isinstance(m, CONVERTIBLE) for m in child.modules()):
@@ -276,10 +287,10 @@ class _Visitor:
 
 
 def _contiguous_outputs(gm: fx.GraphModule) -> None:
-    """A part of a network returns its tensors in torch's own layout, for the code around it may ask for a view."""
+    """A network, or a part of one, returns its tensors in torch's own layout, for the code around it may ask for a view."""
     output = next(n for n in gm.graph.nodes if n.op == "output")
     for node in output.all_input_nodes:
-        if "shape" in node.meta:
+        if len(node.meta.get("shape", ())) > 2:  # matrices have one layout
             with gm.graph.inserting_before(output):
                 fixed = gm.graph.call_method("contiguous", (node,))
             fixed.meta.update(node.meta)
