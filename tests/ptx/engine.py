@@ -24,7 +24,18 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-W
 COUNTER = np.dtype(
     [
         (name, np.uint64)
-        for name in ["warps", "lanes", "requests", "sectors", "bytes", "l2_sectors", "dram_sectors", "wavefronts", "ideal", "tensor_ops"]
+        for name in [
+            "warps",
+            "lanes",
+            "requests",
+            "sectors",
+            "bytes",
+            "l2_sectors",
+            "dram_sectors",
+            "wavefronts",
+            "ideal",
+            "tensor_ops",
+        ]
     ]
 )
 
@@ -36,8 +47,8 @@ class Config(ctypes.Structure):
         ("grid", ctypes.c_int32 * 3),
         ("block", ctypes.c_int32 * 3),
         *((name, ctypes.c_int32) for name in (
-            "shared_bytes", "local_bytes", "parameter_bytes", "check_shared", "check_initialised", "check_blocks", "count", "fine",
-            "registers",
+            "shared_bytes", "local_bytes", "parameter_bytes", "check_shared", "check_initialised", "check_blocks",
+            "count", "fine", "registers",
         )),
         *((name, ctypes.c_int64) for name in ("max_instructions", "l1_bytes", "l2_bytes")),
     ]  # fmt: skip
@@ -51,7 +62,7 @@ def _run(command: list[str]) -> str:
 
 
 def _build() -> Path:
-    """Compile the engine, or take it from the cache. It depends on the sources, the compiler and this machine's instructions."""
+    """Compile the engine, or take it from the cache, which goes by sources, compiler and this machine's instructions."""
     if COMPILER is None:
         raise EmulatorError("the emulator needs a C++ compiler")
     machine = _run([COMPILER, "-march=native", "-Q", "--help=target", "--version"])
@@ -90,8 +101,8 @@ def library() -> ctypes.CDLL:
     lib.ptx_registers.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     lib.ptx_region.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p]
     lib.ptx_run.argtypes = [
-        ctypes.c_void_p, ctypes.POINTER(Config), ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
-        ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.POINTER(Config), ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p,
     ]  # fmt: skip
     return lib
 
@@ -115,8 +126,8 @@ class Engine:
         for one, (predicate, negated) in zip(program.lowered, program.predicates, strict=True):
             operands, ints = np.array(one.operands, np.int64), np.array(one.ints, np.int64)
             added = self.lib.ptx_add(
-                self.machine, one.handler.encode(), predicate, negated, one.touches_async, len(one.operands), _pointer(operands),
-                ints.size, _pointer(ints),
+                self.machine, one.handler.encode(), predicate, negated, one.touches_async, len(one.operands),
+                _pointer(operands), ints.size, _pointer(ints),
             )  # fmt: skip
             assert added, one.handler
         self.lib.ptx_registers(
@@ -133,13 +144,17 @@ class Engine:
     def run(
         self, config: Config, parameters: bytes, blocks: np.ndarray[Any, Any]
     ) -> tuple[int, str, tuple[int, ...], np.ndarray[Any, Any], int]:
-        """Run blocks; the fault's code (0: none), message and place (instruction, block, warp, lane), the counters, and the most
-        bytes that asynchronous copies of a block had under way."""
+        """Run blocks.
+
+        Returns:
+            The fault's code (0: none), message and place (instruction, block, warp, lane), the counters, and the most bytes
+            that asynchronous copies of a block had under way.
+        """
         counters = np.zeros(self.count, COUNTER)
         summary, place = np.zeros(2, np.int64), np.full(4, -1, np.int32)
         message = ctypes.create_string_buffer(512)
         code = self.lib.ptx_run(
-            self.machine, ctypes.byref(config), parameters, _pointer(blocks), blocks.size, _pointer(counters), _pointer(summary), message,
-            len(message), _pointer(place),
+            self.machine, ctypes.byref(config), parameters, _pointer(blocks), blocks.size, _pointer(counters),
+            _pointer(summary), message, len(message), _pointer(place),
         )  # fmt: skip
         return code, message.value.decode(), tuple(place.tolist()), counters, int(summary[0])

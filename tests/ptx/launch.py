@@ -106,8 +106,8 @@ def emulate(
         kernel: From :func:`load`, or the text of a PTX file of one kernel.
         grid: Blocks (x, y, z), or of x alone.
         block: Threads (x, y, z) of a block, or of x alone.
-        args: One per parameter: a CPU tensor, which the kernel reads and writes in place; an integer or address; a float; or the bytes
-            of a struct.
+        args: One per parameter: a CPU tensor, which the kernel reads and writes in place; an integer or address; a float;
+            or the bytes of a struct.
         shared: Bytes of dynamic shared memory.
         memory: Where addresses in ``args`` come from; needed with those only.
         blocks: Numbers (x fastest) of the blocks to run, all by default: a sample of a large grid.
@@ -126,8 +126,8 @@ def emulate(
     static = -(-parsed.shared_bytes // 1024) * 1024 if shared else parsed.shared_bytes
     full_grid, threads = _triple(grid), _triple(block)
     config = Config(
-        full_grid, threads, static + shared, parsed.local_bytes, len(parameters), checks.races, checks.initialised, checks.blocks, count,
-        program.bytewise, program.initial.size, max_instructions, caches.l1, caches.l2,
+        full_grid, threads, static + shared, parsed.local_bytes, len(parameters), checks.races, checks.initialised,
+        checks.blocks, count, program.bytewise, program.initial.size, max_instructions, caches.l1, caches.l2,
     )  # fmt: skip
     engine = Engine(program)
     for one in memory.allocations:

@@ -244,7 +244,7 @@ class _BodyParser:
                 break
         if text.startswith(".reg"):
             self._registers(text)
-        elif text.startswith(".loc"):
+        elif text.startswith(".loc "):
             _, file, number = text.split()
             self.source = (int(file), int(number))
         elif text.startswith((".shared", ".local", ".param")):

@@ -42,10 +42,11 @@ class Result:
     """Counters of a run.
 
     Attributes:
-        counters: One record per instruction of the kernel: ``warps`` executions by a warp, active ``lanes`` of them all together; of
-            memory instructions ``requests``, 32-byte ``sectors`` and ``bytes`` asked for, ``l2_sectors`` that the L1 model did not hold,
-            ``dram_sectors`` that the L2 model did not hold either, passes over the shared-memory banks (``wavefronts``) and the least
-            there could be (``ideal``); multiplications and additions of tensor cores (``tensor_ops``).
+        counters: One record per instruction of the kernel: ``warps`` executions by a warp, active ``lanes`` of them all
+            together; of memory instructions ``requests``, 32-byte ``sectors`` and ``bytes`` asked for, ``l2_sectors`` that the
+            L1 model did not hold, ``dram_sectors`` that the L2 model did not hold either, passes over the shared-memory banks
+            (``wavefronts``) and the least there could be (``ideal``); multiplications and additions of tensor cores
+            (``tensor_ops``).
         blocks: Blocks that ran.
         warps: Warps of a block.
         bytes_in_flight: The most that asynchronous copies of one block had under way at once.
@@ -99,7 +100,7 @@ class Result:
     def lines(self, source: bool = False) -> dict[tuple[str, int], dict[str, int]]:
         """Counters by line: of the PTX text, or with ``source`` of the files that .loc names (compile with -lineinfo)."""
         found: dict[tuple[str, int], NDArray[Any]] = {}
-        names = [n for n in self.counters.dtype.names or ()]
+        names = list(self.counters.dtype.names or ())
         table = np.stack([self.counters[n] for n in names], axis=1)
         for ins, row in zip(self.program.kernel.instructions, table, strict=True):
             if not row[0]:
@@ -112,9 +113,17 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """The totals as plain numbers, for JSON."""
+        totals = {name: self._sum(name) for name in ("tensor_ops", "requests", "sectors", "bytes", "wavefronts")}
         return {
-            "blocks": self.blocks, "warps": self.warps, "shared_bytes": self.shared_bytes, "instructions": self.warp_instructions,
-            "classes": dict(self.classes), "tensor_ops": self.tensor_ops, "requests": self._sum("requests"), "sectors": self.sectors,
-            "bytes": self._sum("bytes"), "l2_bytes": self.l2_bytes, "dram_bytes": self.dram_bytes, "wavefronts": self.wavefronts,
-            "ideal_wavefronts": self.ideal_wavefronts, "divergence": self.divergence, "bytes_in_flight": self.bytes_in_flight,
-        }  # fmt: skip
+            **totals,
+            "blocks": self.blocks,
+            "warps": self.warps,
+            "shared_bytes": self.shared_bytes,
+            "instructions": self.warp_instructions,
+            "classes": dict(self.classes),
+            "l2_bytes": self.l2_bytes,
+            "dram_bytes": self.dram_bytes,
+            "ideal_wavefronts": self.ideal_wavefronts,
+            "divergence": self.divergence,
+            "bytes_in_flight": self.bytes_in_flight,
+        }

@@ -8,43 +8,12 @@ import pytest
 from tests.ptx import (
     BarrierError,
     EmulatorError,
-    GlobalMemory,
     MemoryFault,
     RaceError,
     UninitialisedMemory,
     UnsupportedInstruction,
-    emulate,
 )
-
-HEADER = """
-.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry k(.param .u64 a, .param .u64 b, .param .u64 c, .param .u64 d)
-{
-  .reg .pred %p<8>;
-  .reg .b16 %h<8>;
-  .reg .b32 %r<40>;
-  .reg .f32 %f<8>;
-  .reg .b64 %rd<20>;
-  .shared .align 16 .b8 tile[2048];
-  mov.u32 %r0, %tid.x;
-  ld.param.u64 %rd0, [a]; ld.param.u64 %rd1, [b]; ld.param.u64 %rd2, [c]; ld.param.u64 %rd3, [d];
-  mul.wide.u32 %rd4, %r0, 4;
-  add.s64 %rd5, %rd0, %rd4; add.s64 %rd6, %rd1, %rd4; add.s64 %rd7, %rd2, %rd4; add.s64 %rd8, %rd3, %rd4;
-"""
-N = 64
-
-
-def run(body, *arrays, block=N, grid=1):
-    """Run ``body`` on up to three inputs (32-bit words) and give back d as int32."""
-    memory = GlobalMemory()
-    out = np.zeros(N * grid, np.int32)
-    inputs = [*arrays, *[np.zeros(N, np.int32)] * (3 - len(arrays))]
-    arguments = [memory.allocate(np.asarray(i)) for i in inputs]
-    arguments.append(memory.allocate(out))
-    result = emulate(HEADER + body + "\n ret;\n}", grid, block, arguments, memory=memory)
-    return memory.fetch(arguments[3], out), result
+from tests.ptx.harness import N, run
 
 
 def words(*special):
@@ -239,7 +208,7 @@ FAULTS = {
         SHARED + SWAP + FILLED + ASYNC + "cp.async.wait_group 0; ld.shared.u32 %r9, [%r7];",
     ),
     "never written": (UninitialisedMemory, SHARED + "ld.shared.u32 %r9, [%r6];"),
-    "shared bounds": (MemoryFault, SHARED + "st.shared.u32 [%r6+2000], %r0;"),
+    "shared bounds": (MemoryFault, SHARED + "st.shared.u32 [%r6+32768], %r0;"),
     "shared alignment": (MemoryFault, SHARED + "st.shared.u16 [%r6+1], %r0;"),
     "global bounds": (MemoryFault, "ld.global.u32 %r9, [%rd5+4];"),
     "global alignment": (MemoryFault, "ld.global.u32 %r9, [%rd5+2];"),

@@ -137,11 +137,12 @@ void test(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
   uint32_t passed = 0;
   for (uint32_t left = mask; left; left &= left - 1) {
     const int l = __builtin_ctz(left);
-    const MBarrier& b = find(m, at[l] + static_cast<uint64_t>(i.ops[1].disp), l);
+    MBarrier& b = find(m, at[l] + static_cast<uint64_t>(i.ops[1].disp), l);
     // Parity p asks for the end of the phase of that parity, which is over once the current one has the other.
     const bool over = i.ints[0] ? (b.phase & 1) != (state[l] & 1) : b.phase != static_cast<uint32_t>(state[l]);
     if (!over) continue;
     passed |= 1u << l;
+    m.land(b);
     m.join(w.clock, b.completed);
   }
   write_predicate(w, i.ops[0], passed, mask);
@@ -185,6 +186,8 @@ void bulk(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
       for (uint32_t k = 0; k < size; k += 16) std::memcpy(place + k, m.global_read(source + k, 16, l), 16);
       b.copies.push_back({inner, size, 0});
       b.bytes -= size;
+      m.join(b.arriving, w.clock);  // who waits for the phase knows of the copy
+      ++w.clock[w.id];
       settle(m, b, l);
     } else {
       m.note_read(w, inner, size, l);
@@ -215,11 +218,17 @@ void Machine::complete_phase(MBarrier& b) {
   ++progress;
   b.pending = b.expected;
   b.completed = b.arriving;
-  for (const AsyncCopy& c : b.copies) {
-    const Unit u = units[c.address >> unit_shift()];
-    note_landed(c.address, c.size, u.write_warp, u.write_clock, u.write_lane, u.write_sync);
-  }
+  b.landing.insert(b.landing.end(), b.copies.begin(), b.copies.end());
   b.copies.clear();
+}
+
+// Nobody may count on a copy before somebody has seen its phase end.
+void Machine::land(MBarrier& b) {
+  for (const AsyncCopy& c : b.landing) {
+    const Unit u = units[c.address >> unit_shift()];
+    note_landed(c.address, c.size, u.write_warp, u.write_clock, u.write_lane, 0);  // 0: not against lanes of the warp
+  }
+  b.landing.clear();
 }
 
 void register_async(std::unordered_map<std::string, Handler>& t) {

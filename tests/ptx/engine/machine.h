@@ -119,7 +119,7 @@ struct MBarrier {
   int64_t expected = 0, pending = 0, bytes = 0;
   uint32_t phase = 0;
   std::vector<uint32_t> arriving, completed;  // vector clocks
-  std::vector<AsyncCopy> copies;              // land when the phase completes
+  std::vector<AsyncCopy> copies, landing;     // of this phase; of completed ones that nobody has waited for yet
 };
 
 // Set-associative cache of 32-byte sectors, least recently used out.
@@ -208,7 +208,8 @@ struct Machine {
   void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);
   void arrive(Warp& w, int barrier, int expected, bool wait);
   void check_barriers();
-  void complete_phase(MBarrier& m);
+  void complete_phase(MBarrier& b);
+  void land(MBarrier& b);
 };
 
 // Windows of the generic address space.

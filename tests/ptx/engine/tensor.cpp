@@ -49,27 +49,62 @@ void gather(Warp& w, const Operand* ops, int registers, int rows, int bytes, int
   }
 }
 
-template <bool kSignedA, bool kSignedB, int kDepth>
-void multiply_integer(const uint8_t* a, const uint8_t* b, int rows, int64_t* sums) {
-  alignas(64) int16_t x[16][kDepth], y[8][kDepth];
-  for (int r = 0; r < rows; ++r)
-    for (int k = 0; k < kDepth; ++k) x[r][k] = kSignedA ? static_cast<int8_t>(a[r * kDepth + k]) : a[r * kDepth + k];
-  for (int c = 0; c < 8; ++c)
-    for (int k = 0; k < kDepth; ++k) y[c][k] = kSignedB ? static_cast<int8_t>(b[c * kDepth + k]) : b[c * kDepth + k];
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < 8; ++c) {
-      int32_t s = 0;
-      for (int k = 0; k < kDepth; ++k) s += static_cast<int32_t>(x[r][k]) * y[c][k];
-      sums[r * 8 + c] = s;
+// The 8-bit product, 16 rows at a time in float: exact, as a sum of 64 products stays below 2^24.
+using Bytes64 = uint8_t __attribute__((vector_size(64)));
+using Signed16 = int8_t __attribute__((vector_size(16)));
+using Unsigned16 = uint8_t __attribute__((vector_size(16)));
+using Floats16 = float __attribute__((vector_size(64)));
+
+Floats16 to_floats(const uint8_t* from, bool is_signed) {
+  if (is_signed) {
+    Signed16 x;
+    std::memcpy(&x, from, 16);
+    return __builtin_convertvector(x, Floats16);
+  }
+  Unsigned16 x;
+  std::memcpy(&x, from, 16);
+  return __builtin_convertvector(x, Floats16);
+}
+
+// (rows, depth) bytes to (depth, 16): 8 x 16-byte blocks are turned by two shuffles of 128 bytes.
+void transpose(const uint8_t* a, int rows, int depth, uint8_t* out) {
+  static const auto kLow = [] {
+    Bytes64 v;
+    for (int i = 0; i < 64; ++i) v[i] = static_cast<uint8_t>(i % 8 * 16 + i / 8);
+    return v;
+  }();
+  const Bytes64 high = kLow + static_cast<uint8_t>(8);
+  for (int r = 0; r < rows; r += 8)
+    for (int k = 0; k < depth; k += 16) {
+      Bytes64 x[2];
+      for (int i = 0; i < 8; ++i) std::memcpy(reinterpret_cast<uint8_t*>(x) + 16 * i, a + (r + i) * depth + k, 16);
+      uint8_t turned[128];
+      const Bytes64 first = __builtin_shuffle(x[0], x[1], kLow), second = __builtin_shuffle(x[0], x[1], high);
+      std::memcpy(turned, &first, 64);
+      std::memcpy(turned + 64, &second, 64);
+      for (int i = 0; i < 16; ++i) std::memcpy(out + (k + i) * 16 + r, turned + 8 * i, 8);
     }
 }
-template <int kDepth>
-void multiply_signs(const Shape& s, const uint8_t* a, const uint8_t* b, int64_t* sums) {
-  const bool sa = s.a == kS8, sb = s.b == kS8;
-  if (sa && sb) multiply_integer<true, true, kDepth>(a, b, s.m, sums);
-  else if (sa) multiply_integer<true, false, kDepth>(a, b, s.m, sums);
-  else if (sb) multiply_integer<false, true, kDepth>(a, b, s.m, sums);
-  else multiply_integer<false, false, kDepth>(a, b, s.m, sums);
+
+void multiply_integer(const Shape& s, const uint8_t* a, const uint8_t* b, int32_t (*sums)[16]) {
+  alignas(64) uint8_t turned[64 * 16] = {};
+  transpose(a, s.m, s.k, turned);
+  Floats16 rows[64];
+  for (int k = 0; k < s.k; ++k) rows[k] = to_floats(turned + 16 * k, s.a == kS8);
+  for (int c = 0; c < 8; ++c) {
+    alignas(64) float y[64];
+    for (int k = 0; k < s.k; k += 16) {
+      const Floats16 piece = to_floats(b + c * s.k + k, s.b == kS8);
+      std::memcpy(y + k, &piece, 64);
+    }
+    Floats16 t0 = {}, t1 = {};
+    for (int k = 0; k < s.k; k += 2) {
+      t0 += rows[k] * y[k];
+      t1 += rows[k + 1] * y[k + 1];
+    }
+    t0 += t1;
+    for (int r = 0; r < 16; ++r) sums[c][r] = static_cast<int32_t>(t0[r]);
+  }
 }
 
 // Spread the stored elements of a sparse matrix over their places. A group of 4 has 2 elements, 2 bits of metadata each.
@@ -125,15 +160,13 @@ void multiply(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
   m.counter(w).tensor_ops += 2ull * s.m * s.n * s.k;
 
   if (s.integer) {
-    int64_t sums[16 * 8];
-    if (s.k == 16) multiply_signs<16>(s, a, b, sums);
-    else if (s.k == 32) multiply_signs<32>(s, a, b, sums);
-    else multiply_signs<64>(s, a, b, sums);
+    int32_t sums[8][16];
+    multiply_integer(s, a, b, sums);
     for (int r = 0; r < rc; ++r) {
       const int32_t* c = w.at_slot<int32_t>(oc[r].slot);
       int32_t* out = w.at_slot<int32_t>(d[r].slot);
       for (int l = 0; l < kLanes; ++l) {
-        const int64_t x = sums[(l / 4 + r / 2 * 8) * 8 + l % 4 * 2 + r % 2] + c[l];
+        const int64_t x = static_cast<int64_t>(sums[l % 4 * 2 + r % 2][l / 4 + r / 2 * 8]) + c[l];
         out[l] = s.saturate ? static_cast<int32_t>(std::clamp<int64_t>(x, INT32_MIN, INT32_MAX)) : static_cast<int32_t>(x);
       }
     }

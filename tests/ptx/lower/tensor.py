@@ -51,8 +51,8 @@ def matrix_multiply(low: Lowering, ins: Instruction) -> Lowered:
         lanes = kept * (4 if size == 4 else 2) // 16  # of a quad that hold metadata
         if not 0 <= selector < 4 // lanes:
             raise UnsupportedInstruction(f"sparsity selector {selector}")
-    ints = [m, 8, k, _ELEMENTS[kinds[1]], _ELEMENTS[kinds[2]], _SUMS[kinds[0]], int("satfinite" in ins.opcode), int(sparse), selector,
-            ordered, counts[1], counts[2], counts[0]]  # fmt: skip
+    ints = [m, 8, k, _ELEMENTS[kinds[1]], _ELEMENTS[kinds[2]], _SUMS[kinds[0]], int("satfinite" in ins.opcode), int(sparse),
+            selector, ordered, counts[1], counts[2], counts[0]]  # fmt: skip
     return Lowered("mma", operands, ints)
 
 
