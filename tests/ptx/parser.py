@@ -119,6 +119,8 @@ def entry_names(ptx: str) -> list[str]:
 
 def split_operands(text: str) -> list[str]:
     """Split at the commas that are in no bracket."""
+    if not any(bracket in text for bracket in "[{("):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, current = [], 0, ""
     for character in text:
         depth += (character in "[{(") - (character in "]})")
@@ -140,11 +142,12 @@ def _without_comments(ptx: str) -> str:
 
 def _closing(text: str, start: int) -> int:
     """Position after the brace that closes the one before ``start``."""
-    depth, end = 1, start
-    while depth:
-        depth += (text[end] == "{") - (text[end] == "}")
-        end += 1
-    return end
+    depth = 1
+    for brace in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.end()
+    raise EmulatorError("a brace that is not closed")
 
 
 @dataclass

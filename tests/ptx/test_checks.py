@@ -238,6 +238,20 @@ ORDER = {
         + "setp.eq.u32 %p1, %r20, 0; @%p1 st.global.u32 [%rd8], 7; @%p1 red.global.add.u32 [%rd0], 1;"
         + "@!%p1 atom.global.add.u32 %r1, [%rd0], 0; @!%p1 ld.global.u32 %r9, [%rd8];",
     ),
+    "two warps of a block write one word": (
+        RaceError,
+        "and.b32 %r1, %r0, 31; mul.wide.u32 %rd9, %r1, 4; add.s64 %rd9, %rd9, %rd3;"
+        + BLOCKS
+        + "mul.wide.u32 %rd10, %r20, 256; add.s64 %rd9, %rd9, %rd10; st.global.u32 [%rd9], 1;",
+    ),
+    "two lanes of a warp write one word": (RaceError, "st.global.u32 [%rd3], 1;"),
+    "a barrier orders the block's writes": (
+        None,
+        BLOCKS
+        + "mul.wide.u32 %rd10, %r20, 256; add.s64 %rd8, %rd8, %rd10; st.global.u32 [%rd8], 1; bar.sync 0;"
+        + "xor.b32 %r1, %r0, 33; mul.wide.u32 %rd9, %r1, 4; add.s64 %rd9, %rd9, %rd3; add.s64 %rd9, %rd9, %rd10;"
+        + "ld.global.u32 %r2, [%rd9]; st.global.u32 [%rd9], 2;",
+    ),
     "atomics alone": (None, "red.global.add.u32 [%rd8], 1;"),
     "a fence and an atomic order blocks": (
         None,

@@ -33,10 +33,10 @@ void copy(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
     if (real) {
       reading |= 1u << l;
       if (real == size) {
-        std::memcpy(place, m.global_read(source[l], size, l), size);
+        std::memcpy(place, m.global_read(w, source[l], size, l), size);
       } else {
         if (source[l] % size) fail(kMemory, "cp.async from a misaligned address", l);
-        for (uint32_t k = 0; k < real; ++k) place[k] = *m.global_read(source[l] + k, 1, l);
+        for (uint32_t k = 0; k < real; ++k) place[k] = *m.global_read(w, source[l] + k, 1, l);
       }
     }
     w.copies[l].push_back({target[l], size, w.groups[l]});
@@ -183,7 +183,7 @@ void bulk(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
       const Source<uint64_t> at(w, i.ops[3]);
       MBarrier& b = find(m, at[l] + static_cast<uint64_t>(i.ops[3].disp), l);
       m.note_pending(w, inner, size, l);
-      for (uint32_t k = 0; k < size; k += 16) std::memcpy(place + k, m.global_read(source + k, 16, l), 16);
+      for (uint32_t k = 0; k < size; k += 16) std::memcpy(place + k, m.global_read(w, source + k, 16, l), 16);
       b.copies.push_back({inner, size, 0});
       b.bytes -= size;
       m.join(b.arriving, w.clock);  // who waits for the phase knows of the copy
@@ -192,7 +192,7 @@ void bulk(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
     } else {
       m.note_read(w, inner, size, l);
       m.note_async_read(w, inner, size, 1);
-      for (uint32_t k = 0; k < size; k += 16) std::memcpy(m.global_write(target + k, 16, l), place + k, 16);
+      for (uint32_t k = 0; k < size; k += 16) std::memcpy(m.global_write(w, target + k, 16, l), place + k, 16);
       w.bulk_reads.push_back({inner, size, w.bulk_groups});
     }
     for (uint32_t k = 0; k < size; k += 512) {  // as so many requests of a whole warp

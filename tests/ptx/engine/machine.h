@@ -57,6 +57,7 @@ struct Region {
   uint8_t* host;
   uint8_t* written;                   // per byte: holds data; null where all do
   std::vector<uint32_t> writer, reader;  // per byte: block number + 1, kMany, or 0
+  std::vector<uint32_t> thread, clock;   // per byte: of the writer, its lane | warp << 5 | warp-level syncs << 16; its clock
 };
 constexpr uint32_t kMany = 0x7fffffff, kAtomic = 0x80000000;
 
@@ -185,8 +186,8 @@ struct Machine {
 
   // Global memory (spaces.cpp): a pointer to the bytes, after all checks.
   Region& region(uint64_t address, uint32_t size, int lane);
-  uint8_t* global_read(uint64_t address, uint32_t size, int lane);
-  uint8_t* global_write(uint64_t address, uint32_t size, int lane);
+  uint8_t* global_read(const Warp& w, uint64_t address, uint32_t size, int lane);
+  uint8_t* global_write(const Warp& w, uint64_t address, uint32_t size, int lane);
   uint8_t* global_atomic(uint64_t address, uint32_t size, int lane);
   void acquire(uint64_t address);
   void release(uint64_t address);

@@ -98,7 +98,7 @@ void load(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
         m.acquire(p.address);
         from = m.region(p.address, size, l).host + (p.address - m.region(p.address, size, l).base);
       } else {
-        from = m.global_read(p.address, size, l);
+        from = m.global_read(w, p.address, size, l);
       }
     } else if (p.space == kShared) {
       from = m.shared_at(p.address, size, size, l);
@@ -148,7 +148,7 @@ void store(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
         std::memcpy(m.global_atomic(p.address, size, l), raw[l], size);
         m.release(p.address);
       } else {
-        std::memcpy(m.global_write(p.address, size, l), raw[l], size);
+        std::memcpy(m.global_write(w, p.address, size, l), raw[l], size);
       }
     } else if (p.space == kShared) {
       std::memcpy(m.shared_at(p.address, size, size, l), raw[l], size);

@@ -22,11 +22,26 @@ Region& Machine::region(uint64_t address, uint32_t size, int lane) {
   }
   if (address % size) fail(kMemory, "global access of " + std::to_string(size) + " bytes at a misaligned address", lane);
   Region& r = *std::prev(after);
-  if (config.check_blocks && r.writer.empty()) r.writer.resize(r.size), r.reader.resize(r.size);
+  if (config.check_blocks && r.writer.empty())
+    r.writer.resize(r.size), r.reader.resize(r.size), r.thread.resize(r.size), r.clock.resize(r.size);
   return r;
 }
 
-uint8_t* Machine::global_read(uint64_t address, uint32_t size, int lane) {
+namespace {
+
+// Whether another thread of the block wrote a byte, and nothing orders this lane's access after that.
+bool other_thread(const Region& r, uint64_t at, const Warp& w, int lane) {
+  const uint32_t by = r.thread[at], warp = by >> 5 & 31;
+  if (static_cast<int>(warp) != w.id) return r.clock[at] > w.clock[warp];
+  return static_cast<int>(by & 31) != lane && by >> 16 == (w.sync & 0xffff);
+}
+uint32_t thread_of(const Warp& w, int lane) {
+  return static_cast<uint32_t>(lane) | static_cast<uint32_t>(w.id) << 5 | w.sync << 16;
+}
+
+}  // namespace
+
+uint8_t* Machine::global_read(const Warp& w, uint64_t address, uint32_t size, int lane) {
   Region& r = region(address, size, lane);
   const uint64_t at = address - r.base;
   if (r.written)
@@ -38,6 +53,8 @@ uint8_t* Machine::global_read(uint64_t address, uint32_t size, int lane) {
       const uint32_t by = r.writer[at + k] & ~kAtomic;
       if (by && by != me && !known[by - 1])
         fail(kRace, "block " + std::to_string(block) + " reads what block " + std::to_string(by - 1) + " writes, and nothing orders them", lane);
+      if (r.writer[at + k] == me && other_thread(r, at + k, w, lane))
+        fail(kRace, "global memory is read that another thread of the block writes, and nothing orders them", lane);
       uint32_t& reader = r.reader[at + k];
       reader = reader == 0 || reader == me ? me : kMany;
     }
@@ -45,7 +62,7 @@ uint8_t* Machine::global_read(uint64_t address, uint32_t size, int lane) {
   return r.host + at;
 }
 
-uint8_t* Machine::global_write(uint64_t address, uint32_t size, int lane) {
+uint8_t* Machine::global_write(const Warp& w, uint64_t address, uint32_t size, int lane) {
   Region& r = region(address, size, lane);
   const uint64_t at = address - r.base;
   if (r.written) std::memset(r.written + at, 1, size);
@@ -57,7 +74,11 @@ uint8_t* Machine::global_write(uint64_t address, uint32_t size, int lane) {
         fail(kRace, "blocks " + std::to_string(by - 1) + " and " + std::to_string(block) + " write one byte, and nothing orders them", lane);
       if (reader && reader != me && (reader == kMany || !known[reader - 1]))
         fail(kRace, "block " + std::to_string(block) + " writes what another block reads, and nothing orders them", lane);
+      if (r.writer[at + k] == me && other_thread(r, at + k, w, lane))
+        fail(kRace, "two threads of a block write one byte, and nothing orders them", lane);
       r.writer[at + k] = me;
+      r.thread[at + k] = thread_of(w, lane);
+      r.clock[at + k] = w.clock[w.id];
     }
   }
   ++progress;
