@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.dispatch.plan import Plan, load_cached, store_cached
 from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.nodes import cloned
 from cnncomp.nn.base import keeping_dtype
@@ -35,9 +36,10 @@ class ConvertedModel(nn.Module):
         super().__init__()
         self.network = network
         self.conversion = conversion
+        self._recordings = Recordings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
+        return self.network(*args, **kwargs) if kwargs else self._recordings(self.network, args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedModel:
         """Moves between devices, but never changes a dtype: what the layers hand over to each other is fixed."""

@@ -51,8 +51,6 @@ def trace_with_fixed(tracer: fx.Tracer, root: nn.Module, fixed: dict[str, Any]) 
     """
     graph = tracer.trace(root, fixed)
     names = set(inspect.signature(root.forward).parameters)
-    for node in graph.nodes:
-        node.type = None  # an annotation that is a string keeps a graph from being pickled
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node in placeholders:
         name = re.sub(r"_\d+$", "", str(node.target))  # fx numbers the arguments that it fixes

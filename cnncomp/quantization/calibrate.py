@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cnncomp._batches import evaluating, inputs_of, with_progress
 from cnncomp._modules import Layer, layers_of, reduction_length, select, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
 from cnncomp.quantization.fake import attach, quantization_of
@@ -19,8 +17,6 @@ from cnncomp.quantization.scales import METHODS, RangeObserver, weight_scales
 
 # 2**31 − 1 divided by 255 · 127: the longest sum of u8 × s8 products that int32 always holds.
 MAX_REDUCTION = 66_311
-
-T = TypeVar("T")
 
 
 def quantize(
@@ -65,7 +61,7 @@ def quantize(
     batches = [calibration] if isinstance(calibration, Tensor) else calibration
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
         raise CalibrationError(f"calibration: got {type(calibration).__name__}, expected batches of input tensors")
-    observers = _observe(model, layers, _with_progress(batches, "calibrating") if progress else batches, method)
+    observers = _observe(model, layers, with_progress(batches, "calibrating") if progress else batches, method)
     unreached = [name for name in layers if observers[name].seen == 0]
     if len(unreached) == len(layers):
         raise CalibrationError("calibration reached none of the model's Conv and Linear layers")
@@ -115,10 +111,10 @@ def _observe(
 
     handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             parameter = next(model.parameters())
             for index, batch in enumerate(batches):
-                args, kwargs = _inputs(batch, index, parameter.device)
+                args, kwargs = inputs_of(batch, index, parameter.device)
                 model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -126,54 +122,3 @@ def _observe(
     if index < 0:
         raise CalibrationError("calibration: got no batches, expected at least one (was an iterator used up before?)")
     return observers
-
-
-def _inputs(batch: Any, index: int, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:
-    """Positional and keyword arguments to call the model with, checked and moved to ``device``."""
-    if isinstance(batch, Mapping):
-        return [], {key: _input(v, index, device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    return [_input(first, index, device)], {}
-
-
-def _input(x: Any, index: int, device: torch.device) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise CalibrationError(f"calibration batch {index}: got {type(x).__name__}, expected a tensor")
-    if x.is_floating_point() and not torch.isfinite(x).all():
-        raise CalibrationError(f"calibration batch {index}: NaN or infinity in the input")
-    return x.to(device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's own training flag again."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def _with_progress(batches: Iterable[T], description: str, after: float = 1.0) -> Iterator[T]:
-    """Pass ``batches`` on; show a bar on a terminal once ``after`` seconds have gone by."""
-    if not sys.stderr.isatty():
-        yield from batches
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    total = len(batches) if isinstance(batches, Sized) else None
-    bar = Progress(console=Console(stderr=True), transient=True)
-    start, task = time.monotonic(), None
-    try:
-        for i, batch in enumerate(batches):
-            if task is None and time.monotonic() - start > after:
-                bar.start()
-                task = bar.add_task(description, total=total)
-            if task is not None:
-                bar.update(task, completed=i)
-            yield batch
-    finally:
-        bar.stop()
