@@ -154,7 +154,7 @@ def test_compiled_conv_is_exact_in_the_emulator(dtype, residual, out):
     integers = [n * h * w, h, w, c, k, h, w, c, k, 1, 1, 1, 1, 1, 1]
     grid = (launch.cdiv(n * h * w, tile.block_m) * launch.cdiv(k, tile.block_n), 1, 1)
     emulate(
-        compiled.asm["ptx"], None, grid, 32 * tile.num_warps, [*pointers, 0.37, 0.0, *integers], case.memory,
-        shared_bytes=compiled.metadata.shared,
+        compiled.asm["ptx"], grid, 32 * tile.num_warps, [*pointers, 0.37, 0.0, *integers], memory=case.memory,
+        shared=compiled.metadata.shared,
     )  # fmt: skip
     assert torch.equal(case.output(), expected)

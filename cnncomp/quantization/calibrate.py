@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cnncomp._modules import Layer, layers_of, parametrization_of, reduction_length, select, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
-from cnncomp.pruning.mask import Mask
 from cnncomp.quantization.bias import correct_biases
 from cnncomp.quantization.equalize import CRITERIA
 from cnncomp.quantization.equalize import equalize as equalize_layers
@@ -176,6 +175,8 @@ def _reached(layers: dict[str, Layer], observers: dict[str, RangeObserver]) -> d
 
 
 def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str], scheme: str) -> dict[str, Layer]:
+    from cnncomp.pruning.mask import Mask  # reconstruction, in that package, stands on this one
+
     every = layers_of(model)
     done = [name for name, layer in every.items() if quantization_of(layer) is not None]
     if done:
