@@ -131,7 +131,7 @@ class Problem:
     def _marked(self, piece: Piece, score: Tensor) -> Tensor:
         return score.masked_fill(~self.free[:, :, piece.columns], -1.0)
 
-    def refine(self, weight: Tensor, keep: Tensor, steps: int) -> Tensor:
+    def refine(self, weight: Tensor, keep: Tensor, steps: int = 50) -> Tensor:
         """Least squares on what is kept: conjugate gradients, all rows at once, preconditioned by H's diagonal."""
         precondition = keep / self.hessian.diagonal(dim1=1, dim2=2)[:, None, :]
         residual = (self.linear - weight @ self.hessian) * keep
