@@ -20,7 +20,8 @@ from cnncomp.nn.base import (
     geometry_config,
 )
 
-#: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused.
+#: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused and its weight laid
+#: out once, as torch.compile does it when weights are frozen.
 CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
 
 
@@ -33,6 +34,29 @@ def _clamp_add(t: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
     if t.requires_grad:
         return t.clamp(act.lo, act.hi)
     return t.relu_() if act == Clamp(0.0) else t.clamp_(act.lo, act.hi)
+
+
+class _Packed:
+    """A weight in oneDNN's own layout, made at the first call. Copies start empty: the layout can't be copied or stored."""
+
+    def __init__(self) -> None:
+        self._made: tuple[tuple[int, int], Tensor] | None = None  # of which weight, and what
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
+        return _Packed()
+
+    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
+        return _Packed, ()
+
+    def get(self, weight: Tensor, g: Geometry, shape: torch.Size) -> Tensor:
+        """``weight`` packed for inputs of ``shape``; those of other shapes give the same, perhaps slower."""
+        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        made = self._made
+        if made is None or made[0] != key:
+            where = (list(g.padding), list(g.stride), list(g.dilation), g.groups)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *where, list(shape))
+            self._made = made = (key, packed)
+        return made[1]
 
 
 class DenseConv2d(ConvertedLayer):
@@ -53,8 +77,10 @@ class DenseConv2d(ConvertedLayer):
         if kernel not in CONV_KERNELS:
             raise ArgumentError("kernel", kernel, f"one of {', '.join(CONV_KERNELS)}")
         self.geometry, self.activation, self.kernel = geometry, activation, kernel
+        self._packed = _Packed()
         layout = torch.contiguous_format if kernel == "dense.nchw" else torch.channels_last
-        self.weight = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
+        with torch.inference_mode(False):  # a tensor born in inference mode does not tell when it is changed
+            self.weight = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -87,13 +113,14 @@ class DenseConv2d(ConvertedLayer):
             attr, scalars = "relu", []
         where = (list(g.padding), list(g.stride), list(g.dilation), g.groups)
         op = torch.ops.mkldnn._convolution_pointwise
+        weight = self._packed.get(self.weight, g, x.shape)
         if residual is None:
-            return op.default(x, self.weight, self.bias, *where, attr, scalars, "")
+            return op.default(x, weight, self.bias, *where, attr, scalars, "")
         residual = residual.contiguous(memory_format=torch.channels_last)
         if act and attr != "relu":  # oneDNN's binary form takes no hardtanh after the sum
-            t = op.binary(x, residual, self.weight, self.bias, *where, "add", 1.0, None, [], None)
+            t = op.binary(x, residual, weight, self.bias, *where, "add", 1.0, None, [], None)
             return t.clamp_(act.lo, act.hi)
-        return op.binary(x, residual, self.weight, self.bias, *where, "add", 1.0, "relu" if act else None, [], None)
+        return op.binary(x, residual, weight, self.bias, *where, "add", 1.0, "relu" if act else None, [], None)
 
     def config(self) -> dict[str, Any]:
         return {

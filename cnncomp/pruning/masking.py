@@ -73,6 +73,8 @@ def prune(
     permute: bool = False,
     reconstruct: bool = False,
     progress: bool = True,
+    example_inputs: Any = None,
+    round_to: int = 1,
 ) -> nn.Module:
     """Mask the least important weights of the Conv1d, Conv2d and Linear layers, in place.
 
@@ -90,6 +92,7 @@ def prune(
             "1x4" is runs along the input channels, "8x1" runs along the output channels, "block16x16" both. Channels
             are counted within a group. Where they are no multiple, blocks at the edge are smaller, n:m counts as if
             zeros followed, and a layer with n input channels or fewer stays dense: :func:`cnncomp.sparsity_of` says so.
+            "channel" takes whole channels out and masks nothing: :func:`cnncomp.prune_channels`, by default half of them.
         scope: "global" ranks all weights together, "layer" prunes each layer to ``sparsity``.
         include_first_last: Prune also the first and the last layer in ``model.named_modules()`` order: they hold few
             weights and cost the most accuracy.
@@ -113,6 +116,7 @@ def prune(
             what they were (:mod:`cnncomp.pruning.reconstruct`). No labels, no training: a few hundred typical inputs. The
             pruned network is then as good as it gets without training.
         progress: Show a bar on a terminal when it takes more than a second.
+        example_inputs, round_to: as in :func:`cnncomp.prune_channels`, for pattern "channel" only.
 
     Returns:
         ``model``.
@@ -124,6 +128,16 @@ def prune(
         PatternError: an unknown ``pattern``.
         CalibrationError: no batch, or one that can't be used.
     """
+    if pattern == "channel":
+        from cnncomp.structured import prune_channels  # which stands above this package
+
+        if allocation is not None or scores is not None:
+            raise ArgumentError(
+                "pattern", "'channel' with allocation or scores", "neither (scope says how to share out)"
+            )
+        wanted = 0.5 if sparsity is None else sparsity
+        taken = dict(scope=scope, criterion=criterion, data=data, loss=loss, round_to=round_to, exclude=exclude)
+        return prune_channels(model, wanted, example_inputs, **taken)  # type: ignore[arg-type]
     parsed = parse_pattern(pattern)
     sparsity = check_sparsity(sparsity, parsed)
     allocation = check_allocation(allocation, scope, parsed)
