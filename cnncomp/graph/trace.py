@@ -133,8 +133,8 @@ def trace_graph(root: nn.Module, call: Call) -> fx.GraphModule | None:
 
 def graph_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModule | None:
     """The model's graph, not fused, its modules the model's own, if it gives what the model gives; None otherwise."""
-    call = _record_calls(model, example_inputs)[""]
-    return None if call is None else _trace_graph(model, call)
+    call = record_calls(model, example_inputs)[""]
+    return None if call is None else trace_graph(model, call)
 
 
 def _defaults(root: nn.Module, given: int) -> dict[str, Any]:

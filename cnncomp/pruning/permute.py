@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cnncomp._batches import evaluating
-from cnncomp.errors import ArgumentError, PatternError
-from cnncomp.graph import graph_of
+from cnncomp._modules import parametrization_of
+from cnncomp.errors import PatternError
 from cnncomp.progress import track
 from cnncomp.pruning.criteria import as_float
+from cnncomp.pruning.mask import Mask
 from cnncomp.pruning.patterns import NM, parse_pattern
-from cnncomp.pruning.spaces import reorder, spaces_of
 from cnncomp.pruning.targets import Target
+
+if TYPE_CHECKING:  # channel pruning builds on this package
+    from cnncomp.structured.graph import Dependency, Group
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,10 @@ def permute_channels(
 ) -> list[Permutation]:
     """Reorder channels in place so that n:m pruning of ``targets`` keeps more magnitude; the model computes the same.
 
-    A layer's input channels are reordered together with the output channels of the layers that produce them, with
-    BatchNorm and depthwise layers in between, and with the inputs of all other layers that read them; through activations,
-    pooling and sums, as tracing finds. Nothing is left to be done at run time. Where something else reads the channels (a
-    concatenation, a grouped convolution, a view, the caller), they stay in order. The state of an optimiser that was made
-    before does not follow.
+    A layer's input channels are reordered together with all that depends on them, as :func:`cnncomp.channels_of` finds: the
+    output channels of the layers that make them, BatchNorm and depthwise layers in between, the inputs of all other layers
+    that read them. Nothing is left to be done at run time. Where something else reads the channels, they stay in order. The
+    state of an optimiser that was made before does not follow.
 
     Args:
         targets: what is going to be pruned (:func:`cnncomp.pruning.targets_of`).
@@ -55,34 +56,65 @@ def permute_channels(
 
     Raises:
         PatternError: another pattern.
-        ArgumentError: the model can't be traced.
     """
+    from cnncomp.structured import channels_of
+
     parsed = parse_pattern(pattern)
     if not isinstance(parsed, NM):
         raise PatternError("pattern", repr(pattern), "an n:m pattern, which an order of channels matters to")
-    by_name = {layer_name: t for t in targets for layer_name in [t.name] if len(t.layers) == 1}
+    by_name = {t.name: t for t in targets if len(t.layers) == 1 and t.groups == 1}
+    groups = channels_of(model, example_inputs).groups
     found = []
-    with evaluating(model):
-        gm = graph_of(model, example_inputs)
-        if gm is None:
-            raise ArgumentError("model", "a model that can't be traced", "one that torch.fx can trace")
-        spaces = [s for s in spaces_of(gm, example_inputs) if any(name in by_name for name in s.consumers)]
-    with track("permuting channels", len(spaces), progress) as advance:
-        for space in spaces:
-            names = [name for name in space.consumers if name in by_name]
-            score = torch.cat([_rows(by_name[name]) for name in names])
-            order, before, kept = find_order(score, parsed)
-            if kept > before:
-                reorder(model, space, order)
-                found.append(Permutation(tuple(names), order, before, kept))
-            advance(names[0])
+    with track("permuting channels", len(groups), progress) as advance:
+        for group in groups:
+            readers = [d for d in group.dependencies if d.node.name in by_name and _in_order(d, parsed.m)]
+            if readers:
+                score = torch.cat([_rows(by_name[d.node.name], d.index[:, 0]) for d in readers])
+                order, before, kept = find_order(score, parsed)
+                if kept > before:
+                    reorder(group, order)
+                    found.append(Permutation(tuple(d.node.name for d in readers), order, before, kept))
+            advance(group.name)
     return found
 
 
-def _rows(target: Target) -> Tensor:
-    """Magnitudes (K·T, C)."""
-    weight = as_float(target.value).abs()
-    return weight.flatten(2).transpose(1, 2).flatten(0, 1) if weight.dim() > 2 else weight
+def _in_order(d: Dependency, m: int) -> bool:
+    """Whether the group's units are consecutive input channels of the layer, in whole groups of m up to its last."""
+    if d.axis != "in" or d.index.shape[1] != 1:
+        return False
+    first, units = int(d.index[0]), len(d.index)
+    consecutive = torch.equal(d.index[:, 0], torch.arange(first, first + units))
+    return consecutive and first % m == 0 and (units % m == 0 or first + units == d.node.size("in"))
+
+
+def _rows(target: Target, channels: Tensor) -> Tensor:
+    """Magnitudes (K·T, C) of these input channels."""
+    weight = as_float(target.value).abs().flatten(2 if target.value.dim() > 2 else 1)
+    weight = weight if weight.dim() > 2 else weight[:, :, None]
+    return weight.transpose(1, 2).flatten(0, 1)[:, channels.to(weight.device)]
+
+
+@torch.no_grad()
+def reorder(group: Group, order: Tensor) -> None:
+    """Put the group's units in ``order`` (int64): the model computes the same as before."""
+    for d in group.dependencies:
+        node = d.node
+        old, new = d.index[order.cpu()].flatten(), d.index.flatten()
+        mask = parametrization_of(node.module, Mask)
+        tensors = [*(x for _, x in node.tensors()), *([] if mask is None else [mask.mask])]
+        if d.axis == "out":
+            for x in tensors:
+                x[new.to(x.device)] = x[old.to(x.device)]
+            continue
+        weights = [x for x in tensors if x.dim() > 1]
+        per_group = weights[0].shape[1]
+        if per_group < node.size("in"):
+            if getattr(node, "by_group", False):
+                continue  # whole groups move: their inputs with their outputs
+            # The same channels of each group move: one column holds them all.
+            old, new = old[new < per_group], new[new < per_group]
+        for x in weights:
+            x[:, new.to(x.device)] = x[:, old.to(x.device)]
 
 
 def find_order(score: Tensor, pattern: NM, rounds: int = 200) -> tuple[Tensor, float, float]:
