@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from cnncomp._cpu import Program
 from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
 
-#: Recordings that a model keeps, one for each kind of input.
-MAX_RECORDINGS = 8
+#: Recordings that a model keeps, one for each kind of input, and idle arenas of each, one for each caller at a time.
+MAX_RECORDINGS = 4
+MAX_ARENAS = 4
 _ALIGN = 64
 
 #: Operators that compute nothing.
@@ -229,6 +230,7 @@ class Recording:
         self.modules = [gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"]
         if not all(type(m).__module__.startswith(("torch.nn", "cnncomp.nn")) for m in self.modules):
             raise _NotRecordable("modules of the user's")
+        self.parameters = list(gm.parameters())
         if any(n.op == "placeholder" and str(n.target).startswith("*") for n in gm.graph.nodes):
             raise _NotRecordable("any number of arguments")
         recorder = _Recorder(gm)
@@ -310,7 +312,8 @@ class Recording:
         try:
             return self._run(arena, args)
         finally:
-            self.arenas.append(arena)
+            if len(self.arenas) < MAX_ARENAS:
+                self.arenas.append(arena)
 
     def _run(self, arena: _Arena, args: tuple[Any, ...]) -> Any:
         slots = [arena.address] + [0] * (self.num_slots - 1)
@@ -366,8 +369,15 @@ class _Arena:
         self.memory = memory
 
 
-def _hooked(modules: Iterable[nn.Module]) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+def _watched(network: Recording | nn.Module) -> bool:
+    """Whether hooks or gradients want to see the layers run one by one."""
+    modules, parameters = (
+        (network.modules, network.parameters)
+        if isinstance(network, Recording)
+        else (network.modules(), network.parameters())
+    )
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    return hooked or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
 
 class Recordings:
@@ -391,13 +401,12 @@ class Recordings:
         key = _key(network, args)
         if key is None:
             return network(*args)
-        if key not in self._by_key:
-            self._by_key[key] = None  # recorded when it comes again
+        with self._lock:
+            new = key not in self._by_key
+            recording = self._by_key.setdefault(key, None)  # recorded when it comes again
             while len(self._by_key) > MAX_RECORDINGS:
-                self._by_key.pop(next(iter(self._by_key)), None)
-            return network(*args)
-        recording = self._by_key[key]
-        if recording is False or _hooked(recording.modules if recording else network.modules()):
+                del self._by_key[next(iter(self._by_key))]
+        if new or recording is False or _watched(recording or network):
             return network(*args)
         try:
             if recording is None or not recording.valid(network):
@@ -405,15 +414,15 @@ class Recordings:
             with torch.no_grad():
                 return recording.run(args)
         except _NotRecordable:
-            self._by_key[key] = False
+            with self._lock:
+                self._by_key[key] = False
         return network(*args)
 
     def _record(self, key: Key, network: nn.Module, args: tuple[Any, ...]) -> Recording:
         assert isinstance(network, fx.GraphModule)
         with self._lock, torch.no_grad():
-            recording = Recording(network, args)
-            self._by_key[key] = recording
-            return recording
+            self._by_key[key] = recording = Recording(network, args)
+        return recording
 
 
 def _key(network: nn.Module, args: tuple[Any, ...]) -> Key | None:
