@@ -159,7 +159,7 @@ def _gather(target: Target, dense: Walk, pruned: Walk, layers: Layers, copies: L
             moments.add(layer, x, y)
         if not torch.isfinite(moments.dense.sum() + moments.pruned.sum()):
             raise CalibrationError(f"data batch {index}: NaN or infinity in the input of layer {target.name!r}")
-    return moments
+    return moments.of_all_processes()
 
 
 def _solve(
