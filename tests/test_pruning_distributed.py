@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnncomp.pruning import RigL, prune
+from cnncomp.pruning import RigL, WeightPruning, prune
 
 
 def net() -> nn.Sequential:
@@ -25,7 +25,7 @@ def net() -> nn.Sequential:
 def data() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(6, 1, 8, 8, generator=generator), torch.randint(0, 4, (6,), generator=generator)) for _ in range(5)
+        (torch.randn(6, 1, 8, 8, generator=generator), torch.randint(0, 4, (6,), generator=generator)) for _ in range(6)
     ]
 
 
@@ -45,6 +45,9 @@ def results(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         F.cross_entropy(model(x), y).backward()
     rigl.step(1)
     found.update({f"rigl.{k}": v for k, v in model.state_dict().items() if k.endswith("mask")})
+    pruner = WeightPruning(net(), 0.2)
+    pruner.step(sum(F.cross_entropy(pruner(x), y) for x, y in batches) / len(batches))
+    found.update({f"article step.{k}": v for k, v in pruner.state_dict().items()})
     return copy.deepcopy(found)
 
 

@@ -172,6 +172,8 @@ def test_errors() -> None:
     x = torch.randn(1, 1, 8, 8)
     with pytest.raises(ArgumentError, match="data: got None"):
         prune(DigitsNet(), pattern="2:4", permute=True)
+    with pytest.raises(ArgumentError, match="scores would not follow"):
+        prune(DigitsNet(), pattern="2:4", permute=True, data=x, scores={})
     with pytest.raises(PatternError, match="n:m pattern, which an order"):
         prune(DigitsNet(), pattern="1x4", permute=True, data=x)
     quantized = quantize(DigitsNet(), torch.randn(4, 1, 8, 8))

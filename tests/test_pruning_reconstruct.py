@@ -276,3 +276,7 @@ def test_errors_leave_the_model_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     with pytest.raises(ArgumentError, match="quantised already"):
         prune(quantize(model, smooth(0)), 0.5, data=smooth(0), reconstruct=True)
+    with pytest.raises(ArgumentError, match="'0', which sums 8,193 products"):
+        prune(
+            nn.Sequential(nn.Linear(8193, 1)), 0.5, data=torch.ones(2, 8193), reconstruct=True, include_first_last=True
+        )

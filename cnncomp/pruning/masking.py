@@ -143,6 +143,8 @@ def prune(
     allocation = check_allocation(allocation, scope, parsed)
     targets = targets_of(model, include_first_last, include_depthwise, exclude)
     batches = None if data is None else list(as_batches(data))
+    if permute and scores is not None:
+        raise ArgumentError("scores", "scores with permute", "one of them: scores would not follow the channels")
     permuted = _permute(model, targets, parsed, batches, progress) if permute else set()
     ranking = rank(targets, model, parsed, criterion, scores, batches, loss)
     masks = choose_masks(ranking, sparsity, allocation, model, batches, progress)
