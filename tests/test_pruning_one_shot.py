@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnncomp import sparsity_of
+from cnncomp import data, sparsity_of
+from cnncomp.errors import MissingPackageError
 from cnncomp.models import DigitsNet
 from cnncomp.results import one_shot
 
@@ -61,3 +62,16 @@ def test_the_interval_draws_photographs() -> None:
     low, high = one_shot.interval(alike)
     assert 0.2 < low < 0.35 and 0.65 < high < 0.8
     assert one_shot.interval(mixed) == (0.5, 0.5)
+
+
+def test_what_is_calibrated_on_is_not_scored() -> None:
+    pytest.importorskip("PIL.Image")
+    try:
+        known = {p.name for p in data.imagenet_photos()}
+        names = [p.name for p in (*data.calibration_photos(), *data.cifar_pictures())]
+        batches = one_shot.calibration(1)
+    except MissingPackageError as error:
+        pytest.skip(str(error))
+    assert len(names) == len(set(names)) == 52 and not known & set(names)
+    assert sum(map(len, batches)) == 52 and batches[0].shape == (8, 3, 224, 224)
+    assert all(torch.equal(a, b) for a, b in zip(batches, one_shot.calibration(1), strict=True))

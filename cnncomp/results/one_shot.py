@@ -59,10 +59,15 @@ class Row:
 
 
 def calibration(crops_per_photo: int) -> list[Tensor]:
-    """Random crops of twelve photographs that are not scored, in batches of eight."""
-    crops = torch.cat([data.augment(p.image, crops_per_photo, seed=i) for i, p in enumerate(data.calibration_photos())])
-    order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(0))
-    return list(crops[order].split(8))
+    """Images to calibrate on, none of which is scored, in batches of eight: random crops of twelve photographs, and as many
+    again, but for rounding, of forty small pictures, enlarged. What is in them counts more than how sharp they are."""
+    photos, pictures = data.calibration_photos(), data.cifar_pictures()
+    of_each = max(1, crops_per_photo * len(photos) // len(pictures))
+    crops = [data.augment(p.image, crops_per_photo, seed=i) for i, p in enumerate(photos)]
+    crops += [data.augment(p.image, of_each, seed=1000 + i) for i, p in enumerate(pictures)]
+    joined = torch.cat(crops)
+    order = torch.randperm(len(joined), generator=torch.Generator().manual_seed(0))
+    return list(joined[order].split(8))
 
 
 def interval(hits: Tensor, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -135,7 +140,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--crops", type=int, default=16, help="crops of each photograph to calibrate on")
+    parser.add_argument("--crops", type=int, default=10, help="crops of each photograph to calibrate on")
     parser.add_argument("--out", type=Path, default=Path("build/results/one_shot.json"), help="where rows are kept")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--threads", type=int, default=1)
