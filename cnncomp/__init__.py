@@ -13,7 +13,7 @@ from cnncomp.convert import ConvertedModel, convert
 from cnncomp.dispatch import Plan
 from cnncomp.profile import profile
 from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
-from cnncomp.quantization import quantize, remove_quantization
+from cnncomp.quantization import Quantization, quantize, remove_quantization
 from cnncomp.search import SearchResult, Target
 from cnncomp.serialization import load, save
 from cnncomp.structured import channels_of, prune_channels
@@ -21,6 +21,7 @@ from cnncomp.structured import channels_of, prune_channels
 __all__ = [
     "ConvertedModel",
     "Plan",
+    "Quantization",
     "Recipe",
     "SearchResult",
     "Target",

@@ -26,7 +26,8 @@ CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
 
 
 def _clamp_add(t: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
-    """In-place epilogue on a fresh tensor ``t``."""
+    """In-place epilogue on a fresh tensor ``t``; ``act`` has one upper bound."""
+    assert not isinstance(act.hi, tuple)
     if residual is not None:
         t = t + residual if t.requires_grad else t.add_(residual)
     if not act:
@@ -59,7 +60,23 @@ class _Packed:
         return made[1]
 
 
-class DenseConv2d(ConvertedLayer):
+class _Dense(ConvertedLayer):
+    """Bounds of the activation: one interval, and ``upper`` where each channel has its own."""
+
+    upper: Tensor | None
+
+    def _bound(self, activation: Clamp, trailing: int) -> None:
+        """``trailing``: dimensions behind the channels."""
+        self.activation = activation
+        self._interval = Clamp(activation.lo) if isinstance(activation.hi, tuple) else activation
+        upper = torch.tensor(activation.hi) if isinstance(activation.hi, tuple) else None
+        self.register_buffer("upper", None if upper is None else upper.view(-1, *[1] * trailing), persistent=False)
+
+    def _bounded(self, t: Tensor) -> Tensor:
+        return t if self.upper is None else torch.minimum(t, self.upper)
+
+
+class DenseConv2d(_Dense):
     """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
 
     ``kernel`` is one of :data:`CONV_KERNELS`. "dense.fused" runs on the CPU in inference only.
@@ -76,7 +93,8 @@ class DenseConv2d(ConvertedLayer):
         super().__init__()
         if kernel not in CONV_KERNELS:
             raise ArgumentError("kernel", kernel, f"one of {', '.join(CONV_KERNELS)}")
-        self.geometry, self.activation, self.kernel = geometry, activation, kernel
+        self.geometry, self.kernel = geometry, kernel
+        self._bound(activation, 2)
         self._packed = _Packed()
         layout = torch.contiguous_format if kernel == "dense.nchw" else torch.channels_last
         with torch.inference_mode(False):  # a tensor born in inference mode does not tell when it is changed
@@ -87,8 +105,8 @@ class DenseConv2d(ConvertedLayer):
         g = self.geometry
         if g.conv1d:
             out = self._image(x.unsqueeze(2), as_image(residual))
-            return out.squeeze(2)
-        return self._image(x, residual)
+            return self._bounded(out).squeeze(2)
+        return self._bounded(self._image(x, residual))
 
     def _image(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self.geometry
@@ -99,7 +117,7 @@ class DenseConv2d(ConvertedLayer):
             if self.kernel == "dense.fused" and self._can_fuse(x):
                 return self._fused(x, residual)
         t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
-        return _clamp_add(t, residual, self.activation)
+        return _clamp_add(t, residual, self._interval)
 
     @staticmethod
     def _can_fuse(x: Tensor) -> bool:
@@ -107,7 +125,7 @@ class DenseConv2d(ConvertedLayer):
         return x.device.type == "cpu" and x.numel() > 0 and not x.requires_grad and not torch.compiler.is_compiling()
 
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        g, act = self.geometry, self.activation
+        g, act = self.geometry, self._interval
         attr, scalars = ("none", []) if not act else ("hardtanh", [act.lo, act.hi])
         if act == Clamp(0.0):
             attr, scalars = "relu", []
@@ -154,7 +172,7 @@ class DenseConv2d(ConvertedLayer):
         return f"{self.geometry} {self.activation} kernel={self.kernel}"
 
 
-class DenseLinear(ConvertedLayer):
+class DenseLinear(_Dense):
     """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K)."""
 
     kernel = "dense.linear"
@@ -166,7 +184,7 @@ class DenseLinear(ConvertedLayer):
         activation: Clamp = LINEAR,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self._bound(activation, 0)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -179,7 +197,7 @@ class DenseLinear(ConvertedLayer):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _clamp_add(F.linear(x, self.weight, self.bias), residual, self.activation)
+        return self._bounded(_clamp_add(F.linear(x, self.weight, self.bias), residual, self._interval))
 
     def config(self) -> dict[str, Any]:
         return {"activation": clamp_config(self.activation)}

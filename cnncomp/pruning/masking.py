@@ -113,8 +113,8 @@ def prune(
             magnitude is kept (:func:`cnncomp.pruning.permute_channels`). The model computes the same as before that.
         reconstruct: Choose in each layer, of as many weights as ``allocation`` says, those that its outputs on ``data``
             depend on least, and change the others, the biases and the running means of BatchNorm so that the outputs stay
-            what they were (:mod:`cnncomp.pruning.reconstruct`). No labels, no training: a few hundred typical inputs. The
-            pruned network is then as good as it gets without training.
+            what they were (:mod:`cnncomp.pruning.reconstruct`). No labels, no training: a few hundred typical inputs,
+            the more varied the better.
         progress: Show a bar on a terminal when it takes more than a second.
         example_inputs, round_to: as in :func:`cnncomp.prune_channels`, for pattern "channel" only.
 
