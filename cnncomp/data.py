@@ -163,6 +163,18 @@ def calibration_photos() -> list[Photo]:
     return [*sklearn_photos(), *skimage_photos()]
 
 
+def cifar_pictures() -> list[Photo]:
+    """Forty small pictures, 32×32, RGB, of CIFAR-10 and CIFAR-100, from the foolbox wheel, without labels.
+
+    Raises:
+        MissingPackageError: foolbox is not installed.
+    """
+    pictures = [Photo(p.stem, _open(p)) for p in _package_files("foolbox", ".png") if p.stem.startswith("cifar")]
+    if not pictures:
+        raise _missing("foolbox")
+    return pictures
+
+
 def digits() -> Split:
     """scikit-learn's 1,797 handwritten digits: (N, 1, 8, 8) in 0..1; every fifth is a test image.
 
