@@ -308,6 +308,13 @@ def test_pruning_again_does_nothing_and_more_goes_on(scope: str, round_to: int) 
             assert module.out_channels % round_to == 0, module
 
 
+def test_an_odd_width_is_rounded_down_to_a_multiple_first() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Conv2d(20, 2, 1)), torch.randn(1, 3, 8, 8)
+    for sparsity, left in ((0.1, 20), (0.3, 16), (0.5, 16), (0.6, 8), (1.0, 8)):
+        prune_channels(model, sparsity, x, round_to=8)
+        assert model[0].out_channels == model[1].in_channels == left
+
+
 def test_the_count_is_exact_and_the_same_model_gives_the_same() -> None:
     x = torch.randn(1, 1, 8, 8)
     model = DigitsNet().eval()
