@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
+from cnncomp.executor import Recordings
 from cnncomp.graph import Traced
 from cnncomp.graph.chain import output_specs, passes_8bit, source
 from cnncomp.graph.nodes import cloned, input_node, module_at, put_module
@@ -123,7 +125,10 @@ class NetworkPlanner:
         rival = copy.deepcopy(self.module)
         self._apply(best)
         with torch.inference_mode():
-            fns = {"dense": lambda: rival(*self.inputs), "converted": lambda: self.module(*self.inputs)}
+            networks = {"dense": rival, "converted": self.module}
+            fns = {name: partial(Recordings(), network, self.inputs) for name, network in networks.items()}
+            for fn in fns.values():
+                fn()  # recorded the second time
             seconds = interleaved(fns, min_rounds=9, budget_s=1.0, cuda=self.device.type == "cuda")
         network_ms = {name: s * 1e3 for name, s in seconds.items()}
         if seconds["converted"] > NETWORK_MARGIN * seconds["dense"]:

@@ -131,6 +131,12 @@ def trace_graph(root: nn.Module, call: Call) -> fx.GraphModule | None:
     return None
 
 
+def graph_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModule | None:
+    """The model's graph, not fused, its modules the model's own, if it gives what the model gives; None otherwise."""
+    call = record_calls(model, example_inputs)[""]
+    return None if call is None else trace_graph(model, call)
+
+
 def _defaults(root: nn.Module, given: int) -> dict[str, Any]:
     """Parameters of forward that were not given, with their defaults."""
     parameters = list(inspect.signature(root.forward).parameters.values())[given:]

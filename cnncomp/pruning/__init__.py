@@ -9,14 +9,18 @@ from cnncomp.pruning.mask import Mask, mask_of, remove_masks
 from cnncomp.pruning.masking import prune
 from cnncomp.pruning.patterns import PATTERNS, parse_pattern
 from cnncomp.pruning.report import LayerSparsity, SparsityReport, sparsity_of
+from cnncomp.pruning.schedule import GradualCubic, OneShot, RigL
 from cnncomp.pruning.targets import Target, targets_of
 
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
     "PATTERNS",
+    "GradualCubic",
     "LayerSparsity",
     "Mask",
+    "OneShot",
+    "RigL",
     "SparsityReport",
     "Target",
     "WeightPruning",

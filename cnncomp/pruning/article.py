@@ -72,8 +72,7 @@ class WeightPruning(nn.Module):
             left = t.numel - t.masked
             if left < self._kept(t):
                 raise ArgumentError("model", f"{left} weights left in layer {t.name!r}", f"at least {self._kept(t)}")
-            if t.mask is None:
-                apply_mask(t.layers, torch.ones_like(t.parameter, dtype=torch.bool))
+            _ = t.mask_module  # now, so that the state_dict has the same keys before and after pruning
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns; nothing is changed."""

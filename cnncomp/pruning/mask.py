@@ -26,6 +26,8 @@ class Mask(WeightParametrization):
         mask: bool, of the weight's shape; False where the weight is pruned.
         pattern: Name of the pattern that the mask follows.
         note: What is special about it in this layer, "" if nothing.
+
+    While ``watched`` is set, ``gradient`` sums up what backward passes give for the masked weight, pruned entries included.
     """
 
     mask: Tensor
@@ -34,10 +36,19 @@ class Mask(WeightParametrization):
         super().__init__()
         self.register_buffer("mask", mask)
         self.pattern, self.note = pattern, note
+        self.watched = False
+        self.gradient: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         # Not weight * mask, which gives −0 for pruned negative weights and NaN for infinite ones.
-        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        masked = torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        if self.watched and masked.requires_grad:
+            masked.register_hook(self._take)
+        return masked
+
+    def _take(self, gradient: Tensor) -> None:
+        total = gradient.detach().clone()
+        self.gradient = total if self.gradient is None else self.gradient + total
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         # Zeroed here too, so that the parameter in the state_dict shows what the model computes with.

@@ -13,6 +13,7 @@ from cnncomp.pruning import allocation as alloc
 from cnncomp.pruning.criteria import Loss, as_batches, given_scores, score_targets
 from cnncomp.pruning.mask import apply_mask
 from cnncomp.pruning.patterns import NM, Pattern, grouped, parse_pattern
+from cnncomp.pruning.reconstruct import solve_targets
 from cnncomp.pruning.targets import Target, targets_of
 
 SCOPES = ("global", "layer")
@@ -67,6 +68,7 @@ def prune(
     scores: Mapping[str, Tensor] | None = None,
     data: Iterable[Any] | Tensor | None = None,
     loss: Loss | None = None,
+    reconstruct: bool = False,
     progress: bool = True,
     example_inputs: Any = None,
     round_to: int = 1,
@@ -100,10 +102,14 @@ def prune(
             how each layer's sparsity changes the outputs; a mapping from layer names to sparsities, ``sparsity`` for the
             others.
         scores: Importance by layer name, in the weights' shapes, in place of ``criterion``; the lowest go.
-        data: Batches for criteria that need gradients and for "sensitivity": inputs, or sequences of inputs and labels; a
-            tensor is one batch. All are held in memory.
+        data: Batches for criteria that need gradients, for "sensitivity" and for ``reconstruct``: inputs, or sequences of
+            inputs and labels; a tensor is one batch. All are held in memory.
         loss: From the model's output and the batch to a scalar. None: cross-entropy with the labels, or with the model's
             own first class where there are none.
+        reconstruct: Choose in each layer, of as many weights as ``allocation`` says, those that its outputs on ``data``
+            depend on least, and change the others, the biases and the running means of BatchNorm so that the outputs stay
+            what they were (:mod:`cnncomp.pruning.reconstruct`). No labels, no training: a few hundred typical inputs. The
+            pruned network is then as good as it gets without training.
         progress: Show a bar on a terminal when it takes more than a second.
         example_inputs, round_to: as in :func:`cnncomp.prune_channels`, for pattern "channel" only.
 
@@ -133,8 +139,17 @@ def prune(
     targets = targets_of(model, include_first_last, include_depthwise, exclude)
     batches = None if data is None else list(as_batches(data))
     ranking = rank(targets, model, parsed, criterion, scores, batches, loss)
-    for i, mask in enumerate(choose_masks(ranking, sparsity, allocation, model, batches, progress)):
-        apply_mask(targets[i].layers, mask, str(parsed), ranking.note(i))
+    masks = choose_masks(ranking, sparsity, allocation, model, batches, progress)
+    if not reconstruct:
+        for i, mask in enumerate(masks):
+            apply_mask(targets[i].layers, mask, str(parsed), ranking.note(i))
+        return model
+    if batches is None:
+        raise ArgumentError("data", None, "batches to reconstruct on")
+    solved = solve_targets(model, targets, [int((~m).sum()) for m in masks], parsed, batches, progress=progress)
+    for i, t in enumerate(targets):
+        if t.name in solved:
+            solved[t.name].write(t.layers, solved[t.name].norm, parsed, ranking.note(i))
     return model
 
 

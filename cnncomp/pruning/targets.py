@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, is_depthwise, layers_of, select, weight_parameter
+from cnncomp._modules import Layer, is_depthwise, layers_of, parametrization_of, select, weight_parameter
 from cnncomp.errors import ArgumentError
-from cnncomp.pruning.mask import mask_of
+from cnncomp.pruning.mask import Mask, apply_mask, mask_of
 from cnncomp.pruning.patterns import groups_of
 
 
@@ -34,6 +34,12 @@ class Target:
     @property
     def mask(self) -> Tensor | None:
         return next((m for m in map(mask_of, self.layers) if m is not None), None)
+
+    @property
+    def mask_module(self) -> Mask:
+        """The parametrization that holds the mask; one that prunes nothing is added where there is none."""
+        found = parametrization_of(self.layers[0], Mask)
+        return found or apply_mask(self.layers, torch.ones_like(self.parameter, dtype=torch.bool))
 
     @property
     def groups(self) -> int:
