@@ -180,7 +180,7 @@ def main(
         raise typer.BadParameter(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}", param_hint="--only")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        e = Experiment(fashion_mnist(data), out, quick)
+        e = Experiment(fashion_mnist(data, 100 if quick else 5000), out, quick)
         for name in only or ROWS:
             if read_row(name, out / "rows") is None:
                 say(f"{name} ...")
