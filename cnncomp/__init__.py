@@ -6,11 +6,13 @@ each measured against dense on this device; ``compress`` is all of it. ``profile
 
 from __future__ import annotations
 
-from cnncomp import errors, models, nn, ops
+from cnncomp import errors, models, nn, ops, training
 from cnncomp._version import __version__
 from cnncomp.compress import Recipe, compress
 from cnncomp.convert import ConvertedModel, convert
 from cnncomp.dispatch import Plan
+from cnncomp.distillation import KnowledgeDistillation, distill, finetune
+from cnncomp.evaluation import evaluate
 from cnncomp.profile import profile
 from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
 from cnncomp.quantization import quantize, remove_quantization
@@ -18,13 +20,17 @@ from cnncomp.serialization import load, save
 
 __all__ = [
     "ConvertedModel",
+    "KnowledgeDistillation",
     "Plan",
     "Recipe",
     "WeightPruning",
     "__version__",
     "compress",
     "convert",
+    "distill",
     "errors",
+    "evaluate",
+    "finetune",
     "load",
     "models",
     "nn",
@@ -36,4 +42,5 @@ __all__ = [
     "remove_quantization",
     "save",
     "sparsity_of",
+    "training",
 ]
