@@ -324,5 +324,7 @@ def test_distill_refuses(trained: tuple[nn.Module, data.Split]) -> None:
 def test_the_teachers_modes_come_back(trained: tuple[nn.Module, data.Split]) -> None:
     teacher = copy.deepcopy(trained[0]).train()
     teacher.conv1.eval()
+    before = state(teacher)
     distill(Small(), teacher, [trained[1].train_images[:8]], ONE)
+    assert not changed(teacher, before)  # in train mode its BatchNorms would have moved
     assert teacher.training and not teacher.conv1.training

@@ -129,7 +129,7 @@ def train(
     outside = checkpoints.random_state()
     try:
         run.resume()
-        with track(title, settings.epochs * (run.length or 1), show=progress) as advance:
+        with track(title, max(1, run.left()), show=progress) as advance:
             while run.epoch < settings.epochs and run.history.stopped == "finished":
                 row = run.run_epoch(advance)
                 board.add(row)
@@ -243,6 +243,10 @@ class _Run:
             f"{self.optimizer.param_groups[0]['lr']:.3g}. The model holds the last good checkpoint: {epoch} epochs and {step} "
             "steps. Train with a lower rate, or clip_norm."
         )
+
+    def left(self) -> int:
+        """Steps that are still to come; epochs where their length is not known."""
+        return (self.settings.epochs - self.epoch) * (self.length or 1) - (self.step if self.length else 0)
 
     # --- one epoch ---
 
