@@ -5,7 +5,7 @@ been fitted to or checked against measurements, so a ratio between two of them s
 
     python -m bench.gpu_model --network resnet50 --batch 1 --batch 8
 
-The time is the largest of the bounds below, for the multiprocessor with the most blocks, plus the fill of its pipeline for every
+The time is the largest of the bounds below, for the multiprocessor with the most blocks, plus the fill of its pipeline for each
 wave of blocks, plus a launch:
 
 - ``tensor``: tensor operations at the peak rate, with all tile waste, as the instructions compute it;
@@ -13,7 +13,8 @@ wave of blocks, plus a launch:
 - ``shared``: passes over the banks, one a clock;
 - ``l2``: bytes that the L1 model did not hold; ``dram``: bytes that the L2 model did not hold either, or what must be moved at
   least where only a sample of the grid was run;
-- ``latency``: bytes that asynchronous copies have under way at once, by Little's law.
+- ``latency``: bytes that the blocks on a multiprocessor have under way at once, by Little's law; none for kernels without
+  barriers, of which it is not known.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from tests.ptx import Result
 OUT = Path("build/bench/gpu_model.json")
 LABEL = "modelled, not measured"
 ISSUE_SLOTS = 4  # warp instructions of a multiprocessor per clock: one of each of its four parts
-#: Assumptions, the same for all GPUs: a round trip to DRAM, and from one kernel's end to the next one's start.
+#: Assumptions, the same for all GPUs: round trips to DRAM and to L2, and from one kernel's end to the next one's start.
 DRAM_LATENCY = 500e-9
+L2_LATENCY = 200e-9
 LAUNCH = 2e-6
 
 
@@ -73,7 +75,9 @@ def bounds(result: Result, launch: Launch, gpu: Gpu) -> dict[str, float]:
     together = min(resident(launch, gpu, result.shared_bytes), load)
     in_flight = totals["bytes_in_flight"] * together
     if in_flight:
-        found["latency"] = totals["l2_bytes"] * each * load / in_flight * DRAM_LATENCY
+        missed = min(1.0, dram / l2) if l2 else 0.0
+        trip = L2_LATENCY + missed * (DRAM_LATENCY - L2_LATENCY)
+        found["latency"] = totals["l2_bytes"] * each * load / in_flight * trip
     return found
 
 
