@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import cnncomp
 from bench import Compare
 from bench.layers import conv_shapes
+from cnncomp.demo.common import compile_float
 
 
 def _int8(model: nn.Module, x: Tensor) -> nn.Module:
@@ -37,8 +38,8 @@ def _rivals(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callable[[
         "torch eager": lambda: model(x),
         "torch eager channels_last": lambda: last(x_last),
     }
-    if compiled:
-        fast = torch.compile(copy.deepcopy(last), options={"freezing": True})
+    fast = compile_float(model, x) if compiled else ""
+    if not isinstance(fast, str):
         fns["torch.compile"] = lambda: fast(x_last)
     return fns
 

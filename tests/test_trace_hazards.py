@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import cnncomp
-from cnncomp.nn import ConvertedLayer
+from cnncomp.nn import Clamp, ConvertedLayer, DenseConv2d, Geometry
 from tests.helpers import randomize_norms
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -221,3 +222,23 @@ def _same(model: nn.Module, tolerance: float = 1e-4) -> cnncomp.ConvertedModel:
         for got, want in zip(*((t,) if isinstance(t, Tensor) else t for t in (result, expected)), strict=True):
             assert (got - want).abs().max() <= tolerance * max(1.0, float(want.abs().max()))
     return fast
+
+
+def test_weights_laid_out_for_onednn_follow_the_layer() -> None:
+    """Copies, changes in place, and weights made in inference mode; other input sizes than the first one."""
+    geometry = Geometry(8, 16, (3, 3), (2, 2), (1, 1), (1, 1), 2)
+    weight, bias = torch.randn(16, 4, 3, 3), torch.randn(16)
+    layer = DenseConv2d(geometry, weight, bias, Clamp(0.0, 6.0), "dense.fused")
+    with torch.inference_mode():
+        layer(torch.randn(1, 8, 7, 7))
+        born_in_it = DenseConv2d(geometry, weight, bias, Clamp(0.0, 6.0), "dense.fused")
+        born_in_it(torch.randn(1, 8, 7, 7))
+    copied, stored = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    x, residual = torch.randn(3, 8, 12, 5), torch.randn(3, 16, 6, 3)
+    for factor in (1.0, 2.0):
+        plain = DenseConv2d(geometry, factor * weight, bias, Clamp(0.0, 6.0))
+        for fused in (layer, copied, stored, born_in_it):
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fused(x, residual), plain(x, residual), rtol=1e-5, atol=1e-5)
+            with torch.inference_mode():
+                fused.weight.mul_(2.0)

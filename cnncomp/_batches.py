@@ -1,0 +1,67 @@
+"""What calibrating functions share: batches of any usual form, eval mode for a while, a bar over batches."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cnncomp.errors import CalibrationError
+
+T = TypeVar("T")
+
+
+def inputs_of(batch: Any, index: int, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:
+    """Positional and keyword arguments to call the model with, checked and moved to ``device``."""
+    if isinstance(batch, Mapping):
+        return [], {key: _input(v, index, device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    return [_input(first, index, device)], {}
+
+
+def _input(x: Any, index: int, device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise CalibrationError(f"calibration batch {index}: got {type(x).__name__}, expected a tensor")
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise CalibrationError(f"calibration batch {index}: NaN or infinity in the input")
+    return x.to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module's own training flag again."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def with_progress(batches: Iterable[T], description: str, after: float = 1.0) -> Iterator[T]:
+    """Pass ``batches`` on; show a bar on a terminal once ``after`` seconds have gone by."""
+    if not sys.stderr.isatty():
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    total = len(batches) if isinstance(batches, Sized) else None
+    bar = Progress(console=Console(stderr=True), transient=True)
+    start, task = time.monotonic(), None
+    try:
+        for i, batch in enumerate(batches):
+            if task is None and time.monotonic() - start > after:
+                bar.start()
+                task = bar.add_task(description, total=total)
+            if task is not None:
+                bar.update(task, completed=i)
+            yield batch
+    finally:
+        bar.stop()
