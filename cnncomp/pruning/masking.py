@@ -15,7 +15,6 @@ from cnncomp.pruning.criteria import Loss, as_batches, given_scores, score_targe
 from cnncomp.pruning.mask import apply_mask
 from cnncomp.pruning.patterns import NM, Pattern, grouped, parse_pattern
 from cnncomp.pruning.permute import permute_channels
-from cnncomp.pruning.reconstruct import solve_targets
 from cnncomp.pruning.targets import Target, targets_of
 
 SCOPES = ("global", "layer")
@@ -152,6 +151,8 @@ def prune(
         for i, mask in enumerate(masks):
             apply_mask(targets[i].layers, mask, str(parsed), _note(ranking, i, permuted))
         return model
+    from cnncomp.pruning.reconstruct import solve_targets  # which traces: cnncomp.graph knows of masks
+
     if batches is None:
         raise ArgumentError("data", None, "batches to reconstruct on")
     solved = solve_targets(model, targets, [int((~m).sum()) for m in masks], parsed, batches, progress=progress)
