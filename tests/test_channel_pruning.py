@@ -373,8 +373,22 @@ def test_taylor_is_the_derivative_by_a_gate_on_the_channel() -> None:
             for handle in handles:
                 handle.remove()
             expected += gradient.square() / 2
-        assert torch.allclose(score, expected, rtol=1e-9)
+        assert torch.allclose(score, expected / expected.mean(), rtol=1e-9)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_groups_can_be_ranked_together() -> None:
+    torch.manual_seed(0)
+    model, x = DigitsNet().eval(), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        model.conv2[0].weight *= 100  # does not change what its channels are worth beside each other
+    groups = channels_of(model, x).groups
+    for criterion in ("magnitude", "taylor"):
+        for score in score_groups(groups, model, criterion, [x]):
+            assert score.mean() == pytest.approx(1.0)
+            assert score.min() >= 0
+    prune_channels(model, 0.5, x)
+    assert all(0.3 < len(g) / g.before < 0.7 for g in channels_of(model, x).groups)
 
 
 def test_bn_ranks_by_gamma_and_leaves_groups_without_norms() -> None:
