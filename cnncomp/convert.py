@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.nodes import cloned
+from cnncomp.nn.base import keeping_dtype
 from cnncomp.progress import track
 
 
@@ -38,6 +40,11 @@ class ConvertedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs) if kwargs else self._recordings(self.network, args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedModel:
+        """Moves between devices, but never changes a dtype: what the layers hand over to each other is fixed."""
+        super()._apply(keeping_dtype(fn), recurse)
+        return self
 
     def train(self, mode: bool = True) -> ConvertedModel:
         """Stays in eval mode: layers that were kept must not update statistics."""
@@ -117,8 +124,9 @@ def convert(
         model = model.network
     if isinstance(model, nn.Module) and any(p.device != where for p in model.parameters()):
         model = clone_for_inference(model).to(where)
-    planner = NetworkPlanner(trace(model, inputs), inputs, where)
-    plan = _settle(planner, plan, measure, cache, progress)
+    with torch.autocast(where.type, enabled=False):  # converted layers compute in float32, also inside it
+        planner = NetworkPlanner(trace(model, inputs), inputs, where)
+        plan = _settle(planner, plan, measure, cache, progress)
     shapes = [(list(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs if isinstance(x, Tensor)]
     return ConvertedModel(planner.module, Conversion(plan, planner.kept, shapes)).eval()
 

@@ -52,7 +52,7 @@ class EmulatedModule:
         sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
         if a["residual"]:
             sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
-        memory = GlobalMemory(1 << 22)
+        memory = GlobalMemory()
         host = {name: host_bytes(a[name], size) for name, size in sizes.items()}
         placed = a | {name: memory.allocate(view) for name, view in host.items()}
         emulated.run_planned(plan(multiprocessors, *placed.values()), "80", memory)
