@@ -373,8 +373,22 @@ def test_taylor_is_the_derivative_by_a_gate_on_the_channel() -> None:
             for handle in handles:
                 handle.remove()
             expected += gradient.square() / 2
-        assert torch.allclose(score, expected, rtol=1e-9)
+        assert torch.allclose(score, expected / expected.mean(), rtol=1e-9)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_groups_can_be_ranked_together() -> None:
+    torch.manual_seed(0)
+    model, x = DigitsNet().eval(), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        model.conv2[0].weight *= 100  # does not change what its channels are worth beside each other
+    groups = channels_of(model, x).groups
+    for criterion in ("magnitude", "taylor"):
+        for score in score_groups(groups, model, criterion, [x]):
+            assert score.mean() == pytest.approx(1.0)
+            assert score.min() >= 0
+    prune_channels(model, 0.5, x)
+    assert all(0.3 < len(g) / g.before < 0.7 for g in channels_of(model, x).groups)
 
 
 def test_bn_ranks_by_gamma_and_leaves_groups_without_norms() -> None:
@@ -435,6 +449,15 @@ def test_prune_takes_the_pattern() -> None:
     assert (model.stem.out_channels, model.narrow.out_channels, model.merge.out_channels) == (16, 8, 16)
     with pytest.raises(ArgumentError, match="pattern"):
         cnncomp.prune(model, 0.5, pattern="channel", example_inputs=x, allocation="uniform")
+
+
+def test_compress_takes_the_pattern() -> None:
+    model, x = ConcatNet(), torch.randn(1, 3, 8, 8)
+    recipe = cnncomp.Recipe(sparsity=0.5, pattern="channel", int8=False)
+    fast = cnncomp.compress(model, None, recipe, example_inputs=x, measure=False)
+    assert model.stem.out_channels == 16
+    smaller = prune_channels(copy.deepcopy(model), 0.5, x).eval()
+    assert torch.allclose(fast(x), smaller(x), atol=1e-5)
 
 
 def test_groups_print_themselves() -> None:
