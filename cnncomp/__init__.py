@@ -12,16 +12,22 @@ from cnncomp.compress import Recipe, compress
 from cnncomp.convert import ConvertedModel, convert
 from cnncomp.dispatch import Plan
 from cnncomp.profile import profile
-from cnncomp.pruning import prune, remove_masks, sparsity_of
+from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
 from cnncomp.quantization import Quantization, quantize, remove_quantization
+from cnncomp.search import SearchResult, Target
 from cnncomp.serialization import load, save
+from cnncomp.structured import channels_of, prune_channels
 
 __all__ = [
     "ConvertedModel",
     "Plan",
     "Quantization",
     "Recipe",
+    "SearchResult",
+    "Target",
+    "WeightPruning",
     "__version__",
+    "channels_of",
     "compress",
     "convert",
     "errors",
@@ -31,6 +37,7 @@ __all__ = [
     "ops",
     "profile",
     "prune",
+    "prune_channels",
     "quantize",
     "remove_masks",
     "remove_quantization",

@@ -130,3 +130,24 @@ def linear_sparse(
     num_threads: int,
 ) -> None:
     """float32 linear with packed sparse weights. ``x`` (m, c), ``residual`` and ``out`` (m, k)."""
+
+class Program:
+    """Kernel calls that are noted once and repeated without Python."""
+
+    def __len__(self) -> int:
+        """Steps."""
+
+    def record(self, on: bool) -> None:
+        """From now on, note every kernel that is called on this thread, or stop it."""
+
+    def truncate(self, size: int) -> None:
+        """Forget the steps from ``size`` on."""
+
+    def addresses(self, step: int) -> list[int]:
+        """The operands of a step, in the kernel's order; 0 for None."""
+
+    def bind(self, step: int, which: int, slot: int, offset: int) -> None:
+        """Let an operand lie ``offset`` bytes into a slot."""
+
+    def run(self, first: int, last: int, slots: list[int]) -> None:
+        """Repeat steps [first, last) with these addresses as slots. Releases the GIL."""

@@ -109,6 +109,13 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are, e.g. 'features.0*'.")
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="Find what to do to each layer for this fraction of the dense latency, e.g. 0.5."),
+    ] = None,
+    accuracy_drop: Annotated[
+        float | None, typer.Option(help="The same, for at most this loss of agreement with the network, e.g. 0.01.")
+    ] = None,
     measure: Measure = True,
     threads: Threads = None,
     device: Device = "cpu",
@@ -125,7 +132,15 @@ def compress(
     calibration, held_out = split(pictures)
     recipe = cnncomp.Recipe(sparsity=sparsity, int8=int8, exclude=tuple(exclude or ()))
     batches = list(calibration.split(8))
-    fast = cnncomp.compress(network, batches, recipe, example_inputs=pictures[:1], measure=measure)
+    if latency is None and accuracy_drop is None:
+        fast = cnncomp.compress(network, batches, recipe, example_inputs=pictures[:1], measure=measure)
+    else:
+        target = cnncomp.Target(latency, accuracy_drop)
+        found = cnncomp.compress(
+            network, batches, recipe, example_inputs=pictures[:1], target=target, held_out=list(held_out.split(8))
+        )
+        typer.echo(str(found))
+        fast = found.model
     _finish(network, fast, pictures[:1], held_out, out)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from cnncomp.convert import ConvertedModel, convert
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning import prune
 from cnncomp.quantization import quantize
+from cnncomp.search import SearchResult, Settings, Space, Target, search
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,80 @@ class Recipe:
     exclude: tuple[str, ...] = ()
 
 
+@overload
 def compress(
     model: nn.Module,
     data: Iterable[Any] | None,
     recipe: Recipe | None = None,
     *,
     example_inputs: Any,
+    target: None = None,
     measure: bool = True,
     progress: bool = True,
-) -> ConvertedModel:
-    """The whole way in one call. ``model`` stays as it is.
+) -> ConvertedModel: ...
+
+
+@overload
+def compress(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    recipe: Recipe | None = None,
+    *,
+    example_inputs: Any,
+    target: Target,
+    space: Space | None = None,
+    held_out: Iterable[Any] | None = None,
+    progress: bool = True,
+) -> SearchResult: ...
+
+
+def compress(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    recipe: Recipe | None = None,
+    *,
+    example_inputs: Any,
+    target: Target | None = None,
+    space: Space | None = None,
+    held_out: Iterable[Any] | None = None,
+    measure: bool = True,
+    progress: bool = True,
+) -> ConvertedModel | SearchResult:
+    """The whole way in one call, by a recipe or to a target. ``model`` stays as it is.
 
     Args:
-        data: batches for calibration; needed if the recipe quantises.
-        recipe: what to do; by default int8 and no pruning.
+        data: batches for calibration; needed if the recipe quantises, and for a target, which is measured on them: as
+            accuracy where they are (images, labels), else as agreement with ``model``.
+        recipe: what to do; by default int8 and no pruning. With a target, only what its ``finetune``, ``method``, ``exclude``
+            and ``int8`` say; sparsity is found.
         example_inputs: as in :func:`cnncomp.convert`.
+        target: what to reach; sparsity, pattern and precision of each layer are then found from measured times and measured
+            sensitivity (:mod:`cnncomp.search.run`).
+        space: what to try for a target.
+        held_out: batches to score on for a target, in place of ``data``.
+
+    Returns:
+        The converted network, or with a target a :class:`cnncomp.SearchResult`, which says whether it was reached and holds
+        the network and the Pareto front.
 
     Raises:
-        ArgumentError: a recipe that quantises, without data.
+        ArgumentError: a recipe that quantises, or a target, without data; a recipe with a sparsity beside a target.
+        CalibrationError: no batch, or one that can't be used.
     """
     recipe = Recipe() if recipe is None else recipe
+    if target is not None:
+        return _to_target(model, data, recipe, example_inputs, target, space or Space(), held_out, progress)
     if recipe.int8 and data is None:
         raise ArgumentError("data", None, "batches to calibrate int8 with (or Recipe(int8=False))")
     model = copy.deepcopy(model)
     if recipe.sparsity:
-        prune(model, sparsity=recipe.sparsity, pattern=recipe.pattern, exclude=recipe.exclude)
+        prune(
+            model,
+            sparsity=recipe.sparsity,
+            pattern=recipe.pattern,
+            exclude=recipe.exclude,
+            example_inputs=example_inputs,
+        )
     if recipe.finetune is not None:
         recipe.finetune(model)
     model.eval()
@@ -68,3 +118,24 @@ def compress(
         assert data is not None
         quantize(model, data, method=recipe.method, exclude=recipe.exclude, progress=progress)
     return convert(model, example_inputs, measure=measure, progress=progress)
+
+
+def _to_target(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    recipe: Recipe,
+    example_inputs: Any,
+    target: Target,
+    space: Space,
+    held_out: Iterable[Any] | None,
+    progress: bool,
+) -> SearchResult:
+    if data is None:
+        raise ArgumentError("data", None, "batches to measure a target on")
+    if recipe.sparsity:
+        raise ArgumentError("recipe", f"sparsity {recipe.sparsity}", "none beside a target, which finds it")
+    choices = tuple(c for c in space.choices if recipe.int8 or not c.int8)
+    settings = Settings(
+        target, replace(space, choices=choices), recipe.finetune, recipe.method, recipe.exclude, progress
+    )
+    return search(model, data, example_inputs, settings, held_out)

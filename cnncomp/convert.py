@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.dispatch.plan import Plan, load_cached, store_cached
 from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.nodes import cloned
 from cnncomp.progress import track
@@ -33,9 +34,10 @@ class ConvertedModel(nn.Module):
         super().__init__()
         self.network = network
         self.conversion = conversion
+        self._recordings = Recordings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
+        return self.network(*args, **kwargs) if kwargs else self._recordings(self.network, args)
 
     def train(self, mode: bool = True) -> ConvertedModel:
         """Stays in eval mode: layers that were kept must not update statistics."""

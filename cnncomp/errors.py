@@ -59,3 +59,7 @@ class SerializationError(CnncompError):
 
 class FileFormatError(SerializationError, ValueError):
     """A file that isn't what it should be: another format or version, truncated, or damaged."""
+
+
+class TrainingError(CnncompError, RuntimeError):
+    """Training that can't go on: the loss is no longer finite. The model holds the last good checkpoint."""

@@ -21,6 +21,7 @@ from cnncomp.dispatch.choose import to_format
 from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
+from cnncomp.executor import kernels_of
 from cnncomp.nn import ConvertedLayer, DenseConv2d, QuantConv2d, QuantLinear
 from cnncomp.nn.dense import CONV_KERNELS
 from cnncomp.progress import track
@@ -133,7 +134,7 @@ def _time(layer: ConvertedLayer, call: tuple[Tensor, ...], cuda: bool) -> tuple[
     likes best. Where the layer itself is dense, its rivals are the dense kernels that give the same layout, which the layers
     behind it were chosen for, and all get the inputs as they come.
     """
-    fns: dict[str, Callable[[], object]] = {"layer": partial(layer, *call)}
+    fns: dict[str, Callable[[], object]] = {"layer": kernels_of(layer, call) or partial(layer, *call)}
     dense = layer.to_dense().to(call[0].device)
     floats = _float_call(layer, call)
     rivals = [dense]

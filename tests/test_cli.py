@@ -85,6 +85,16 @@ def test_help_has_an_example(command: str) -> None:
     assert command in run("--help").output
 
 
+def test_compress_to_a_target(folder: Path) -> None:
+    result = run("compress", *NETWORK, "--images", "images", "--out", "a.cnncomp", "--accuracy-drop", "1")
+    assert result.exit_code == 0, result.output
+    assert "reached (at most 100 points lost)" in " ".join(result.output.split())
+    assert cnncomp.load(folder / "a.cnncomp", replan=False)(pictures()[:1]).shape == (1, 5)
+    result = run("compress", *NETWORK, "--images", "images", "--out", "b.cnncomp", "--latency", "0")
+    assert result.exit_code == 2 and "latency: got 0" in result.output
+    assert not (folder / "b.cnncomp").exists()
+
+
 def test_compress_is_the_python_function(folder: Path) -> None:
     result = run("compress", *NETWORK, "--images", "images", "--out", "a.cnncomp", "--no-measure", "--exclude", "0")
     assert result.exit_code == 0, result.output

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
 from cnncomp.dispatch.timing import interleaved
+from cnncomp.executor import kernels_of
 from cnncomp.graph.chain import output_specs, passes_8bit
 from cnncomp.graph.nodes import module_at
-from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantSpec
+from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 
 #: A compressed kernel has to take at most this much of the best dense one's time. What is closer turns with the noise and with
 #: what ran before in the caches, and dense is the safer choice.
@@ -65,7 +66,7 @@ class Chooser:
     layers: dict[fx.Node, ConvertedLayer] = field(init=False)
     options: dict[fx.Node, list[Option]] = field(init=False)
     why_not: dict[fx.Node, str] = field(init=False)
-    _conversions: dict[tuple[object, ...], float] = field(init=False, default_factory=dict)
+    _measured: dict[tuple[object, ...], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = layer_nodes(self.gm)
@@ -104,7 +105,11 @@ class Chooser:
                 inputs[takes] = (to_format(x, takes, option.layer.info.input), *others)
             if isinstance(option.layer, (QuantConv2d, QuantLinear)):
                 option.layer.set_output(spec)
-        fns = {o.candidate.kernel: partial(o.layer, *inputs[o.candidate.takes]) for o in options}
+        fns: dict[str, Callable[[], object]] = {}
+        for option in options:
+            given = inputs[option.candidate.takes]
+            # As the network will run: a chain of our kernels has no Python between them.
+            fns[option.candidate.kernel] = kernels_of(option.layer, given) or partial(option.layer, *given)
         times = interleaved(fns, min_rounds=9, budget_s=budget_s, cuda=self.device.type == "cuda")
         for option in options:
             option.seconds = times[option.candidate.kernel]
@@ -124,14 +129,32 @@ class Chooser:
         if src == dst or shape is None or (len(shape) != 4 and dst != Q8):
             return 0.0
         key = (shape, src, dst, spec)
-        if key not in self._conversions:
+        if key not in self._measured:
             x = to_format(torch.rand(shape, device=self.device), src, None)
             fns = {"": lambda: to_format(x, dst, spec)}
-            self._conversions[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
-        return self._conversions[key]
+            self._measured[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
+        return self._measured[key]
+
+    def _passing(self, node: fx.Node, fmt: str) -> float:
+        """Seconds of a module of torch's on its input in a format, measured once: its max-pool on NCHW takes ten times as
+        long as on channels_last."""
+        if node.op != "call_module" or len(node.all_input_nodes) != 1:
+            return 0.0
+        shape, dtype = (node.all_input_nodes[0].meta.get(key) for key in ("shape", "dtype"))
+        if shape is None or len(shape) != 4 or dtype != torch.float32:
+            return 0.0
+        key = (node, fmt)
+        if key not in self._measured:
+            module = module_at(self.gm, node)
+            if fmt == Q8 and isinstance(module, nn.MaxPool2d):
+                module = QuantMaxPool2d.from_float(module)
+            x = to_format(torch.rand(shape, device=self.device), fmt, QuantSpec(1.0, torch.uint8))
+            fns = {"": lambda: module(x)}
+            self._measured[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
+        return self._measured[key]
 
     def costs(self, assignment: Assignment) -> dict[fx.Node, float]:
-        """Seconds of each layer with the conversions of its inputs."""
+        """Seconds of each layer with the conversions of its inputs, and of torch's modules between layers."""
         specs = self._specs(assignment)
         formats: dict[fx.Node, str] = {}
         costs: dict[fx.Node, float] = {}
@@ -140,6 +163,7 @@ class Chooser:
             if option is None:
                 before = node.all_input_nodes
                 formats[node] = formats[before[0]] if before else NCHW
+                costs[node] = self._passing(node, formats[node])
                 if formats[node] == Q8 and not passes_8bit(self.gm, node):
                     formats[node] = NCHW
                 continue

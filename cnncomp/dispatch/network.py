@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
+from cnncomp.executor import Recordings
 from cnncomp.graph import Traced
 from cnncomp.graph.chain import output_specs, passes_8bit, source
 from cnncomp.graph.nodes import cloned, input_node, module_at, put_module
@@ -85,9 +88,32 @@ class NetworkPlanner:
 
     def measure(self, advance: Advance) -> Plan:
         """Time every candidate, take the cheapest network, and race it against the best dense one."""
+        self.time(advance)
+        return self.settle()
+
+    def time(self, advance: Advance) -> dict[str, dict[str, float]]:
+        """Time every candidate; median seconds by layer and kernel."""
         with torch.inference_mode():
             for chooser in self.choosers:
                 chooser.measure(advance)
+        return {
+            layer.info.name: {o.candidate.kernel: o.seconds for o in chooser.options[node]}
+            for chooser in self.choosers
+            for node, layer in chooser.layers.items()
+        }
+
+    def settle_by(self, seconds: Mapping[str, Mapping[str, float]]) -> Plan:
+        """The plan for times that :meth:`time` gave for a network of the same layers; a kernel without one is not taken."""
+        for chooser in self.choosers:
+            for node, layer in chooser.layers.items():
+                known = seconds.get(layer.info.name, {})
+                for option in chooser.options[node]:
+                    option.seconds = known.get(option.candidate.kernel, 1e9)
+        return self.settle()
+
+    def settle(self) -> Plan:
+        """Take the cheapest network by the candidates' times, and race it against the best dense one."""
+        with torch.inference_mode():
             dense = [c.cheapest_dense() for c in self.choosers]
             best = [c.cheapest() for c in self.choosers]
         plan = self._plan(best, measured=True)
@@ -99,7 +125,10 @@ class NetworkPlanner:
         rival = copy.deepcopy(self.module)
         self._apply(best)
         with torch.inference_mode():
-            fns = {"dense": lambda: rival(*self.inputs), "converted": lambda: self.module(*self.inputs)}
+            networks = {"dense": rival, "converted": self.module}
+            fns = {name: partial(Recordings(), network, self.inputs) for name, network in networks.items()}
+            for fn in fns.values():
+                fn()  # recorded the second time
             seconds = interleaved(fns, min_rounds=9, budget_s=1.0, cuda=self.device.type == "cuda")
         network_ms = {name: s * 1e3 for name, s in seconds.items()}
         if seconds["converted"] > NETWORK_MARGIN * seconds["dense"]:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from cnncomp.graph.fuse import fold_batch_norm
-from cnncomp.graph.trace import Traced, clone_for_inference, trace
+from cnncomp.graph.trace import Traced, clone_for_inference, graph_of, trace
 
-__all__ = ["Traced", "clone_for_inference", "fold_batch_norm", "trace"]
+__all__ = ["Traced", "clone_for_inference", "fold_batch_norm", "graph_of", "trace"]

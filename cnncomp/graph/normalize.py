@@ -45,6 +45,8 @@ def normalize(gm: fx.GraphModule) -> None:
     Raises:
         CannotNormalize: a mutation of a view, of a buffer, or by an operation with no twin out of place.
     """
+    for node in gm.graph.nodes:
+        node.type = None  # an annotation that is a string could not be pickled
     _drop_assertions(gm)
     _out_of_place(gm)
     _drop_identities(gm)

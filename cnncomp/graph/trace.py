@@ -107,14 +107,14 @@ def clone_for_inference(model: nn.Module) -> nn.Module:
 
 
 @dataclass
-class _Call:
+class Call:
     """What a module was called with in one forward, and what it returned."""
 
     args: tuple[Any, ...]
     result: Any = None
 
 
-def _trace_graph(root: nn.Module, call: _Call) -> fx.GraphModule | None:
+def trace_graph(root: nn.Module, call: Call) -> fx.GraphModule | None:
     """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave.
 
     Parameters of forward that were not given stay parameters of the graph; where tracing fails so, because the code
@@ -131,26 +131,32 @@ def _trace_graph(root: nn.Module, call: _Call) -> fx.GraphModule | None:
     return None
 
 
+def graph_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModule | None:
+    """The model's graph, not fused, its modules the model's own, if it gives what the model gives; None otherwise."""
+    call = record_calls(model, example_inputs)[""]
+    return None if call is None else trace_graph(model, call)
+
+
 def _defaults(root: nn.Module, given: int) -> dict[str, Any]:
     """Parameters of forward that were not given, with their defaults."""
     parameters = list(inspect.signature(root.forward).parameters.values())[given:]
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def gives(module: nn.Module, call: _Call) -> bool:
+def gives(module: nn.Module, call: Call) -> bool:
     """Whether the module returns what was recorded."""
     with torch.no_grad():
-        return _same(module(*cloned(call.args)), call.result)
+        return same(module(*cloned(call.args)), call.result)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two results are equal but for rounding, in the same structure."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return type(a) is type(b) and not isinstance(a, Tensor)
 
 
@@ -164,15 +170,15 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
     return _Visitor(root, example_inputs).traced
 
 
-def _record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, _Call | None]:
+def record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Call | None]:
     """Every module's call in one forward; None where it ran more than once or took keywords."""
-    calls: dict[str, _Call | None] = {}
+    calls: dict[str, Call | None] = {}
     names = {m: name for name, m in root.named_modules(remove_duplicate=False)}
     handles = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = names[module]
-        calls[name] = None if name in calls or kwargs else _Call(cloned(args))
+        calls[name] = None if name in calls or kwargs else Call(cloned(args))
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if (call := calls[names[module]]) is not None:
@@ -200,7 +206,7 @@ class _Visitor:
     def __init__(self, root: nn.Module, example_inputs: tuple[Any, ...]) -> None:
         self.traced = Traced(root)
         self.shared = _shared_parameters(root)
-        self.calls = _record_calls(root, example_inputs)
+        self.calls = record_calls(root, example_inputs)
         graph = self._graph(root, "")
         if graph is not None:
             self.traced.module = graph
@@ -217,7 +223,7 @@ class _Visitor:
         if call is None or has_user_hooks(module) or not any(isinstance(a, Tensor) for a in call.args):
             return None
         single = isinstance(module, CONVERTIBLE)
-        gm = _trace_graph(nn.Sequential(module) if single else module, call)
+        gm = trace_graph(nn.Sequential(module) if single else module, call)
         if gm is None:
             return None
 

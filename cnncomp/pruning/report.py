@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cnncomp._modules import layers_of
-from cnncomp.pruning.mask import mask_of
+from cnncomp._modules import layers_of, parametrization_of
+from cnncomp.pruning.mask import Mask
 
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """Zeros in one layer's weight."""
+    """Zeros in one layer's weight; ``pattern`` and ``note`` say how it was pruned ("" where it has no mask)."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     zeros: int
     masked: bool
+    pattern: str = ""
+    note: str = ""
 
     @property
     def numel(self) -> int:
@@ -30,6 +32,14 @@ class LayerSparsity:
     @property
     def sparsity(self) -> float:
         return self.zeros / max(1, self.numel)
+
+    @property
+    def remark(self) -> str:
+        """ "masked", and the pattern unless it is unstructured, and the note."""
+        if not self.masked:
+            return ""
+        pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
+        return f"masked{pattern}" + (f": {self.note}" if self.note else "")
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,7 @@ class SparsityReport:
         rows = [("layer", "type", "weight", "zeros", "sparsity", "")]
         for x in self.layers:
             shape = "×".join(map(str, x.shape))
-            rows.append(
-                (x.name or "(model)", x.kind, shape, f"{x.zeros:,}", f"{x.sparsity:.1%}", "masked" if x.masked else "")
-            )
+            rows.append((x.name or "(model)", x.kind, shape, f"{x.zeros:,}", f"{x.sparsity:.1%}", x.remark))
         rows.append(("total", "", f"{self.numel:,}", f"{self.zeros:,}", f"{self.sparsity:.1%}", ""))
         width = [max(len(row[i]) for row in rows) for i in range(6)]
         align = "<<<>><"
@@ -75,5 +83,7 @@ def sparsity_of(model: nn.Module) -> SparsityReport:
         weight = layer.weight.detach()
         kind = type(layer).__name__.removeprefix("Parametrized")
         zeros = weight.numel() - int(weight.count_nonzero())
-        rows.append(LayerSparsity(name, kind, tuple(weight.shape), zeros, mask_of(layer) is not None))
+        mask = parametrization_of(layer, Mask)
+        how = ("", "") if mask is None else (mask.pattern, mask.note)
+        rows.append(LayerSparsity(name, kind, tuple(weight.shape), zeros, mask is not None, *how))
     return SparsityReport(tuple(rows))

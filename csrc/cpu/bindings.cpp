@@ -25,4 +25,5 @@ PYBIND11_MODULE(_cpu, m) {
         "Run on the OpenMP runtime with these entry points (addresses).");
   bind_int8(m);
   bind_conv2d_sparse(m);
+  bind_program(m);
 }

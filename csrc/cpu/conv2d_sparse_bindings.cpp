@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "conv2d_sparse.h"
 #include "linear_sparse.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -36,11 +37,11 @@ void linear(uintptr_t x, int64_t m, int64_t c, uintptr_t values, uintptr_t index
 
 void bind_conv2d_sparse(py::module_& module) {
   using py::arg;
-  module.def("conv2d_sparse", conv2d, arg("x"), arg("n"), arg("c"), arg("h"), arg("w"), arg("values"), arg("index"),
+  module.def("conv2d_sparse", recorded(conv2d), arg("x"), arg("n"), arg("c"), arg("h"), arg("w"), arg("values"), arg("index"),
              arg("row_ptr"), arg("block"), arg("k"), arg("r"), arg("s"), arg("stride_h"), arg("stride_w"), arg("pad_h"),
              arg("pad_w"), arg("dil_h"), arg("dil_w"), arg("groups"), arg("bias"), arg("residual"), arg("lo"), arg("hi"),
              arg("out"), arg("num_threads"), py::call_guard<py::gil_scoped_release>());
-  module.def("linear_sparse", linear, arg("x"), arg("m"), arg("c"), arg("values"), arg("index"), arg("row_ptr"), arg("block"),
+  module.def("linear_sparse", recorded(linear), arg("x"), arg("m"), arg("c"), arg("values"), arg("index"), arg("row_ptr"), arg("block"),
              arg("k"), arg("bias"), arg("residual"), arg("lo"), arg("hi"), arg("out"), arg("num_threads"),
              py::call_guard<py::gil_scoped_release>());
 }

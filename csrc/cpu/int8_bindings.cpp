@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "conv2d_int8.h"
 #include "max_pool2d_int8.h"
+#include "program.h"
 #include "quantize.h"
 
 namespace py = pybind11;
@@ -46,14 +47,14 @@ void max_pool2d(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, int
 
 void bind_int8(py::module_& module) {
   using py::arg;
-  module.def("conv2d_int8", conv2d, arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("weight"),
+  module.def("conv2d_int8", recorded(conv2d), arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("weight"),
              arg("k"), arg("r"), arg("s"), arg("stride_h"), arg("stride_w"), arg("pad_h"), arg("pad_w"), arg("dil_h"),
              arg("dil_w"), arg("groups"), arg("depthwise"), arg("constants"), arg("residual"), arg("residual_dtype"),
              arg("residual_scale"), arg("lo"), arg("out"), arg("out_dtype"), arg("num_threads"), arg("shifted") = false,
              py::call_guard<py::gil_scoped_release>());
-  module.def("quantize", to_8bit, arg("x"), arg("n"), arg("c"), arg("h"), arg("w"), arg("channels_last"), arg("out"),
+  module.def("quantize", recorded(to_8bit), arg("x"), arg("n"), arg("c"), arg("h"), arg("w"), arg("channels_last"), arg("out"),
              arg("out_signed"), arg("inv_scale"), arg("num_threads"), py::call_guard<py::gil_scoped_release>());
-  module.def("max_pool2d_int8", max_pool2d, arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("r"),
+  module.def("max_pool2d_int8", recorded(max_pool2d), arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("r"),
              arg("s"), arg("stride_h"), arg("stride_w"), arg("pad_h"), arg("pad_w"), arg("dil_h"), arg("dil_w"),
              arg("out"), arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }

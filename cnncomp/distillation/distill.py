@@ -1,0 +1,170 @@
+"""``cnncomp.distill``: train a student to say what a teacher says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnncomp._batches import evaluating
+from cnncomp.distillation.hints import Features, build_projections, hint_loss
+from cnncomp.distillation.losses import soft_cross_entropy
+from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.training.loop import History, Validate, cross_entropy, split_batch, train
+from cnncomp.training.settings import Settings
+
+#: Fine-tuning after pruning: few epochs at a low rate, for the weights that are left are almost right.
+FINETUNE = Settings(epochs=3, lr=0.02, warmup=0.1, schedule="cosine")
+
+
+#: Of the labels' term, where there are labels and nothing is said.
+LABEL_WEIGHT = 0.1
+
+
+class _Student(nn.Module):
+    """The student, with its hints' projections, as one module: what is trained, synchronised and kept in checkpoints."""
+
+    def __init__(self, student: nn.Module, features: Features, hints: Mapping[str, str]) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = nn.ModuleList()
+        self.features, self.hints = features, hints
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits = self.student(x)
+        found = [self.features.values[name] for name in self.hints]
+        return logits, [p(f) for p, f in zip(self.projections, found, strict=True)]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    settings: Settings | None = None,
+    *,
+    temperature: float = 4.0,
+    label_weight: float | None = None,
+    hints: Mapping[str, str] | None = None,
+    hint_weight: float = 1.0,
+    validate: Validate | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    log: str | Path | None = None,
+    title: str = "distilling",
+    progress: bool = True,
+) -> History:
+    """Train ``student`` in place on the teacher's softened probabilities, labels where there are some, and feature hints.
+
+    The loss is ``(1 − w)·T²·CE(softmax(teacher/T), student/T) + w·CE(labels) + h·Σ hints``, w = ``label_weight``,
+    h = ``hint_weight`` (Hinton et al., 2015; hints after Romero et al., "FitNets", 2014, with learned projections to the
+    teacher's channels, which are thrown away afterwards). Batches of images alone are learnt from the teacher only: any
+    unlabelled images of the kind that the model will see do.
+
+    Args:
+        student: Trained; left in eval mode.
+        teacher: Runs in eval mode without gradients and is not changed; a converted model will do.
+        data: Batches of (images, labels) or of images alone.
+        settings: As in :func:`cnncomp.training.train`.
+        temperature: T, above 0.
+        label_weight: w, 0 to 1; above 0 every batch needs labels. None: 0.1 for batches that have labels.
+        hints: Names of the student's modules, each with the name of the teacher's module that it imitates.
+        hint_weight: h, 0 or more.
+        validate, checkpoint, checkpoint_every, log, title, progress: As in :func:`cnncomp.training.train`.
+
+    Raises:
+        ArgumentError: No batch, a batch without labels though ``label_weight`` is given, classes that don't match, an
+            unknown module, a teacher that shares weights with the student, or a number out of its range.
+        DeviceError: Teacher and student lie on different devices.
+        TrainingError: The loss is not finite.
+    """
+    _check(student, teacher, temperature, label_weight, hint_weight)
+    settings = Settings() if settings is None else settings
+    hints = dict(hints or {})
+    weight = LABEL_WEIGHT if label_weight is None else label_weight
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(teacher))
+        ours = stack.enter_context(Features(student, list(hints), "student"))
+        theirs = stack.enter_context(Features(teacher, list(hints.values()), "teacher"))
+        model = _Student(student, ours, hints)
+        _try_out(model, teacher, theirs, data, settings.seed)
+
+        def objective(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+            with torch.no_grad():
+                target = teacher(x)
+            logits, projected = model(x)
+            loss = soft_cross_entropy(logits, target, temperature)
+            if weight and (y is not None or label_weight is not None):
+                loss = (1 - weight) * loss + weight * cross_entropy(nn.Identity(), logits, y)
+            for features, name in zip(projected, hints.values(), strict=True):
+                loss = loss + hint_weight * hint_loss(features, theirs.values[name])
+            return loss
+
+        return train(
+            model,
+            data,
+            settings,
+            objective=objective,
+            validate=None if validate is None else lambda m: validate(student),
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            log=log,
+            title=title,
+            progress=progress,
+        )
+
+
+def finetune(
+    model: nn.Module, parent: nn.Module, data: Iterable[Any], settings: Settings = FINETUNE, **options: Any
+) -> History:
+    """Self-distillation: train a pruned or quantised ``model`` in place to say what its dense ``parent`` said.
+
+    The default recipe after pruning: the parent's probabilities hold more about each image than its label, and unlabelled
+    images do. As the ``finetune`` of a recipe: ``Recipe(sparsity=0.9, finetune=lambda m: finetune(m, parent, loader))``.
+
+    Args:
+        parent: The dense model, for instance ``copy.deepcopy(model)`` from before pruning.
+        options: As in :func:`distill`; ``temperature`` is 2 by default, for the two are close.
+
+    Raises:
+        As :func:`distill` does.
+    """
+    return distill(model, parent, data, settings, **{"temperature": 2.0, "title": "fine-tuning", **options})
+
+
+def _check(
+    student: nn.Module, teacher: nn.Module, temperature: float, label_weight: float | None, hint_weight: float
+) -> None:
+    if not temperature > 0 or temperature == float("inf"):
+        raise ArgumentError("temperature", temperature, "a finite number above 0")
+    if label_weight is not None and not 0 <= label_weight <= 1:
+        raise ArgumentError("label_weight", label_weight, "0 to 1, or None")
+    if not hint_weight >= 0:
+        raise ArgumentError("hint_weight", hint_weight, "0 or more")
+    shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
+    if shared:
+        raise ArgumentError(
+            "teacher", f"{len(shared)} of the student's parameters", "a model of its own (copy.deepcopy)"
+        )
+    devices = {t.device for m in (student, teacher) for t in itertools.chain(m.parameters(), m.buffers())}
+    if len(devices) > 1:
+        raise DeviceError("teacher", " and ".join(sorted(map(str, devices))), "the student's device")
+
+
+def _try_out(model: _Student, teacher: nn.Module, theirs: Features, data: Iterable[Any], seed: int) -> None:
+    """One batch through both: the classes match, and the hints' projections get their channels."""
+    if isinstance(data, Iterator):
+        raise ArgumentError("data", "an iterator", "one that can be iterated anew, such as a DataLoader or a list")
+    batch = next(iter(data), None)
+    if batch is None:
+        raise ArgumentError("data", "no batches", "at least one")
+    x = split_batch(batch)[0][:2].to(next(model.student.parameters()).device)
+    with torch.no_grad(), evaluating(model.student):
+        soft_cross_entropy(model.student(x), teacher(x))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.projections = build_projections(model.hints, model.features.values, theirs.values)

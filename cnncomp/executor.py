@@ -1,0 +1,464 @@
+"""Runs a converted graph without Python between its layers.
+
+The second call with inputs of a kind is recorded: every kernel that the layers called goes into a
+:class:`cnncomp._cpu.Program`, and the tensors between them get places in one arena, by the time that each is needed. Later
+calls only run the program. What is not ours (torch's layers, functions, layouts that had to be converted) is called in
+between as before. Same kernels, same arguments: the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+from cnncomp._cpu import Program
+from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
+
+#: Recordings that a model keeps, one for each kind of input, and idle arenas of each, one for each caller at a time.
+MAX_RECORDINGS = 4
+MAX_ARENAS = 4
+_ALIGN = 64
+
+#: Operators that compute nothing.
+_VIEWS = frozenset(
+    ("view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "permute", "slice")
+)
+
+Key = tuple[Any, ...]
+
+
+class _NotRecordable(Exception):
+    """A node whose work is not all in kernels of ours, or a network that can't be recorded."""
+
+
+@dataclass
+class _Buffer:
+    """A stretch of memory that tensors of the network lie in. ``begin``, ``end``: its addresses while recording; ``born``,
+    ``dies``: positions of the nodes that fill it and that read it last; ``slot`` and ``offset``: where it lies when run."""
+
+    begin: int
+    end: int
+    born: int
+    dies: int
+    ours: bool
+    slot: int = -1
+    offset: int = 0
+
+
+@dataclass
+class _View:
+    """A tensor in a buffer."""
+
+    buffer: _Buffer
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int  # bytes from the buffer's begin
+
+    @classmethod
+    def of(cls, t: Tensor, buffer: _Buffer) -> _View:
+        return cls(buffer, t.dtype, tuple(t.shape), t.stride(), t.data_ptr() - buffer.begin)
+
+    def on(self, memory: Tensor, offset: int) -> Tensor:
+        """The tensor at ``offset`` bytes of ``memory`` (uint8)."""
+        return memory[offset + self.start :].view(self.dtype).as_strided(self.size, self.stride)
+
+    def fits(self, t: object) -> bool:
+        """Whether a tensor is of the same kind as the recorded one."""
+        return isinstance(t, Tensor) and (t.dtype, tuple(t.shape), t.stride()) == (self.dtype, self.size, self.stride)
+
+
+@dataclass
+class _Item:
+    """Kernels [first, last) of the program, or a node that Python calls. ``outside``: (number of the leaf in its result, how
+    it looked) for each tensor that brings memory of its own; ``drop``: nodes whose value nobody needs afterwards."""
+
+    first: int = 0
+    last: int = 0
+    node: fx.Node | None = None
+    outside: list[tuple[int, _View]] = field(default_factory=list)
+    drop: list[fx.Node] = field(default_factory=list)
+
+
+def _alias(out: Any, inputs: Any) -> bool:
+    """Whether an operator computed nothing: its results lie in the memory of its inputs."""
+    known = {t.untyped_storage().data_ptr() for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+    return all(isinstance(t, Tensor) and t.untyped_storage().data_ptr() in known for t in tree_leaves(out))
+
+
+class _Watch(TorchDispatchMode):
+    """Checks, operator by operator, that a layer's work is in kernels of ours, on memory that is known."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self.recorder.program)
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "cnncomp":
+            self.recorder.found(out, ours=True)
+        elif func._schema.is_mutable or not _alias(out, (args, kwargs)):
+            raise _NotRecordable(str(func))
+        self.recorder.check(before)
+        return out
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph, notes the kernels and the memory that each value lies in."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.program = Program()
+        self.buffers: list[_Buffer] = []
+        self.items: list[_Item] = []
+        self.keep: list[object] = []  # all tensors stay until the end, so that an address means one of them
+        self.values: dict[fx.Node, Any] = {}
+        self.position = 0
+        self.constants = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in gm.buffers() if t.nbytes]
+        self.pointers: list[tuple[int, int, _Buffer, int]] = []  # step, which, buffer, bytes from its begin
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.position += 1
+        value = self._kernels(n) if n.op == "call_module" else None
+        if value is None:
+            value = super().run_node(n)
+            self._python(n, value)
+        self.values[n] = value
+        self.keep.append(value)
+        for used in n.all_input_nodes:
+            for t in tree_leaves(self.values[used]):
+                if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
+                    buffer.dies = self.position
+        return value
+
+    def _kernels(self, n: fx.Node) -> Tensor | None:
+        """The node's value if it is all kernels of ours, which are then recorded."""
+        layer = self.fetch_attr(str(n.target))
+        ours = isinstance(layer, ConvertedLayer) and not layer.kernel.startswith("dense.")
+        if not ours and not isinstance(layer, QuantMaxPool2d):
+            return None
+        begin, pointers, kept = len(self.program), len(self.pointers), len(self.buffers)
+        self.program.record(True)
+        try:
+            with _Watch(self):
+                value = super().run_node(n)
+        except _NotRecordable:
+            self.program.truncate(begin)
+            del self.pointers[pointers:], self.buffers[kept:]
+            return None
+        finally:
+            self.program.record(False)
+        if self.items and self.items[-1].node is None and self.items[-1].last == begin:
+            self.items[-1].last = len(self.program)
+        else:
+            self.items.append(_Item(begin, len(self.program)))
+        return value
+
+    def _python(self, n: fx.Node, value: Any) -> None:
+        item = _Item(node=n)
+        for i, t in enumerate(tree_leaves(value)):
+            if isinstance(t, Tensor) and t.layout != torch.strided:
+                raise _NotRecordable(f"a tensor of layout {t.layout}")
+            if isinstance(t, Tensor) and t.numel() and n.op != "get_attr" and self.find(t.data_ptr()) is None:
+                item.outside.append((i, _View.of(t, self.found(t, ours=False))))
+        if n.op != "output":
+            self.items.append(item)
+
+    def found(self, t: Tensor, ours: bool) -> _Buffer:
+        """Note the memory of a new tensor. What comes from outside is known by the tensor's own extent, not its storage's."""
+        storage = t.untyped_storage()
+        extent = sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+        begin = storage.data_ptr() if ours else t.data_ptr()
+        end = begin + (storage.nbytes() if ours else extent * t.element_size())
+        buffer = _Buffer(begin, end, self.position, self.position, ours)
+        self.keep.append(t)
+        self.buffers.append(buffer)
+        return buffer
+
+    def find(self, address: int) -> _Buffer | None:
+        return next((b for b in reversed(self.buffers) if b.begin <= address < b.end), None)
+
+    def check(self, first: int) -> None:
+        """See where the operands of the steps from ``first`` on lie."""
+        for step in range(first, len(self.program)):
+            for which, address in enumerate(self.program.addresses(step)):
+                if address == 0 or any(begin <= address < end for begin, end in self.constants):
+                    continue
+                buffer = self.find(address)
+                if buffer is None:
+                    raise _NotRecordable("an operand that was made inside an operator")
+                self.pointers.append((step, which, buffer, address - buffer.begin))
+
+
+def _place(buffers: Iterable[_Buffer]) -> int:
+    """Give buffers offsets such that those that live at the same time don't overlap; the bytes needed in all."""
+    placed: list[_Buffer] = []
+    total = 0
+    for buffer in sorted(buffers, key=lambda b: b.begin - b.end):
+        size, offset = buffer.end - buffer.begin, 0
+        for other in sorted(placed, key=lambda b: b.offset):
+            if other.born > buffer.dies or buffer.born > other.dies:
+                continue
+            if other.offset >= offset + size:
+                break
+            offset = max(offset, -(-(other.offset + other.end - other.begin) // _ALIGN) * _ALIGN)
+        buffer.offset = offset
+        placed.append(buffer)
+        total = max(total, offset + size)
+    return total
+
+
+class Recording:
+    """A network recorded for one kind of inputs. Can be run by several threads at once, each in an arena of its own."""
+
+    def __init__(self, gm: fx.GraphModule, args: tuple[Any, ...]) -> None:
+        """Record a call.
+
+        Raises:
+            _NotRecordable: the network calls modules that may keep what they see, or returns part of a buffer.
+        """
+        self.gm = gm
+        self.modules = [gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"]
+        if not all(type(m).__module__.startswith(("torch.nn", "cnncomp.nn")) for m in self.modules):
+            raise _NotRecordable("modules of the user's")
+        self.parameters = list(gm.parameters())
+        if any(n.op == "placeholder" and str(n.target).startswith("*") for n in gm.graph.nodes):
+            raise _NotRecordable("any number of arguments")
+        recorder = _Recorder(gm)
+        recorder.run(*args)
+        if not len(recorder.program):
+            raise _NotRecordable("no kernels of ours")
+        self.program, self.items = recorder.program, recorder.items
+        self._check_inputs(recorder)
+        self._lay_out(recorder)
+        self._drop_values(recorder)
+        self.unchanged = [
+            (owner, name, value)
+            for m in gm.modules()
+            for owner in (m._modules, m._buffers)
+            for name, value in owner.items()
+        ]
+        self.arenas: list[_Arena] = []
+
+    @staticmethod
+    def _check_inputs(recorder: _Recorder) -> None:
+        inputs = [v.buffer for i in recorder.items if i.node and i.node.op == "placeholder" for _, v in i.outside]
+        wanted = [n for n in recorder.values if n.op == "placeholder" and isinstance(recorder.values[n], Tensor)]
+        if len(inputs) != len(wanted):
+            raise _NotRecordable("inputs that share memory")
+
+    def _lay_out(self, recorder: _Recorder) -> None:
+        """Slots: 0 is the arena, then one for each result and for each tensor from outside."""
+        output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        self.results: list[_View] = []
+        for t in tree_leaves(recorder.values[output]):
+            buffer = recorder.find(t.data_ptr()) if isinstance(t, Tensor) and t.numel() else None
+            if buffer is None or not buffer.ours or any(v.buffer is buffer for v in self.results):
+                continue
+            if t.nbytes != buffer.end - buffer.begin:
+                raise _NotRecordable("a result that is part of something larger")
+            self.results.append(_View.of(t, buffer))
+        returned = [v.buffer for v in self.results]
+        inside = [b for b in recorder.buffers if b.ours and not any(b is r for r in returned)]
+        self.arena_bytes = _place(inside)
+        for b in inside:
+            b.slot = 0
+        self.num_slots = 1
+        for b in [*returned, *(b for b in recorder.buffers if not b.ours)]:
+            b.slot, self.num_slots = self.num_slots, self.num_slots + 1
+        for step, which, buffer, offset in recorder.pointers:
+            self.program.bind(step, which, buffer.slot, buffer.offset + offset)
+
+    def _drop_values(self, recorder: _Recorder) -> None:
+        """Which values of ours Python sees, and when each value is needed last."""
+        called = [i.node for i in self.items if i.node is not None]
+        self.output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        seen = {n for user in [*called, self.output] for n in user.all_input_nodes}
+        self.views = {
+            n: _View.of(t, buffer)
+            for n in seen
+            if n not in called and isinstance(t := recorder.values[n], Tensor)
+            and (buffer := recorder.find(t.data_ptr())) is not None
+        }  # fmt: skip
+        kept = {*self.output.all_input_nodes, *self.views}
+        for item in reversed(self.items):
+            if item.node is not None:
+                item.drop = [n for n in item.node.all_input_nodes if n not in kept]
+                kept.update(item.drop)
+
+    def valid(self, gm: nn.Module) -> bool:
+        """Whether the network is still the one that was recorded."""
+        return gm is self.gm and all(owner.get(name) is value for owner, name, value in self.unchanged)
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """What the network returns for inputs like the recorded ones.
+
+        Raises:
+            _NotRecordable: a function in it returned something of another shape than then.
+        """
+        try:
+            arena = self.arenas.pop()
+        except IndexError:
+            arena = _Arena(self)
+        try:
+            return self._run(arena, args)
+        finally:
+            if len(self.arenas) < MAX_ARENAS:
+                self.arenas.append(arena)
+
+    def _run(self, arena: _Arena, args: tuple[Any, ...]) -> Any:
+        slots = [arena.address] + [0] * (self.num_slots - 1)
+        env: dict[fx.Node, Any] = dict(arena.views)
+        for view in self.results:
+            memory = torch.empty_strided(view.size, view.stride, dtype=view.dtype)
+            slots[view.buffer.slot] = memory.data_ptr()
+            for node in arena.results:
+                if self.views[node].buffer is view.buffer:
+                    env[node] = memory.as_strided(self.views[node].size, self.views[node].stride)
+        given = iter(args)
+        for item in self.items:
+            node = item.node
+            if node is None:
+                self.program.run(item.first, item.last, slots)
+                continue
+            value = self._call(node, env, given)
+            if item.outside:
+                leaves = tree_leaves(value)
+                for i, view in item.outside:
+                    if i >= len(leaves) or not view.fits(leaves[i]):
+                        raise _NotRecordable("another shape than recorded")
+                    slots[view.buffer.slot] = leaves[i].data_ptr()
+            env[node] = value
+            for n in item.drop:
+                del env[n]
+        return map_arg(self.output.args[0], lambda n: env[n])
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], given: Iterator[Any]) -> Any:
+        if node.op == "placeholder":
+            return next(given, node.args[0] if node.args else None)
+        args = map_arg(node.args, lambda n: env[n])
+        kwargs = map_arg(node.kwargs, lambda n: env[n]) if node.kwargs else {}
+        if node.op == "call_module":
+            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        owner, _, name = str(node.target).rpartition(".")
+        return getattr(self.gm.get_submodule(owner), name)
+
+
+class _Arena:
+    """Memory for one caller, and the tensors in it that Python sees."""
+
+    def __init__(self, recording: Recording) -> None:
+        memory = torch.empty(recording.arena_bytes + _ALIGN, dtype=torch.uint8)
+        self.address = memory.data_ptr()
+        self.views = {n: v.on(memory, v.buffer.offset) for n, v in recording.views.items() if v.buffer.slot == 0}
+        returned = [v.buffer for v in recording.results]
+        self.results = [n for n, v in recording.views.items() if any(v.buffer is b for b in returned)]
+        self.memory = memory
+
+
+def _watched(network: Recording | nn.Module) -> bool:
+    """Whether hooks or gradients want to see the layers run one by one."""
+    modules, parameters = (
+        (network.modules, network.parameters)
+        if isinstance(network, Recording)
+        else (network.modules(), network.parameters())
+    )
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    return hooked or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+
+
+class Recordings:
+    """The recordings of a model. Copies start empty."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_key: dict[Key, Recording | None | Literal[False]] = {}  # None: seen once; False: can't be
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
+        return Recordings()
+
+    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
+        return Recordings, ()
+
+    def __len__(self) -> int:
+        return sum(isinstance(r, Recording) for r in self._by_key.values())
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...]) -> Any:
+        """``network(*args)``, from a recording where there is one for such inputs."""
+        key = _key(network, args)
+        if key is None:
+            return network(*args)
+        with self._lock:
+            new = key not in self._by_key
+            recording = self._by_key.setdefault(key, None)  # recorded when it comes again
+            while len(self._by_key) > MAX_RECORDINGS:
+                del self._by_key[next(iter(self._by_key))]
+        if new or recording is False or _watched(recording or network):
+            return network(*args)
+        try:
+            if recording is None or not recording.valid(network):
+                recording = self._record(key, network, args)
+            with torch.no_grad():
+                return recording.run(args)
+        except _NotRecordable:
+            with self._lock:
+                self._by_key[key] = False
+        return network(*args)
+
+    def _record(self, key: Key, network: nn.Module, args: tuple[Any, ...]) -> Recording:
+        assert isinstance(network, fx.GraphModule)
+        with self._lock, torch.no_grad():
+            self._by_key[key] = recording = Recording(network, args)
+        return recording
+
+
+def _key(network: nn.Module, args: tuple[Any, ...]) -> Key | None:
+    """What a recording depends on; None where the call has to go through torch: on a GPU, while a compiler or a profiler
+    of operators looks on, or where a gradient is wanted."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(network, fx.GraphModule):
+        return None
+    if _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu"):
+        return None
+    key: list[Any] = [torch.get_num_threads()]
+    for x in args:
+        if type(x) is Tensor:
+            if x.device.type != "cpu" or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
+                return None
+            key.append((x.dtype, tuple(x.shape), x.stride()))
+        elif x is None or type(x) in (bool, int, float, str):
+            key.append((type(x), x))
+        else:
+            return None
+    return tuple(key)
+
+
+def kernels_of(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object] | None:
+    """The kernels that ``layer`` runs on ``inputs``, without Python around them; None if there is more to it."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("layer", tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))))
+    root = nn.Module()
+    root.layer = layer
+    key = _key(gm := fx.GraphModule(root, graph), inputs)
+    if key is None:
+        return None
+    try:
+        with torch.no_grad():
+            recording = Recording(gm, inputs)
+            if any(item.node is not None and item.node.op != "placeholder" for item in recording.items):
+                return None
+            return lambda: recording.run(inputs)
+    except _NotRecordable:
+        return None

@@ -1,0 +1,1 @@
+"""The results in docs/results.md, each by one command."""

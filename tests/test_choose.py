@@ -1,0 +1,88 @@
+"""Choosing kernels from times that are given, not measured: what wins, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from cnncomp.dispatch.choose import MARGIN, Chooser
+from cnncomp.dispatch.network import NetworkPlanner
+from cnncomp.graph import trace
+from tests.helpers import mask_weights
+
+X = torch.randn(1, 8, 8, 8)
+DENSE = {"dense.nchw": 1.0, "dense.channels_last": 1.1, "dense.fused": 1.2}
+
+
+def chooser(*layers: nn.Module, zeros: float = 0.0) -> Chooser:
+    net = mask_weights(nn.Sequential(*layers), zeros).eval()
+    planner = NetworkPlanner(trace(net, (X,)), (X,), torch.device("cpu"))
+    return planner.choosers[0]
+
+
+def convs(count: int) -> list[nn.Module]:
+    return [nn.Conv2d(8, 8, 3, padding=1) for _ in range(count)]
+
+
+def settle(
+    found: Chooser,
+    times: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    conversion: float = 0.0,
+    pool: dict[str, float] | None = None,
+) -> list[str]:
+    """The cheapest network's kernels, layer by layer, if every change of layout takes ``conversion``."""
+    for options, seconds in zip(found.options.values(), times, strict=True):
+        for option in options:
+            option.seconds = seconds[option.candidate.kernel]
+    monkeypatch.setattr(found, "_conversion", lambda node, src, dst, spec: 0.0 if src == dst else conversion)
+
+    def passing(node: fx.Node, fmt: str) -> float:
+        return (pool or {}).get(fmt, 0.0) if node.name == "_1" else 0.0
+
+    monkeypatch.setattr(found, "_passing", passing)
+    return [option.candidate.kernel for option in found.cheapest().values()]
+
+
+def test_the_fastest_dense_kernel_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [DENSE, {**DENSE, "dense.fused": 0.5}]
+    assert settle(chooser(*convs(2)), times, monkeypatch) == ["dense.nchw", "dense.fused"]
+
+
+def test_layouts_are_changed_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [DENSE, {**DENSE, "dense.fused": 0.8}, DENSE]
+    assert settle(chooser(*convs(3)), times, monkeypatch, 0.05)[1] == "dense.fused"
+    assert settle(chooser(*convs(3)), times, monkeypatch, 0.5) == ["dense.nchw"] * 3
+
+
+def test_a_pool_that_is_slow_in_one_layout_decides_the_layout_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [convs(1)[0], nn.MaxPool2d(2), convs(1)[0]]
+    times = [{**DENSE, "dense.fused": 1.05}, DENSE]
+    assert settle(chooser(*layers), times, monkeypatch, 0.1, {"nchw": 5.0, "nhwc": 0.5}) == [
+        "dense.fused",
+        "dense.nchw",
+    ]
+    assert settle(chooser(*layers), times, monkeypatch, 0.1, {"nchw": 0.5, "nhwc": 0.5}) == ["dense.nchw"] * 2
+
+
+@pytest.mark.parametrize(("seconds", "kernel"), [(MARGIN - 0.01, "conv2d_sparse"), (MARGIN + 0.01, "dense.nchw")])
+def test_a_compressed_kernel_needs_a_margin(seconds: float, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = chooser(*convs(1), zeros=0.9)
+    assert settle(found, [{**DENSE, "conv2d_sparse": seconds}], monkeypatch) == [kernel]
+
+
+def test_no_compressed_layer_loses_to_dense_with_its_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it wins, and the whole network would; but in this layer's place dense would be faster."""
+    found = chooser(*convs(2), zeros=0.9)
+    fast_last = {"dense.nchw": 3.0, "dense.channels_last": 3.0, "dense.fused": 1.0, "conv2d_sparse": 9.0}
+    times = [fast_last, {**DENSE, "conv2d_sparse": 0.85}]
+    assert settle(found, times, monkeypatch, 0.1) == ["dense.fused", "conv2d_sparse"]
+    assert settle(chooser(*convs(2), zeros=0.9), times, monkeypatch, 0.3)[1].startswith("dense.")
+
+
+def test_measured_time_of_a_pool() -> None:
+    found = chooser(convs(1)[0], nn.MaxPool2d(2), nn.ReLU())
+    pool = next(n for n in found.gm.graph.nodes if n.name == "_1")
+    assert {fmt for fmt in ("nchw", "nhwc", "q8") if found._passing(pool, fmt) > 0} == {"nchw", "nhwc", "q8"}
+    assert found._passing(next(n for n in found.gm.graph.nodes if n.op == "output"), "nchw") == 0.0
