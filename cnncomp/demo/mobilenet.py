@@ -55,9 +55,8 @@ def scored_photos() -> tuple[list[data.Photo], Tensor, Tensor]:
 
 
 def quantized(model: nn.Module, crops_per_photo: int) -> nn.Module:
-    """A quantised copy: channels equalised and biases corrected, calibrated on crops of twelve photographs that are not among the scored.
-
-    The method is the best of bench/quantization.py on photographs that are neither.
+    """A quantised copy: channels equalised, biases corrected, calibrated on crops of twelve photographs that are not among the
+    scored. The method is the best of bench/quantization.py on photographs that are neither.
     """
     crops = torch.cat([data.augment(p.image, crops_per_photo, seed=1) for p in data.calibration_photos()])
     mixed = crops[torch.randperm(len(crops), generator=torch.Generator().manual_seed(0))]
