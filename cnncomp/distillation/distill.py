@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,30 @@ class _Student(nn.Module):
         logits = self.student(x)
         found = [self.features.values[name] for name in self.hints]
         return logits, [p(f) for p, f in zip(self.projections, found, strict=True)]
+
+
+@dataclass
+class _Objective:
+    """The loss of a batch; the arguments are those of :func:`distill`."""
+
+    teacher: nn.Module
+    features: Features
+    hints: list[str]
+    temperature: float
+    label_weight: float | None
+    hint_weight: float
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(x)
+        logits, projected = model(x)
+        loss = soft_cross_entropy(logits, target, self.temperature)
+        weight = LABEL_WEIGHT if self.label_weight is None else self.label_weight
+        if weight and (y is not None or self.label_weight is not None):
+            loss = (1 - weight) * loss + weight * cross_entropy(nn.Identity(), logits, y)
+        for ours, name in zip(projected, self.hints, strict=True):
+            loss = loss + self.hint_weight * hint_loss(ours, self.features.values[name])
+        return loss
 
 
 def distill(
@@ -86,7 +111,6 @@ def distill(
     _check(student, teacher, temperature, label_weight, hint_weight)
     settings = Settings() if settings is None else settings
     hints = dict(hints or {})
-    weight = LABEL_WEIGHT if label_weight is None else label_weight
     with ExitStack() as stack:
         stack.enter_context(evaluating(teacher))
         ours = stack.enter_context(Features(student, list(hints), "student"))
@@ -94,17 +118,7 @@ def distill(
         model = _Student(student, ours, hints)
         _try_out(model, teacher, theirs, data, settings.seed)
 
-        def objective(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
-            with torch.no_grad():
-                target = teacher(x)
-            logits, projected = model(x)
-            loss = soft_cross_entropy(logits, target, temperature)
-            if weight and (y is not None or label_weight is not None):
-                loss = (1 - weight) * loss + weight * cross_entropy(nn.Identity(), logits, y)
-            for features, name in zip(projected, hints.values(), strict=True):
-                loss = loss + hint_weight * hint_loss(features, theirs.values[name])
-            return loss
-
+        objective = _Objective(teacher, theirs, list(hints.values()), temperature, label_weight, hint_weight)
         return train(
             model,
             data,

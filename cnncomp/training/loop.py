@@ -129,13 +129,7 @@ def train(
     outside = checkpoints.random_state()
     try:
         run.resume()
-        with track(title, max(1, run.left()), show=progress) as advance:
-            while run.epoch < settings.epochs and run.history.stopped == "finished":
-                row = run.run_epoch(advance)
-                board.add(row)
-                if log is not None and distributed.rank() == 0:
-                    write_csv(run.history.rows, Path(log))
-        run.finish()
+        run.run(board, None if log is None else Path(log), progress)
     finally:
         board.close()
         checkpoints.set_random_state(outside)
@@ -248,7 +242,17 @@ class _Run:
         """Steps that are still to come; epochs where their length is not known."""
         return (self.settings.epochs - self.epoch) * (self.length or 1) - (self.step if self.length else 0)
 
-    # --- one epoch ---
+    # --- the way through ---
+
+    def run(self, board: TensorBoard, log: Path | None, progress: bool) -> None:
+        """All epochs that are left; at the end the best one's weights, where it can stop early."""
+        with track(self.title, max(1, self.left()), show=progress) as advance:
+            while self.epoch < self.settings.epochs and self.history.stopped == "finished":
+                board.add(self.run_epoch(advance))
+                if log is not None and distributed.rank() == 0:
+                    write_csv(self.history.rows, log)
+        if self.settings.patience and self.best is not None:
+            self.model.load_state_dict(self.best[1])
 
     def batches(self) -> Iterator[Any]:
         """The batches of this epoch that are still to come."""
@@ -331,7 +335,3 @@ class _Run:
         self.epoch, self.step, self.total, self.images, self.seconds = self.epoch + 1, 0, 0.0, 0, 0.0
         self.keep()
         return row
-
-    def finish(self) -> None:
-        if self.settings.patience and self.best is not None:
-            self.model.load_state_dict(self.best[1])
