@@ -132,14 +132,14 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         facts |= {
             "device": properties.name, "capability": [properties.major, properties.minor],
-            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-            "backend": cuda.backend(device),
+            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(), "backend": cuda.backend(device),
         }  # fmt: skip
     return facts
 
 
 def run(emulate: bool, networks: list[str], batches: list[int], layers: int | None, sanitizer: bool) -> dict[str, Any]:
-    """The whole report. With ``emulate`` small batches only make sense."""
+    """The whole report. With ``emulate`` only small batches make sense."""
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     device = torch.device("cpu" if emulate else "cuda:0")
     if emulate:
