@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -16,7 +17,9 @@ from tests.ptx import MemoryFault, RaceError
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 
-ARCHS = ("75", "80")
+ARCHS = (
+    ("75", "80", "86", "89", "90a", "120a") if os.environ.get("CNNCOMP_GPU_FULL") else ("75", "80")
+)  # one per code path
 FEW, MANY = 1, 10**6  # multiprocessors: makes the plan take large or small tiles
 INT_RANGE = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
 OUT_DTYPES = [torch.uint8, torch.int8, torch.float32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tests.test_cuda_kernels import FEW, MANY, random_constants, random_tensor
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 
-PER_OPERATOR = 3  # mutants of each operator and kernel
+PER_OPERATOR = 10**6 if os.environ.get("CNNCOMP_GPU_FULL") else 3  # mutants of each operator and kernel
 U8, S8, F32 = torch.uint8, torch.int8, torch.float32
 
 #: Kernel: architecture and the convolutions that it is run on, each with a k tail, an n tail and partial tiles.

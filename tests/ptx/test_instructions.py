@@ -212,7 +212,7 @@ FAULTS = {
     "shared alignment": (MemoryFault, SHARED + "st.shared.u16 [%r6+1], %r0;"),
     "global bounds": (MemoryFault, "ld.global.u32 %r9, [%rd5+4];"),
     "global alignment": (MemoryFault, "ld.global.u32 %r9, [%rd5+2];"),
-    "store bounds": (MemoryFault, "st.global.u32 [%rd8+4], %r0;"),
+    "store bounds": (MemoryFault, "st.global.u32 [%rd8+256], %r0;"),
     "one thread too far": (MemoryFault, "setp.eq.s32 %p1, %r0, 63; @%p1 ld.global.u8 %r9, [%rd5+4];"),
     "barrier in part of a warp": (BarrierError, "setp.eq.s32 %p1, %r0, 3; @%p1 bar.sync 0;"),
     "unknown instruction": (UnsupportedInstruction, "vmad.u32.u32.u32 %r9, %r0, %r0, %r0;"),
