@@ -312,3 +312,11 @@ def test_doctor_sees_a_broken_kernel_and_missing_packages(monkeypatch: pytest.Mo
     assert "conv2d_int8, cpu gives wrong results" in text
     assert "linear_int8, cpu does not run: RuntimeError: no such instruction" in text
     assert "pip install --no-deps foolbox==3.3.4" in text
+
+
+@pytest.mark.parametrize("nvcc", [None, "13.0, /usr/bin/nvcc"])
+def test_doctor_says_how_to_get_the_cuda_kernels(nvcc: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_nvcc", lambda: nvcc)
+    monkeypatch.setattr("cnncomp.ops.cuda._cuda", None)
+    (found,) = (f for f in doctor.examine() if f.topic == "CUDA kernels")
+    assert ("install the CUDA toolkit" in found.advice) == (nvcc is None) and "install" in found.advice
