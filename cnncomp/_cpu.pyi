@@ -42,8 +42,10 @@ def conv2d_int8(
     out: int,
     out_dtype: int,
     num_threads: int,
+    shifted: bool = False,
 ) -> None:
-    """8-bit convolution. ``x`` (n, h, w, c), ``residual`` and ``out`` (n, p, q, k), ``constants`` (3, k) float32.
+    """8-bit convolution. ``x`` (n, h, w, c), ``residual`` and ``out`` (n, p, q, k), ``constants`` (3, k) float32, or (4, k)
+    if ``shifted``.
 
     A linear layer of m rows is n=m, h=w=r=s=1.
     """

@@ -13,6 +13,7 @@ from cnncomp._graph_json import DTYPES, decode_value, encode_value
 from cnncomp.errors import SerializationError
 from cnncomp.graph.trace import base_type
 from cnncomp.nn import LAYERS, ConvertedLayer, Geometry, LayerInfo, QuantMaxPool2d, QuantSpec
+from cnncomp.quantization import ClampChannels
 
 _CONV = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
 _CONV_TRANSPOSE = _CONV + " output_padding"
@@ -85,9 +86,14 @@ TORCH_MODULES: dict[type[nn.Module], str] = {
     nn.UpsamplingNearest2d: "size scale_factor",
     nn.ZeroPad1d: "padding",
     nn.ZeroPad2d: "padding",
+    ClampChannels: "channels lo",
     QuantMaxPool2d: _MAX_POOL,
 }
 _TORCH_BY_NAME = {cls.__name__: cls for cls in TORCH_MODULES}
+
+#: Tensors of a converted layer, and those that its info holds.
+_LAYER_TENSORS = {"weight", "bias", "weight_scale", "weight_shift"}
+_INFO_TENSORS = ("weight_scale", "weight_shift")
 
 Encoded = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -147,13 +153,30 @@ def _spec_json(spec: QuantSpec | None) -> list[Any] | None:
     return None if spec is None else [spec.scale, str(spec.dtype).removeprefix("torch.")]
 
 
+def _note_place(tensors: dict[str, Tensor], name: str, noted: Tensor | None) -> str | None:
+    """Where a tensor of the layer's info is found: None if there is none, "layer" if it is the layer's own, else "info",
+    and then it is added to ``tensors``."""
+    if noted is None:
+        return None
+    own = tensors.get(name)
+    if own is not None and torch.equal(own.cpu(), noted.detach().cpu()):
+        return "layer"
+    tensors[f"info.{name}"] = noted.detach()
+    return "info"
+
+
+def _from_place(tensors: dict[str, Tensor], name: str, place: str | None) -> Tensor | None:
+    """The inverse of :func:`_note_place`; takes what was added out of ``tensors``."""
+    places = {None: None, "layer": tensors.get(name), "info": tensors.pop(f"info.{name}", None)}
+    found = places[place]
+    if (found is None) != (place is None):
+        raise ValueError(f"a layer whose {name} is missing")
+    return None if found is None else found.clone()
+
+
 def _encode_layer(layer: ConvertedLayer) -> Encoded:
     info, tensors = layer.info, dict(layer.tensors())
-    own = tensors.get("weight_scale")
-    scale = info.weight_scale
-    where = None if scale is None else "layer"
-    if scale is not None and (own is None or not torch.equal(own.cpu(), scale.detach().cpu())):
-        where, tensors["info.weight_scale"] = "info", scale.detach()
+    where = {name: _note_place(tensors, name, getattr(info, name)) for name in _INFO_TENSORS}
     encoded = {
         "layer": type(layer).__name__,
         "config": layer.config(),
@@ -163,7 +186,7 @@ def _encode_layer(layer: ConvertedLayer) -> Encoded:
             "reason": info.reason,
             "timings": {k: float(ms) for k, ms in info.timings.items() if math.isfinite(ms)},
             "input": _spec_json(info.input),
-            "weight_scale": where,
+            **where,
         },
     }
     return encoded, tensors
@@ -172,18 +195,15 @@ def _encode_layer(layer: ConvertedLayer) -> Encoded:
 def _decode_layer(encoded: dict[str, Any], tensors: dict[str, Tensor]) -> ConvertedLayer:
     cls, config, info = LAYERS[encoded["layer"]], encoded["config"], encoded["info"]
     tensors = dict(tensors)
-    scales = {None: None, "layer": tensors.get("weight_scale"), "info": tensors.pop("info.weight_scale", None)}
-    scale = scales[info["weight_scale"]]
-    if (scale is None) != (info["weight_scale"] is None):
-        raise ValueError("a layer whose weight_scale is missing")
+    noted = {name: _from_place(tensors, name, info.get(name)) for name in _INFO_TENSORS}
     _check_sizes(config, tensors)
     layer = cls.build(config, tensors)
-    if json.loads(json.dumps(layer.config())) != config or not set(tensors) <= {"weight", "bias", "weight_scale"}:
+    if json.loads(json.dumps(layer.config())) != config or not set(tensors) <= _LAYER_TENSORS:
         raise ValueError(f"a {cls.__name__} with the arguments {config} and the tensors {sorted(tensors)}")
     layer.info = LayerInfo(
         str(info["name"]), str(info["pattern"]), str(info["reason"]),
         {str(k): float(ms) for k, ms in info["timings"].items()}, _spec(info["input"]),
-        None if scale is None else scale.clone(),
+        noted["weight_scale"], noted["weight_shift"],
     )  # fmt: skip
     return layer
 

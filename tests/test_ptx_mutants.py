@@ -71,7 +71,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 #: Operators whose mutants often compute the same, and why. A survivor of another operator counts as missed.
 EXPLAINED = {
-    "copy of what is outside": "rows past the last pixel or channel feed sums that are not stored; a k tail needs zeros on one side",
+    "copy of what is outside": "rows past the last pixel or channel feed sums that are not stored; a k tail needs one zero",
     "mask off by one": "a row or step too many is read into sums that are not stored, or meets zeros on the other side",
     "mask off by one, greater": "a guard before the loop whose next test the inner mask repeats",
     "swizzle wrong": "an exclusive or of numbers without a bit in common is an or: constant offsets of unrolled steps",
@@ -146,17 +146,22 @@ def verdicts(name: str) -> list[tuple[Mutant, str]]:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_mutants_are_caught(name):
-    """At least 95 % of each kernel's mutants, those aside whose operator is known to make equal ones."""
+    """At least 90 % of each kernel's mutants, those aside whose operator is known to make equal ones."""
     found = verdicts(name)
     missed = [str(m) for m, verdict in found if not verdict and m.operator not in EXPLAINED]
     equal = [str(m) for m, verdict in found if not verdict and m.operator in EXPLAINED]
     print(f"{name}: {len(found)} mutants, {len(missed)} missed, {len(equal)} equal", *missed, *equal, sep="\n  ")
-    assert len(missed) <= 0.05 * (len(found) - len(equal)), "\n".join(missed)
+    assert len(missed) <= 0.1 * (len(found) - len(equal)), "\n".join(missed)
     assert len(equal) <= 0.15 * len(found), "\n".join(equal)
 
 
-def test_every_checker_catches_some():
-    everything = [verdict for name in KERNELS for _, verdict in verdicts(name)]
-    caught = Counter(everything)
-    assert len(everything) >= 160 and caught[""] <= 0.13 * len(everything), caught
+def test_nearly_all_mutants_are_caught():
+    """95 % of all kernels' together, and every checker has its part in it."""
+    everything = [(m.operator, verdict) for name in KERNELS for m, verdict in verdicts(name)]
+    lived = [operator for operator, verdict in everything if not verdict]
+    missed, equal = (sum((o in EXPLAINED) == explained for o in lived) for explained in (False, True))
+    caught = Counter(verdict for _, verdict in everything)
+    assert len(everything) >= 160 and missed <= 0.05 * (len(everything) - equal) and equal <= 0.12 * len(everything), (
+        caught
+    )
     assert all(caught[kind] for kind in ("wrong result", "RaceError", "MemoryFault", "UninitialisedMemory")), caught

@@ -55,8 +55,8 @@ def scored_photos() -> tuple[list[data.Photo], Tensor, Tensor]:
 
 
 def quantized(model: nn.Module, crops_per_photo: int) -> nn.Module:
-    """A quantised copy. Calibrated on crops of scikit-learn's two sample photographs, which are not among the scored."""
-    crops = torch.cat([data.augment(p.image, crops_per_photo, seed=1) for p in data.sklearn_photos()])
+    """A quantised copy. Calibrated on crops of twelve other photographs, which are not among the scored."""
+    crops = torch.cat([data.augment(p.image, crops_per_photo, seed=1) for p in data.calibration_photos()])
     mixed = crops[torch.randperm(len(crops), generator=torch.Generator().manual_seed(0))]
     return cnncomp.quantize(copy.deepcopy(model), batches(mixed, 8))
 
@@ -81,8 +81,8 @@ def run(options: Options) -> list[Report]:
     photos, images, labels = scored_photos()
     say("MobileNetV2: full precision on the photographs")
     logits = forward(model, images, "scoring")
-    say("MobileNetV2: int8, calibrated on two other photographs")
-    changed = quantized(model, 4 if options.quick else 32)
+    say("MobileNetV2: int8, calibrated on twelve other photographs")
+    changed = quantized(model, 1 if options.quick else 8)
     converted = cnncomp.convert(changed, images[:1], measure=not options.quick, cache=False)
     loaded, mb = save_and_load(converted, options.out / "mobilenet_v2_int8.cnncomp")
     logits_int8 = forward(loaded, images)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from cnncomp.errors import CnncompError
+from cnncomp.errors import CnncompError, DeviceError
 from cnncomp.nn import (
     ConvertedLayer,
     DenseConv2d,
     DenseLinear,
+    LayerInfo,
     QuantConv2d,
     QuantLinear,
     SparseConv2d,
@@ -90,16 +92,27 @@ def _dense_conv(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     return build
 
 
+def _int8_weight(weight: Tensor, info: LayerInfo) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int8 weight, its scale and its shift.
+
+    Raises:
+        DeviceError: a shift on a GPU.
+    """
+    if info.weight_shift is not None and weight.device.type != "cpu":
+        raise DeviceError("weight_shift", f"mean-shift weights on {weight.device}", "a CPU: the GPU kernels have none")
+    return *quantize_weight(weight, info.weight_scale, info.weight_shift), info.weight_shift
+
+
 def _quant_conv(layer: ConvertedLayer) -> ConvertedLayer:
     assert isinstance(layer, DenseConv2d) and layer.info.input is not None
-    q, scale = quantize_weight(layer.weight, layer.info.weight_scale)
-    return QuantConv2d(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation)
+    q, scale, shift = _int8_weight(layer.weight, layer.info)
+    return QuantConv2d(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
 
 
 def _quant_linear(layer: ConvertedLayer) -> ConvertedLayer:
     assert isinstance(layer, DenseLinear) and layer.info.input is not None
-    q, scale = quantize_weight(layer.weight, layer.info.weight_scale)
-    return QuantLinear(q, scale, layer.bias, layer.info.input, layer.activation)
+    q, scale, shift = _int8_weight(layer.weight, layer.info)
+    return QuantLinear(q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
 
 
 def _sparse_conv(layer: ConvertedLayer) -> ConvertedLayer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def distill(
     hints: Mapping[str, str] | None = None,
     hint_weight: float = 1.0,
     validate: Validate | None = None,
+    after_step: Callable[[int], object] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     log: str | Path | None = None,
@@ -74,7 +75,7 @@ def distill(
         label_weight: w, 0 to 1; above 0 every batch needs labels. None: 0.1 for batches that have labels.
         hints: Names of the student's modules, each with the name of the teacher's module that it imitates.
         hint_weight: h, 0 or more.
-        validate, checkpoint, checkpoint_every, log, title, progress: As in :func:`cnncomp.training.train`.
+        validate, after_step, checkpoint, checkpoint_every, log, title, progress: As in :func:`cnncomp.training.train`.
 
     Raises:
         ArgumentError: No batch, a batch without labels though ``label_weight`` is given, classes that don't match, an
@@ -110,6 +111,7 @@ def distill(
             settings,
             objective=objective,
             validate=None if validate is None else lambda m: validate(student),
+            after_step=after_step,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             log=log,

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from cnncomp._norms import BatchNorm, fold_batch_norm
 from cnncomp.errors import ArgumentError
 from cnncomp.graph.nodes import cloned, has_user_hooks, input_node, module_at, put_module
 from cnncomp.graph.normalize import normalize
 from cnncomp.nn import Clamp, ConvertedLayer, DenseConv2d, DenseLinear, Geometry, LayerInfo, QuantSpec
 from cnncomp.nn.base import INF
-from cnncomp.quantization import quantization_of
-
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+from cnncomp.quantization import ClampChannels, quantization_of
 
 #: Why a layer stays whose parts the graph refers to.
 READ_ELSEWHERE = "has weights that the forward reads by itself"
@@ -125,17 +124,6 @@ def _batch_norm_after(
     return user, norm
 
 
-def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Fold eval-mode BatchNorm: returns (weight, bias, factor (K,)), ``factor`` = gamma / sqrt(var + eps)."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    gamma = norm.weight if norm.weight is not None else torch.ones_like(norm.running_mean)
-    beta = norm.bias if norm.bias is not None else torch.zeros_like(norm.running_mean)
-    factor = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    start = torch.zeros_like(factor) if bias is None else bias.double()
-    folded = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    return folded.float(), ((start - norm.running_mean.double()) * factor + beta.double()).float(), factor.float()
-
-
 def activation_of(gm: fx.GraphModule, node: fx.Node) -> Clamp | None:
     """The clamp that ``node`` computes, or None."""
     if node.op == "call_module":
@@ -146,6 +134,8 @@ def activation_of(gm: fx.GraphModule, node: fx.Node) -> Clamp | None:
             return Clamp(0.0)
         if isinstance(module, nn.Hardtanh) and type(module) in (nn.ReLU6, nn.Hardtanh):
             return Clamp(float(module.min_val), float(module.max_val))
+        if type(module) is ClampChannels:
+            return Clamp(module.lo, tuple(module.hi.tolist()))
         return None
     if _target_in(node, _RELUS):
         return Clamp(0.0)
@@ -202,11 +192,13 @@ def _fuse_layer(gm: fx.GraphModule, node: fx.Node, layer: nn.Module, name: str, 
     quantized = quantization_of(layer)
     weight, bias = layer.weight.detach(), layer.bias
     weight_scale = None if quantized is None else quantized.weight_scale.detach().clone()
+    weight_shift = None if quantized is None else quantized.weight_shift
     last, dead = node, []
     if (found := _batch_norm_after(gm, node, layer, calls)) is not None:
         last, norm = found
         weight, bias, factor = fold_batch_norm(weight, bias, norm)
         weight_scale = None if weight_scale is None else weight_scale * factor.abs()
+        weight_shift = None if weight_shift is None else weight_shift * factor
         dead.append(node)
     residual = None
     if (user := _only_user(last)) is not None and (other := _residual_of(user, last)) is not None:
@@ -228,6 +220,7 @@ def _fuse_layer(gm: fx.GraphModule, node: fx.Node, layer: nn.Module, name: str, 
     if quantized is not None:
         dense.info.input = QuantSpec(quantized.input_scale, quantized.input_dtype)
         dense.info.weight_scale = weight_scale
+        dense.info.weight_shift = None if weight_shift is None else weight_shift.detach().clone()
     _replace(gm, last, dead, node, dense, residual)
     return None
 

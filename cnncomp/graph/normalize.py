@@ -182,7 +182,9 @@ def _tolerate_layouts(gm: fx.GraphModule) -> None:
         if node.op != "call_module":
             continue
         module = module_at(gm, node)
-        if type(module).__module__.startswith(("torch.nn", "cnncomp.nn")) and not has_user_hooks(module):
+        if type(module).__module__.startswith(
+            ("torch.nn", "cnncomp.nn", "cnncomp.quantization")
+        ) and not has_user_hooks(module):
             continue
         for arg in node.all_input_nodes:
             if "shape" in arg.meta:

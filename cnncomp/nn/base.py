@@ -18,15 +18,20 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Clamp:
-    """An activation as the interval it clamps to: none is (-inf, inf), ReLU (0, inf), ReLU6 (0, 6)."""
+    """An activation as the interval it clamps to: none is (-inf, inf), ReLU (0, inf), ReLU6 (0, 6).
+
+    ``hi`` is a number, or one for each output channel.
+    """
 
     lo: float = -INF
-    hi: float = INF
+    hi: float | tuple[float, ...] = INF
 
     def __bool__(self) -> bool:
         return self.lo != -INF or self.hi != INF
 
     def __str__(self) -> str:
+        if isinstance(self.hi, tuple):
+            return f"clamp({self.lo:g}, per channel)"
         names = {(-INF, INF): "", (0.0, INF): "relu", (0.0, 6.0): "relu6"}
         return names.get((self.lo, self.hi), f"clamp({self.lo:g}, {self.hi:g})")
 
@@ -130,6 +135,7 @@ class LayerInfo:
     timings: dict[str, float] = field(default_factory=dict)  # candidate kernel -> ms
     input: QuantSpec | None = None  # set where cnncomp.quantize has been
     weight_scale: Tensor | None = None
+    weight_shift: Tensor | None = None  # set for the mean-shift scheme
 
 
 class ConvertedLayer(nn.Module):
@@ -270,14 +276,19 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return moved
 
 
-def clamp_config(c: Clamp) -> list[float | None]:
+def clamp_config(c: Clamp) -> list[Any]:
     """JSON form of a Clamp (JSON has no infinity)."""
-    return [None if math.isinf(v) else v for v in (c.lo, c.hi)]
+
+    def finite(v: float) -> float | None:
+        return None if math.isinf(v) else v
+
+    return [finite(c.lo), [finite(v) for v in c.hi] if isinstance(c.hi, tuple) else finite(c.hi)]
 
 
-def clamp_from_config(v: list[float | None]) -> Clamp:
+def clamp_from_config(v: list[Any]) -> Clamp:
     lo, hi = v
-    return Clamp(-INF if lo is None else float(lo), INF if hi is None else float(hi))
+    bounds = tuple(INF if b is None else float(b) for b in (hi if isinstance(hi, list) else [hi]))
+    return Clamp(-INF if lo is None else float(lo), bounds if isinstance(hi, list) else bounds[0])
 
 
 def geometry_config(g: Geometry) -> dict[str, Any]:
@@ -285,7 +296,8 @@ def geometry_config(g: Geometry) -> dict[str, Any]:
 
 
 def clamp_add(t: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
-    """The epilogue of float layers on a fresh tensor ``t``, in place where it can be."""
+    """The epilogue of float layers on a fresh tensor ``t``, in place where it can be; ``act`` has one upper bound."""
+    assert not isinstance(act.hi, tuple)
     if residual is not None:
         t = t + residual if t.requires_grad or t.shape != residual.shape else t.add_(residual)
     if not act:

@@ -12,6 +12,7 @@ from cnncomp.errors import ArgumentError
 from cnncomp.nn.base import (
     LINEAR,
     Clamp,
+    ConvertedLayer,
     ConvLayer,
     Geometry,
     LinearLayer,
@@ -49,7 +50,28 @@ class _Packed:
         return made[1]
 
 
-class DenseConv2d(ConvLayer):
+class _Dense(ConvertedLayer):
+    """Bounds of the activation: one interval, and ``upper`` (K,) where each channel has its own."""
+
+    upper: Tensor | None
+
+    def _bound(self, activation: Clamp) -> None:
+        self.activation = activation
+        self._interval = Clamp(activation.lo) if isinstance(activation.hi, tuple) else activation
+        upper = torch.tensor(activation.hi) if isinstance(activation.hi, tuple) else None
+        self.register_buffer("upper", upper, persistent=False)
+
+    def _bounded(self, t: Tensor) -> Tensor:
+        if self.upper is None:
+            return t
+        behind = 0 if isinstance(self, LinearLayer) else t.dim() - 2  # dimensions behind the channels
+        return torch.minimum(t, self.upper.view(-1, *[1] * behind))
+
+    def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
+        return self._bounded(clamp_add(t, residual, self._interval))
+
+
+class DenseConv2d(_Dense, ConvLayer):
     """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
 
     ``kernel`` is one of :data:`CONV_KERNELS`. "dense.fused" runs on the CPU in inference only.
@@ -66,7 +88,8 @@ class DenseConv2d(ConvLayer):
         super().__init__()
         if kernel not in CONV_KERNELS:
             raise ArgumentError("kernel", kernel, f"one of {', '.join(CONV_KERNELS)}")
-        self.geometry, self.activation, self.kernel = geometry, activation, kernel
+        self.geometry, self.kernel = geometry, kernel
+        self._bound(activation)
         self._packed = _Packed()
         layout = torch.contiguous_format if kernel == "dense.nchw" else torch.channels_last
         with torch.inference_mode(False):  # a tensor born in inference mode does not tell when it is changed
@@ -74,7 +97,12 @@ class DenseConv2d(ConvLayer):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
-        g, act = self.geometry, self.activation if clamped else LINEAR
+        if not clamped:
+            return self._interval_image(x, residual, LINEAR)
+        return self._bounded(self._interval_image(x, residual, self._interval))
+
+    def _interval_image(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
+        g = self.geometry
         if self.kernel == "dense.nchw":
             x = x.contiguous()
         else:
@@ -137,7 +165,7 @@ class DenseConv2d(ConvLayer):
         return f"{self.geometry} {self.activation} kernel={self.kernel}"
 
 
-class DenseLinear(LinearLayer):
+class DenseLinear(_Dense, LinearLayer):
     """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K)."""
 
     kernel = "dense.linear"
@@ -150,12 +178,13 @@ class DenseLinear(LinearLayer):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.activation = activation
+        self._bound(activation)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
-        return clamp_add(F.linear(x, self.weight, self.bias), residual, self.activation if clamped else LINEAR)
+        t = F.linear(x, self.weight, self.bias)
+        return self._bounded(clamp_add(t, residual, self._interval)) if clamped else clamp_add(t, residual, LINEAR)
 
     def config(self) -> dict[str, Any]:
         return {"activation": clamp_config(self.activation)}

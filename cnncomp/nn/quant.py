@@ -32,8 +32,10 @@ from cnncomp.quantization import quantization_of
 Dense = TypeVar("Dense", DenseConv2d, DenseLinear)
 
 
-def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 weights per output channel: (int8 weight, fp32 scale (K,)). Without ``scale``: max|w| / 127.
+def quantize_weight(weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 weights per output channel, w ≈ scale·q, or scale·q + shift: (q, fp32 scale (K,)).
+
+    Without ``scale``: the largest magnitude of w, or of w − shift, divided by 127.
 
     Raises:
         ArgumentError: NaN or infinite weights.
@@ -42,6 +44,8 @@ def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor
     if not bool(torch.isfinite(w).all()):
         raise ArgumentError("weight", "NaN or infinite values", "finite weights")
     rows = w.flatten(1)
+    if shift is not None:
+        rows = rows - shift.detach().to(w.device).double().unsqueeze(1)
     s = rows.abs().amax(1) / 127 if scale is None else scale.detach().to(w.device).double()
     s = torch.where(s > 0, s, torch.ones_like(s)).float()
     q = torch.round(rows / s.double().unsqueeze(1)).clamp(-127, 127)
@@ -51,12 +55,15 @@ def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor
 class _QuantLayer(ConvertedLayer):
     """State and constants that the int8 conv and linear share.
 
+    ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme), on a CPU only.
+
     ``output``: how the result is quantised, None for float32. ``residual_scale``: one step of an 8-bit residual (1 for a
     float one).
     """
 
     weight: Tensor
     weight_scale: Tensor
+    weight_shift: Tensor | None
     constants: Tensor
     bias: Tensor | None
     groups = 1
@@ -70,15 +77,21 @@ class _QuantLayer(ConvertedLayer):
         activation: Clamp,
         output: QuantSpec | None,
         residual_scale: float,
+        weight_shift: Tensor | None,
     ) -> None:
         if weight.dtype != torch.int8:
             raise ArgumentError("weight", weight.dtype, "torch.int8")
         if weight_scale.shape != (weight.shape[0],) or not bool((weight_scale > 0).all()):
             raise ArgumentError("weight_scale", tuple(weight_scale.shape), f"({weight.shape[0]},) positive scales")
+        if weight_shift is not None and (
+            weight_shift.shape != (weight.shape[0],) or not bool(torch.isfinite(weight_shift).all())
+        ):
+            raise ArgumentError("weight_shift", tuple(weight_shift.shape), f"({weight.shape[0]},) finite numbers")
         check_reduction(weight[0].numel())
         self.input, self.activation = input, activation
         self.register_buffer("weight", self._pack(weight))
         self.register_buffer("weight_scale", weight_scale.detach().float().clone())
+        self.register_buffer("weight_shift", None if weight_shift is None else weight_shift.detach().float().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("constants", torch.empty(0), persistent=False)
         self.set_output(output, residual_scale)
@@ -100,12 +113,16 @@ class _QuantLayer(ConvertedLayer):
         s_out = 1.0 if output is None else output.scale
         scale = self.weight_scale.double() * self.input.scale / s_out
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.double() / s_out
-        lo, hi = self.activation.lo / s_out, self.activation.hi / s_out
+        lo = self.activation.lo / s_out
+        hi = torch.zeros_like(scale) + torch.tensor(self.activation.hi).to(scale) / s_out
         if output is not None:
             qlo, qhi = QRANGE[output.dtype]
-            lo, hi = max(lo, qlo), min(hi, qhi)
+            lo, hi = max(lo, qlo), hi.clamp(max=qhi)
         self.lo = lo
-        self.constants = torch.stack([scale, bias, torch.full_like(scale, hi)]).float().contiguous()
+        rows = [scale, bias, hi]
+        if self.weight_shift is not None:
+            rows.append(self.weight_shift.double() * self.input.scale / s_out)
+        self.constants = torch.stack(rows).float().contiguous()
         self.residual_scale = float(torch.tensor(residual_scale / s_out, dtype=torch.float32))
         self.inv_scale = float(torch.tensor(1.0 / self.input.scale, dtype=torch.float32))
         self.out_dtype = torch.float32 if output is None else output.dtype
@@ -138,11 +155,15 @@ class _QuantLayer(ConvertedLayer):
 
     def _dequantized(self) -> Tensor:
         q = self.weight_int8()
-        return q.float() * self.weight_scale.reshape(-1, *[1] * (q.dim() - 1))
+        shape = (-1, *[1] * (q.dim() - 1))
+        weight = q.float() * self.weight_scale.reshape(shape)
+        return weight if self.weight_shift is None else weight + self.weight_shift.reshape(shape)
 
     def _noted(self, dense: Dense) -> Dense:
         """``dense`` with this layer's quantisation in its info, so that it can be converted again."""
-        dense.info = dataclasses.replace(self.info, input=self.input, weight_scale=self.weight_scale)
+        dense.info = dataclasses.replace(
+            self.info, input=self.input, weight_scale=self.weight_scale, weight_shift=self.weight_shift
+        )
         return dense
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -168,6 +189,8 @@ class _QuantLayer(ConvertedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"weight": self.weight_int8(), "weight_scale": self.weight_scale}
+        if self.weight_shift is not None:
+            out["weight_shift"] = self.weight_shift
         return out if self.bias is None else {**out, "bias": self.bias}
 
     @staticmethod
@@ -191,14 +214,16 @@ def _spec_from_config(config: list[Any]) -> QuantSpec:
     return QuantSpec(float(scale), getattr(torch, dtype))
 
 
-def _spec_of(layer: nn.Module, input: QuantSpec | None) -> tuple[QuantSpec, Tensor | None]:
-    """Input spec and weight scale of a quantised torch layer, or of a plain one with ``input`` given."""
+def _spec_of(layer: nn.Module, input: QuantSpec | None) -> tuple[QuantSpec, Tensor | None, Tensor | None]:
+    """Input spec, weight scale and weight shift of a quantised torch layer, or of a plain one with ``input`` given."""
     found = quantization_of(layer)
-    if input is not None:
-        return input, None if found is None else found.weight_scale
-    if found is None:
-        raise ArgumentError("input", None, "how the input is quantised, for a layer that cnncomp.quantize has not seen")
-    return QuantSpec(found.input_scale, found.input_dtype), found.weight_scale
+    if input is None:
+        if found is None:
+            raise ArgumentError(
+                "input", None, "how the input is quantised, for a layer that cnncomp.quantize has not seen"
+            )
+        input = QuantSpec(found.input_scale, found.input_dtype)
+    return (input, None, None) if found is None else (input, found.weight_scale, found.weight_shift)
 
 
 class QuantConv2d(_QuantLayer, ConvLayer):
@@ -209,6 +234,7 @@ class QuantConv2d(_QuantLayer, ConvLayer):
 
     Args:
         weight: int8 ``(K, C/G, R, S)``; ``weight_scale``: float32 ``(K,)``; ``bias``: float32 ``(K,)`` or None.
+        weight_shift: float32 ``(K,)`` for weights ``weight_scale·weight + weight_shift``, else None.
 
     Raises:
         OverflowRiskError: a reduction too long for int32.
@@ -227,10 +253,11 @@ class QuantConv2d(_QuantLayer, ConvLayer):
         activation: Clamp = LINEAR,
         output: QuantSpec | None = None,
         residual_scale: float = 1.0,
+        weight_shift: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.geometry, self.groups = geometry, geometry.groups
-        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale)
+        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale, weight_shift)
 
     @classmethod
     def from_float(
@@ -241,10 +268,10 @@ class QuantConv2d(_QuantLayer, ConvLayer):
     ) -> QuantConv2d:
         """From a torch convolution that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
         geometry = Geometry.of(conv)
-        spec, scale = _spec_of(conv, input)
+        spec, scale, shift = _spec_of(conv, input)
         weight = conv.weight.detach().reshape(geometry.out_channels, -1, *geometry.kernel_size)
-        q, s = quantize_weight(weight, scale)
-        return cls(geometry, q, s, conv.bias, spec, activation)
+        q, s = quantize_weight(weight, scale, shift)
+        return cls(geometry, q, s, conv.bias, spec, activation, weight_shift=shift)
 
     def _kernel_size(self) -> tuple[int, int]:
         return self.geometry.kernel_size
@@ -277,6 +304,7 @@ class QuantConv2d(_QuantLayer, ConvLayer):
             tensors["weight_scale"],
             tensors.get("bias"),
             **cls._parse(config),
+            weight_shift=tensors.get("weight_shift"),
         )
 
     def to_dense(self) -> DenseConv2d:
@@ -301,10 +329,11 @@ class QuantLinear(_QuantLayer, LinearLayer):
         activation: Clamp = LINEAR,
         output: QuantSpec | None = None,
         residual_scale: float = 1.0,
+        weight_shift: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale)
+        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale, weight_shift)
 
     @classmethod
     def from_float(
@@ -315,9 +344,9 @@ class QuantLinear(_QuantLayer, LinearLayer):
     ) -> QuantLinear:
         """From a torch linear that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
         check_layer("linear", linear, nn.Linear)
-        spec, scale = _spec_of(linear, input)
-        q, s = quantize_weight(linear.weight, scale)
-        return cls(q, s, linear.bias, spec, activation)
+        spec, scale, shift = _spec_of(linear, input)
+        q, s = quantize_weight(linear.weight, scale, shift)
+        return cls(q, s, linear.bias, spec, activation, weight_shift=shift)
 
     def _pack_cuda(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
@@ -334,7 +363,10 @@ class QuantLinear(_QuantLayer, LinearLayer):
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> QuantLinear:
-        return cls(tensors["weight"], tensors["weight_scale"], tensors.get("bias"), **cls._parse(config))
+        shift = tensors.get("weight_shift")
+        return cls(
+            tensors["weight"], tensors["weight_scale"], tensors.get("bias"), **cls._parse(config), weight_shift=shift
+        )
 
     def to_dense(self) -> DenseLinear:
         """The float linear on the dequantised weights."""

@@ -34,6 +34,11 @@ def cuda_kernels() -> ModuleType:
     return cuda
 
 
+def _number(bound: float | tuple[float, ...]) -> float:
+    assert not isinstance(bound, tuple)
+    return bound
+
+
 class _SparseLayer(ConvertedLayer):
     """The packed weight as buffers, shared by the sparse conv and linear."""
 
@@ -47,6 +52,8 @@ class _SparseLayer(ConvertedLayer):
     def _setup(self, weight: Tensor, bias: Tensor | None, activation: Clamp) -> None:
         if not bool(torch.isfinite(weight).all()):
             raise ArgumentError("weight", "NaN or infinite values", "finite weights")
+        if isinstance(activation.hi, tuple):
+            raise ArgumentError("activation", "upper bounds per channel", "one bound: the sparse kernels take no other")
         self.activation = activation
         self.shape4d = tuple(weight.shape)
         for name in ("values", "index", "row_ptr"):
@@ -138,7 +145,7 @@ class SparseConv2d(_SparseLayer, ConvLayer):
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         g, act = self.geometry, self.activation if clamped else LINEAR
         return torch.ops.cnncomp.conv2d_sparse(
-            x, self.values, self.index, self.row_ptr, self.block, self.bias, residual, act.lo, act.hi,
+            x, self.values, self.index, self.row_ptr, self.block, self.bias, residual, act.lo, _number(act.hi),
             g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation, g.groups,
         )  # fmt: skip
 
@@ -195,7 +202,16 @@ class SparseLinear(_SparseLayer, LinearLayer):
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
         act = self.activation if clamped else LINEAR
         return torch.ops.cnncomp.linear_sparse(
-            x, self.values, self.index, self.row_ptr, self.block, self.bias, residual, act.lo, act.hi, self.out_features
+            x,
+            self.values,
+            self.index,
+            self.row_ptr,
+            self.block,
+            self.bias,
+            residual,
+            act.lo,
+            _number(act.hi),
+            self.out_features,
         )
 
     @classmethod

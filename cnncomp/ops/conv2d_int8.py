@@ -1,4 +1,7 @@
-"""``cnncomp::conv2d_int8`` and ``cnncomp::linear_int8``: 8-bit activations, int8 weights, the one fused epilogue."""
+"""``cnncomp::conv2d_int8`` and ``cnncomp::linear_int8``: 8-bit activations, int8 weights, the one fused epilogue.
+
+``constants`` has the rows scale, bias and hi, and a fourth, shift, for mean-shift weights, which only the CPU kernels run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
@@ -37,6 +40,10 @@ def _check(
     check_dtype("x", x, torch.uint8, torch.int8)
     check_dtype("weight", weight, torch.int8)
     check_dtype("constants", constants, torch.float32)
+    if constants.dim() != 2 or constants.shape[0] not in (3, 4):
+        raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K), or (4, K) for mean-shift weights")
+    if constants.shape[0] == 4 and x.device.type == "cuda":
+        raise DeviceError("constants", "mean-shift weights on a GPU", "a CPU: the GPU kernels have no mean shift")
     if out_dtype not in DTYPE_CODE:
         raise ArgumentError("out_dtype", out_dtype, "torch.uint8, torch.int8 or torch.float32")
     if residual is not None:
@@ -111,7 +118,7 @@ def _conv_cpu(
         weight.data_ptr(), k, *kernel_size, *stride, *padding, *dilation, groups, depthwise,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(),
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), constants.shape[0] == 4,
     )  # fmt: skip
     return out
 
@@ -180,7 +187,7 @@ def _linear_cpu(
         weight.data_ptr(), k, 1, 1, 1, 1, 0, 0, 1, 1, 1, False,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(),
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), constants.shape[0] == 4,
     )  # fmt: skip
     return out
 

@@ -20,12 +20,25 @@ def quantize(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def epilogue(
-    acc: Tensor, constants: Tensor, residual: Tensor | None, residual_scale: float, lo: float, out_dtype: torch.dtype
+    acc: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+    window: Tensor | None = None,
 ) -> Tensor:
-    """The one epilogue (docs/design.md, "Numbers"): ``acc`` is int32 ``(N, K, ...)``, ``constants`` ``(3, K)`` float32."""
-    scale, bias, hi = (row.reshape(1, -1, *[1] * (acc.dim() - 2)) for row in constants)
+    """The one epilogue (docs/design.md, "Numbers"): ``acc`` is int32 ``(N, K, ...)``, ``constants`` ``(3, K)`` float32.
+
+    For mean-shift weights ``constants`` is ``(4, K)``, and ``window`` holds the sums of the inputs under each output's
+    window, int32 like ``acc``.
+    """
+    scale, bias, hi, *shift = (row.reshape(1, -1, *[1] * (acc.dim() - 2)) for row in constants)
     t = acc.float() * scale
     t = t + bias
+    if shift:
+        assert window is not None
+        t = t + shift[0] * window.float()
     if residual is not None:
         t = t + residual.float() * torch.tensor(residual_scale, dtype=torch.float32)
     t = torch.minimum(torch.maximum(t, torch.tensor(lo, dtype=torch.float32)), hi)
@@ -47,10 +60,16 @@ def conv2d_int8(
 ) -> Tensor:
     """int8 convolution of ``x`` (N, C, H, W) uint8 or int8 with the unpacked ``weight`` (K, C/G, R, S) int8.
 
+    ``constants`` (4, K): the weights are mean-shifted, α·q + μ, and conv(x, αq + μ) = α·conv(x, q) + μ·Σx over the window.
+
     The products are summed in float64, which is exact here: every partial sum is an integer below 2**53.
     """
-    acc = F.conv2d(x.double(), weight.double(), None, list(stride), list(padding), list(dilation), groups)
-    out = epilogue(acc.to(torch.int32), constants, residual, residual_scale, lo, out_dtype)
+    where = (None, list(stride), list(padding), list(dilation), groups)
+    acc = F.conv2d(x.double(), weight.double(), *where).to(torch.int32)
+    window = None
+    if constants.shape[0] == 4:
+        window = F.conv2d(x.double(), torch.ones_like(weight, dtype=torch.float64), *where).to(torch.int32)
+    out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype, window)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -67,7 +86,8 @@ def linear_int8(
     acc = F.linear(x.double(), weight.double()).to(torch.int32)
     k = acc.shape[-1]
     flat = None if residual is None else residual.reshape(-1, k)
-    return epilogue(acc.reshape(-1, k), constants, flat, residual_scale, lo, out_dtype).reshape(acc.shape)
+    window = x.to(torch.int32).sum(-1, dtype=torch.int32).reshape(-1, 1)
+    return epilogue(acc.reshape(-1, k), constants, flat, residual_scale, lo, out_dtype, window).reshape(acc.shape)
 
 
 def max_pool2d_int8(

@@ -8,6 +8,7 @@ from cnncomp.pruning.criteria import CRITERIA, score_targets
 from cnncomp.pruning.mask import Mask, mask_of, remove_masks
 from cnncomp.pruning.masking import prune
 from cnncomp.pruning.patterns import PATTERNS, parse_pattern
+from cnncomp.pruning.permute import Permutation, permute_channels
 from cnncomp.pruning.report import LayerSparsity, SparsityReport, sparsity_of
 from cnncomp.pruning.schedule import GradualCubic, OneShot, RigL
 from cnncomp.pruning.targets import Target, targets_of
@@ -20,12 +21,14 @@ __all__ = [
     "LayerSparsity",
     "Mask",
     "OneShot",
+    "Permutation",
     "RigL",
     "SparsityReport",
     "Target",
     "WeightPruning",
     "mask_of",
     "parse_pattern",
+    "permute_channels",
     "prune",
     "remove_masks",
     "score_targets",

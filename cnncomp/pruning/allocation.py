@@ -16,6 +16,7 @@ from cnncomp.progress import track
 from cnncomp.pruning.criteria import as_batches
 from cnncomp.pruning.mask import temporarily_masked
 from cnncomp.pruning.targets import Target
+from cnncomp.training import distributed
 
 ALLOCATIONS = ("global", "uniform", "erdos-renyi", "erdos-renyi-kernel", "sensitivity")
 
@@ -122,7 +123,8 @@ def sensitivity_of(
             row = []
             for level in levels:
                 with temporarily_masked(t.parameter, mask_at(i, max(t.masked, round(level * t.numel)))):
-                    row.append(_divergence(dense, _outputs(model, batches, t.parameter.device)))
+                    here = _divergence(dense, _outputs(model, batches, t.parameter.device))
+                row.append(float(distributed.mean(t.parameter.new_tensor(here))))
                 tick(t.name)
             found.append(row)
     return found

@@ -12,6 +12,7 @@ from cnncomp.pruning.criteria import as_float, check_scalar, gradients_of
 from cnncomp.pruning.mask import apply_mask
 from cnncomp.pruning.patterns import keep_largest
 from cnncomp.pruning.targets import Target, targets_of
+from cnncomp.training import distributed
 
 CLIPS = ("l1", "mean")
 
@@ -81,7 +82,7 @@ class WeightPruning(nn.Module):
     def step(self, loss: Tensor) -> None:
         """One update of all parameters by the gradient of ``loss``, after which the sparsity is reached.
 
-        Works beside an optimiser or in its place; ``.grad`` stays as it is.
+        Works beside an optimiser or in its place; ``.grad`` stays as it is. In a process group, gradients are averaged.
 
         Args:
             loss: a scalar computed from the model's parameters.
@@ -93,7 +94,7 @@ class WeightPruning(nn.Module):
         check_scalar(loss)
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         targets = {id(t.parameter): t for t in self._targets()}
-        gradients = gradients_of(loss, list(parameters.values()))
+        gradients = [distributed.mean(g) for g in gradients_of(loss, list(parameters.values()))]
         for name, g in zip(parameters, gradients, strict=True):
             if not torch.isfinite(g).all():
                 raise ArgumentError("loss", f"a gradient with NaN or infinity at {name!r}", "finite gradients")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cnncomp._batches import evaluating, inputs_of
 from cnncomp.errors import ArgumentError, CalibrationError
 from cnncomp.pruning.targets import Target
+from cnncomp.training import distributed
 
 CRITERIA = ("magnitude", "taylor", "fisher", "article")
 
@@ -55,7 +56,7 @@ def score_targets(
     ======== ====================================================================================================
 
     A weight whose gradient is zero everywhere is ranked by magnitude in all of them. The model runs in eval mode;
-    gradients in ``.grad`` stay as they are.
+    gradients in ``.grad`` stay as they are. In a process group, means are over the batches of all processes.
 
     Raises:
         ArgumentError: an unknown criterion, no data for one that needs gradients, a loss that is no scalar or not finite.
@@ -74,7 +75,8 @@ def score_targets(
         seen += 1
         for w, g, total in zip(weights, gradients, sums, strict=True):
             total += (w * g).abs() if criterion == "taylor" else g.square() if criterion == "fisher" else g
-    means = [s / seen for s in sums]
+    count = distributed.mean(sums[0].new_tensor(float(seen)))
+    means = [distributed.mean(s) / count for s in sums]
     if criterion == "taylor":
         scores = means
     elif criterion == "fisher":

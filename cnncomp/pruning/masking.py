@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cnncomp._batches import inputs_of
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning import allocation as alloc
 from cnncomp.pruning.criteria import Loss, as_batches, given_scores, score_targets
 from cnncomp.pruning.mask import apply_mask
 from cnncomp.pruning.patterns import NM, Pattern, grouped, parse_pattern
+from cnncomp.pruning.permute import permute_channels
 from cnncomp.pruning.reconstruct import solve_targets
 from cnncomp.pruning.targets import Target, targets_of
 
@@ -68,6 +70,7 @@ def prune(
     scores: Mapping[str, Tensor] | None = None,
     data: Iterable[Any] | Tensor | None = None,
     loss: Loss | None = None,
+    permute: bool = False,
     reconstruct: bool = False,
     progress: bool = True,
     example_inputs: Any = None,
@@ -106,10 +109,12 @@ def prune(
             inputs and labels; a tensor is one batch. All are held in memory.
         loss: From the model's output and the batch to a scalar. None: cross-entropy with the labels, or with the model's
             own first class where there are none.
+        permute: For n:m: first reorder channels, where tracing on ``data`` shows that their layers can take it, so that more
+            magnitude is kept (:func:`cnncomp.pruning.permute_channels`). The model computes the same as before that.
         reconstruct: Choose in each layer, of as many weights as ``allocation`` says, those that its outputs on ``data``
             depend on least, and change the others, the biases and the running means of BatchNorm so that the outputs stay
-            what they were (:mod:`cnncomp.pruning.reconstruct`). No labels, no training: a few hundred typical inputs. The
-            pruned network is then as good as it gets without training.
+            what they were (:mod:`cnncomp.pruning.reconstruct`). No labels, no training: a few hundred typical inputs,
+            the more varied the better.
         progress: Show a bar on a terminal when it takes more than a second.
         example_inputs, round_to: as in :func:`cnncomp.prune_channels`, for pattern "channel" only.
 
@@ -138,19 +143,40 @@ def prune(
     allocation = check_allocation(allocation, scope, parsed)
     targets = targets_of(model, include_first_last, include_depthwise, exclude)
     batches = None if data is None else list(as_batches(data))
+    if permute and scores is not None:
+        raise ArgumentError("scores", "scores with permute", "one of them: scores would not follow the channels")
+    permuted = _permute(model, targets, parsed, batches, progress) if permute else set()
     ranking = rank(targets, model, parsed, criterion, scores, batches, loss)
     masks = choose_masks(ranking, sparsity, allocation, model, batches, progress)
     if not reconstruct:
         for i, mask in enumerate(masks):
-            apply_mask(targets[i].layers, mask, str(parsed), ranking.note(i))
+            apply_mask(targets[i].layers, mask, str(parsed), _note(ranking, i, permuted))
         return model
     if batches is None:
         raise ArgumentError("data", None, "batches to reconstruct on")
     solved = solve_targets(model, targets, [int((~m).sum()) for m in masks], parsed, batches, progress=progress)
     for i, t in enumerate(targets):
         if t.name in solved:
-            solved[t.name].write(t.layers, solved[t.name].norm, parsed, ranking.note(i))
+            solved[t.name].write(t.layers, solved[t.name].norm, parsed, _note(ranking, i, permuted))
     return model
+
+
+def _permute(
+    model: nn.Module, targets: list[Target], pattern: Pattern, batches: list[Any] | None, progress: bool
+) -> set[str]:
+    """Reorder channels; names of the layers whose input channels are in another order now."""
+    if not batches:
+        raise ArgumentError("data", batches, "batches, one of which permute traces the model on")
+    args, kwargs = inputs_of(batches[0], 0, targets[0].parameter.device)
+    if kwargs:
+        raise ArgumentError("data", "keyword arguments", "positional ones, to trace the model with")
+    one = tuple(x[:1] if x.dim() else x for x in args)
+    return {name for p in permute_channels(model, targets, str(pattern), one, progress) for name in p.layers}
+
+
+def _note(ranking: Ranking, i: int, permuted: set[str]) -> str:
+    notes = [ranking.note(i), "input channels permuted" if ranking.targets[i].name in permuted else ""]
+    return "; ".join(note for note in notes if note)
 
 
 def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cnncomp._modules import Layer
 from cnncomp.pruning.patterns import groups_of
+from cnncomp.training import distributed
 
 #: Numbers that im2col writes at a time.
 _CHUNK = 1 << 24
@@ -61,7 +62,7 @@ class Moments:
     cross: Tensor
     dense: Tensor
     pruned: Tensor
-    count: int = 0
+    count: float = 0
 
     @classmethod
     def zeros(cls, layer: Layer) -> Moments:
@@ -79,6 +80,12 @@ class Moments:
             self.dense += x.sum(2)
             self.pruned += y.sum(2)
             self.count += x.shape[2]
+
+    def of_all_processes(self) -> Moments:
+        """Averaged over the processes of a group: what the joined data gives, up to a common factor."""
+        count = float(distributed.mean(self.hessian.new_tensor(float(self.count))))
+        mean = distributed.mean
+        return Moments(mean(self.hessian), mean(self.cross), mean(self.dense), mean(self.pruned), count)
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """``hessian`` and ``cross`` about the means: what is left to the weights where an intercept takes the means."""

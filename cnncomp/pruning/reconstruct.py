@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cnncomp._batches import evaluating
-from cnncomp._modules import weight_parameter
+from cnncomp._modules import reduction_length, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError
 from cnncomp.progress import track
 from cnncomp.pruning.mask import apply_mask
@@ -24,6 +24,9 @@ from cnncomp.pruning.walk import Layers, Walk, call
 from cnncomp.quantization import quantization_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+#: Inputs that one output may depend on: about eight matrices of their square are held in float64, 4 GB at this size.
+MAX_COLUMNS = 8192
 
 
 @dataclass
@@ -88,7 +91,7 @@ def solve_targets(
         By name, in the order of their calls. Targets that are never called are missing, with a warning.
 
     Raises:
-        ArgumentError: a quantised layer.
+        ArgumentError: a quantised layer, or one that sums more than 8,192 products.
         CalibrationError: no batch, one that can't be used, or NaN or infinity in a layer's input.
     """
     if not data:
@@ -96,6 +99,9 @@ def solve_targets(
     for t in targets:
         if quantization_of(t.layers[0]) is not None:
             raise ArgumentError("model", f"{t.name!r} quantised already", "a float model (prune, then quantize)")
+        if reduction_length(t.layers[0]) > MAX_COLUMNS:
+            got = f"layer {t.name!r}, which sums {reduction_length(t.layers[0]):,} products"
+            raise ArgumentError("model", got, f"at most {MAX_COLUMNS:,} to reconstruct (name it in exclude)")
     by_name = {t.name: (t, n) for t, n in zip(targets, zeros, strict=True)}
     work = copy.deepcopy(model)
     names = {m: name for name, m in model.named_modules()}
@@ -159,7 +165,7 @@ def _gather(target: Target, dense: Walk, pruned: Walk, layers: Layers, copies: L
             moments.add(layer, x, y)
         if not torch.isfinite(moments.dense.sum() + moments.pruned.sum()):
             raise CalibrationError(f"data batch {index}: NaN or infinity in the input of layer {target.name!r}")
-    return moments
+    return moments.of_all_processes()
 
 
 def _solve(

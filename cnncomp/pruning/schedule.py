@@ -15,6 +15,7 @@ from cnncomp.pruning.mask import apply_mask
 from cnncomp.pruning.masking import prune
 from cnncomp.pruning.patterns import Blocks, grouped, parse_pattern
 from cnncomp.pruning.targets import Target, targets_of
+from cnncomp.training import distributed
 
 SELECTION = ("include_first_last", "include_depthwise", "exclude")
 
@@ -124,7 +125,8 @@ class RigL:
 
     The constructor prunes; then, after every ``every``-th iteration before ``end``, a fraction
     ``fraction/2·(1 + cos(π·i/end))`` of what is left in each layer is exchanged, within the layer. What grows starts at
-    zero. Gradients of masked weights are summed over the backward passes of the iteration before the exchange only.
+    zero. Gradients of masked weights are summed over the backward passes of the iteration before the exchange only, and
+    averaged over the processes of a group.
 
     Call :meth:`step` behind ``backward``; before or after the optimiser's step makes no difference to what grows.
     A model whose layers all have pruned weights already is taken as it is: so training goes on from a checkpoint, or starts
@@ -201,7 +203,7 @@ class RigL:
         # What is kept can't grow: it ranks lowest, and of the rest all but the largest `count` are left out, in whole blocks
         # never more than were dropped.
         slack = self.pattern.rows * self.pattern.cols - 1
-        growth = grouped(as_float(module.gradient).abs().masked_fill(kept, -1.0), target.groups)
+        growth = grouped(distributed.mean(as_float(module.gradient)).abs().masked_fill(kept, -1.0), target.groups)
         grown = self.pattern.keep([growth], target.numel - count + slack)[0].view(old.shape)
         new = kept | grown
         with torch.no_grad():

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnncomp._batches import evaluating, inputs_of, with_progress
-from cnncomp._modules import Layer, layers_of, reduction_length, select, weight_parameter
+from cnncomp._modules import Layer, layers_of, parametrization_of, reduction_length, select, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
-from cnncomp.quantization.fake import attach, quantization_of
+from cnncomp.quantization.bias import correct_biases
+from cnncomp.quantization.equalize import CRITERIA
+from cnncomp.quantization.equalize import equalize as equalize_layers
+from cnncomp.quantization.fake import (
+    FakeQuantizeInput,
+    FakeQuantizeWeight,
+    attach,
+    quantization_of,
+    remove_layer_quantization,
+)
+from cnncomp.quantization.feed import Feed
+from cnncomp.quantization.links import graph_of, norm_after
+from cnncomp.quantization.qat import TrainedWeight, fold_norms, trained_input
+from cnncomp.quantization.rounding import round_adaptively
 from cnncomp.quantization.scales import METHODS, RangeObserver, weight_scales
+from cnncomp.quantization.sensitivity import most_sensitive, multiplications, sensitivities
 
 # 2**31 − 1 divided by 255 · 127: the longest sum of u8 × s8 products that int32 always holds.
 MAX_REDUCTION = 66_311
+
+SCHEMES = ("symmetric", "mean-shift")
+ROUNDINGS = ("nearest", "adaptive")
 
 
 def quantize(
@@ -24,6 +40,12 @@ def quantize(
     calibration: Tensor | Iterable[Any],
     *,
     method: str = "mse",
+    scheme: str = "symmetric",
+    equalize: str | None = None,
+    rounding: str = "nearest",
+    correct_bias: bool = False,
+    float_budget: float = 0.0,
+    qat: bool = False,
     exclude: str | Sequence[str] = (),
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -37,8 +59,23 @@ def quantize(
     Args:
         model: The model; runs in eval mode, its training flags are restored.
         calibration: Batches: tensors, sequences whose first element is the input (labels may follow), or mappings of
-            keyword arguments; or one tensor, a single batch. A few hundred typical inputs are enough.
-        method: "mse" chooses the scales with the least squared error, "minmax" those that clip nothing.
+            keyword arguments; or one tensor, a single batch. A few hundred typical inputs are enough. They are kept in
+            memory if they are needed more than once: for all that follows ``scheme`` but ``qat``.
+        method: "mse" chooses the scales with the least squared error, "minmax" those that clip nothing, "percentile" clips
+            one input in 10,000, "entropy" changes the inputs' distribution least (KL divergence).
+        scheme: "symmetric", w ≈ s·q, or "mean-shift", w ≈ α·q + μ with μ the mean of the output channel's weights.
+        equalize: "activations" or "weights" rescales channels between layers before all else, so that one step suits
+            all of a tensor's channels, as :mod:`cnncomp.quantization.equalize` explains. The float model computes what it
+            did; a ReLU6 between such layers becomes a clamp per channel.
+        rounding: "nearest", or "adaptive": up or down, whichever changes the layer's output least on the calibration
+            batches (:mod:`cnncomp.quantization.rounding`).
+        correct_bias: Change the biases so that each layer's output has the mean that float weights give it on the
+            calibration batches. A convolution without one has it taken from the running mean of the BatchNorm behind
+            it, or gets one.
+        float_budget: The most sensitive layers stay float, as long as together they take at most this fraction of the
+            multiplications. Sensitivity is the change of the model's output when the layer alone is quantised.
+        qat: Prepare for training: BatchNorm is folded into the convolution before it (its module becomes an Identity),
+            and in train mode the scales follow weights and inputs.
         exclude: Names of layers, or of modules that hold them, to leave float; fnmatch patterns.
         device: Where to calibrate: the model moves there and stays. None: where its first parameter is.
         progress: Show a bar on a terminal when it takes more than a second.
@@ -47,35 +84,99 @@ def quantize(
         ``model``.
 
     Raises:
-        ArgumentError: an unknown method, a model that is quantised already or holds NaN or infinity, a pattern in
-            ``exclude`` that matches nothing, no layer left.
+        ArgumentError: an unknown method, scheme or other choice, a model that is quantised already or holds NaN or
+            infinity, a pattern in ``exclude`` that matches nothing, no layer left, a mean shift for pruned weights.
         OverflowRiskError: a layer sums more than 66,311 products.
         CalibrationError: no batch, or one that is no tensor, or NaN or infinity in one or in a layer's input. The model
-            is unchanged then.
+            is unchanged then, but for what ``equalize`` rescaled.
     """
-    if method not in METHODS:
-        raise ArgumentError("method", repr(method), f"one of {', '.join(map(repr, METHODS))}")
-    layers = _layers_to_quantize(model, exclude)
+    choices = {"method": (method, METHODS), "scheme": (scheme, SCHEMES), "rounding": (rounding, ROUNDINGS)}
+    for argument, (got, known) in choices.items():
+        if got not in known:
+            raise ArgumentError(argument, repr(got), f"one of {', '.join(map(repr, known))}")
+    if equalize is not None and equalize not in CRITERIA:
+        raise ArgumentError("equalize", repr(equalize), f"None or one of {', '.join(map(repr, CRITERIA))}")
+    if not 0 <= float_budget <= 1:
+        raise ArgumentError("float_budget", float_budget, "a fraction, from 0 to 1")
+    layers = _layers_to_quantize(model, exclude, scheme)
     if device is not None:
         model.to(device)
-    batches = [calibration] if isinstance(calibration, Tensor) else calibration
-    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
-        raise CalibrationError(f"calibration: got {type(calibration).__name__}, expected batches of input tensors")
-    observers = _observe(model, layers, with_progress(batches, "calibrating") if progress else batches, method)
+    again = equalize is not None or rounding != "nearest" or correct_bias or float_budget > 0
+    feed = Feed(model, calibration, again, progress)
+    if equalize is not None:
+        equalize_layers(model, feed, equalize)
+    observers = _observe(layers, feed, histogram=method != "minmax")
+    layers = _reached(layers, observers)
+    if qat:
+        fold_norms(model)
+    for name, layer in layers.items():
+        attach(layer, *_quantizers(layer, observers[name], method, scheme, qat))
+    if float_budget > 0:
+        _keep_sensitive(model, layers, feed, float_budget)
+    if rounding == "adaptive":
+        skipped = round_adaptively(layers, feed)
+        if skipped:
+            warnings.warn(f"layers too large for adaptive rounding: {', '.join(skipped)}", UserWarning, stacklevel=2)
+    if correct_bias:
+        norms = {name: model.get_submodule(norm) for name, norm in norm_after(model, graph_of(model)).items()}
+        correct_biases(layers, norms, feed)
+    return model
+
+
+def attach_mean_shift(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Any],
+    method: str,
+    scheme: Callable[[str, Layer], tuple[Tensor, Tensor]],
+    progress: bool,
+) -> nn.Module:
+    """:func:`quantize` in place with given weights: ``scheme`` tells the scale (K,) and shift (K,) of a layer."""
+    if method not in METHODS:
+        raise ArgumentError("method", repr(method), f"one of {', '.join(map(repr, METHODS))}")
+    layers = _layers_to_quantize(model, (), "mean-shift")
+    observers = _observe(layers, Feed(model, calibration, False, progress), histogram=method != "minmax")
+    for name, layer in _reached(layers, observers).items():
+        observer = observers[name]
+        attach(
+            layer, FakeQuantizeWeight(*scheme(name, layer)), FakeQuantizeInput(observer.scale(method), observer.dtype)
+        )
+    return model
+
+
+def _quantizers(
+    layer: Layer, observer: RangeObserver, method: str, scheme: str, qat: bool
+) -> tuple[FakeQuantizeWeight, FakeQuantizeInput]:
+    """How a layer's weight and input are quantised."""
+    weight = layer.weight.detach()
+    shift = weight.float().flatten(1).mean(1) if scheme == "mean-shift" else None
+    centred = weight if shift is None else weight.float() - shift.view(-1, *[1] * (weight.dim() - 1))
+    scale = weight_scales(centred, method)
+    if qat:
+        return TrainedWeight(scale, shift, weight), trained_input(observer, method)
+    return FakeQuantizeWeight(scale, shift), FakeQuantizeInput(observer.scale(method), observer.dtype)
+
+
+def _keep_sensitive(model: nn.Module, layers: dict[str, Layer], feed: Feed, budget: float) -> None:
+    """Undo the quantisation of the most sensitive layers; they are taken out of ``layers``."""
+    cost = multiplications(layers, feed)
+    for name in most_sensitive(sensitivities(model, layers, feed), cost, budget):
+        remove_layer_quantization(layers.pop(name))
+
+
+def _reached(layers: dict[str, Layer], observers: dict[str, RangeObserver]) -> dict[str, Layer]:
+    """The layers that calibration reached; a warning names the others."""
     unreached = [name for name in layers if observers[name].seen == 0]
     if len(unreached) == len(layers):
         raise CalibrationError("calibration reached none of the model's Conv and Linear layers")
     if unreached:
         message = f"layers that calibration never reached stay float: {', '.join(unreached)}"
-        warnings.warn(message, UserWarning, stacklevel=2)
-    for name, layer in layers.items():
-        if observers[name].seen:
-            scale = weight_scales(layer.weight, method)
-            attach(layer, scale, observers[name].scale(method), observers[name].dtype)
-    return model
+        warnings.warn(message, UserWarning, stacklevel=3)
+    return {name: layer for name, layer in layers.items() if observers[name].seen}
 
 
-def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str]) -> dict[str, Layer]:
+def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str], scheme: str) -> dict[str, Layer]:
+    from cnncomp.pruning.mask import Mask  # reconstruction, in that package, stands on this one
+
     every = layers_of(model)
     done = [name for name, layer in every.items() if quantization_of(layer) is not None]
     if done:
@@ -87,6 +188,9 @@ def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str]) -> dict[
         weight_parameter(layer, name)
         if not torch.isfinite(layer.weight).all():
             raise ArgumentError("model", f"NaN or infinity in the weight of layer {name!r}", "finite weights")
+        if scheme == "mean-shift" and parametrization_of(layer, Mask) is not None:
+            got = f"'mean-shift' for layer {name!r}, which is pruned: its zeros would become the mean"
+            raise ArgumentError("scheme", got, "'symmetric'")
         length = reduction_length(layer)
         if length > MAX_REDUCTION:
             got = f"layer {name!r}, which sums {length:,} products"
@@ -94,31 +198,24 @@ def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str]) -> dict[
     return layers
 
 
-def _observe(
-    model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], method: str
-) -> dict[str, RangeObserver]:
+def _observe(layers: dict[str, Layer], feed: Feed, histogram: bool) -> dict[str, RangeObserver]:
     """Run all batches and collect the ranges of the layers' inputs."""
     observers = {name: RangeObserver() for name in layers}
-    index = -1
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            if not observers[name].update(x, histogram=method == "mse"):
-                raise CalibrationError(f"calibration batch {index}: NaN or infinity in the input of layer {name!r}")
+            if not observers[name].update(x, histogram):
+                raise CalibrationError(
+                    f"calibration batch {feed.index}: NaN or infinity in the input of layer {name!r}"
+                )
 
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with evaluating(model), torch.no_grad():
-            parameter = next(model.parameters())
-            for index, batch in enumerate(batches):
-                args, kwargs = inputs_of(batch, index, parameter.device)
-                model(*args, **kwargs)
+        feed()
     finally:
         for handle in handles:
             handle.remove()
-    if index < 0:
-        raise CalibrationError("calibration: got no batches, expected at least one (was an iterator used up before?)")
     return observers

@@ -36,40 +36,61 @@ def fake_quantize(x: Tensor, scale: Tensor, lo: Any, hi: Any) -> Tensor:
     return (t * scale).to(x.dtype)
 
 
+def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
+    """(K,) values, to be broadcast with a weight (K, ...)."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
 def _scale_buffer(scale: Tensor) -> Tensor:
     return scale.detach().clone().to(torch.float32)
 
 
 class _KeepScale(nn.Module):
-    """A module whose ``scale`` moves between devices but stays float32 when the model becomes half or double."""
+    """A module whose float32 buffers move between devices but stay float32 when the model becomes half or double.
+
+    While ``enabled`` is False it passes everything through: for measurements.
+    """
 
     scale: Tensor
+    enabled = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = self.scale
+        before = {name: t for name, t in self._buffers.items() if t is not None and t.dtype == torch.float32}
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+        for name, t in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != torch.float32:
+                self._buffers[name] = t.to(now.device)
         return self
 
 
 class FakeQuantizeWeight(_KeepScale, WeightParametrization):
-    """Rounds a weight to int8 multiples, −127 to 127, of its output channel's scale. Zero stays zero.
+    """Rounds a weight to q·scale + shift with an integer q, −127 to 127. Without a shift, zero stays zero.
 
     Args:
         scale: (K,) float32, one step of each output channel, above 0.
+        shift: (K,) float32, the mean that the "mean-shift" scheme takes off before it rounds; None for the symmetric one.
     """
 
-    def __init__(self, scale: Tensor) -> None:
+    shift: Tensor | None
+
+    def __init__(self, scale: Tensor, shift: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("scale", _scale_buffer(scale))
+        self.register_buffer("shift", None if shift is None else _scale_buffer(shift))
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
-        return fake_quantize(weight, scale, -WEIGHT_MAX, WEIGHT_MAX)
+        if not self.enabled:
+            return weight
+        scale = _per_channel(self.scale, weight)
+        if self.shift is None:
+            return fake_quantize(weight, scale, -WEIGHT_MAX, WEIGHT_MAX)
+        shift = _per_channel(self.shift, weight)
+        centred = fake_quantize(weight.float() - shift, scale, -WEIGHT_MAX, WEIGHT_MAX)
+        return (centred + shift).to(weight.dtype)
 
     def extra_repr(self) -> str:
-        return f"channels={self.scale.numel()}"
+        return f"channels={self.scale.numel()}" + ("" if self.shift is None else ", mean-shift")
 
 
 class FakeQuantizeInput(_KeepScale):
@@ -94,6 +115,8 @@ class FakeQuantizeInput(_KeepScale):
         return torch.int8 if self.signed.item() else torch.uint8
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
         offset = self.signed.float() * 128
         return fake_quantize(x, self.scale, -offset, 255 - offset)
 
@@ -118,11 +141,13 @@ class LayerQuantization:
         weight_scale: (K,) float32, one step of each output channel's weights.
         input_scale: One step of the input, a float32 value.
         input_dtype: torch.uint8 or torch.int8.
+        weight_shift: (K,) float32, the mean of each output channel's weights in the "mean-shift" scheme, else None.
     """
 
     weight_scale: Tensor
     input_scale: float
     input_dtype: torch.dtype
+    weight_shift: Tensor | None = None
 
 
 def quantization_of(layer: nn.Module) -> LayerQuantization | None:
@@ -131,7 +156,7 @@ def quantization_of(layer: nn.Module) -> LayerQuantization | None:
     quantizer = getattr(layer, "input_quantizer", None)
     if weight is None or not isinstance(quantizer, FakeQuantizeInput):
         return None
-    return LayerQuantization(weight.scale, quantizer.scale.item(), quantizer.dtype)
+    return LayerQuantization(weight.scale, quantizer.scale.item(), quantizer.dtype, weight.shift)
 
 
 def integer_weight(layer: Layer) -> Tensor:
@@ -139,16 +164,17 @@ def integer_weight(layer: Layer) -> Tensor:
     parametrization = parametrization_of(layer, FakeQuantizeWeight)
     assert parametrization is not None, "the layer isn't quantised"
     weight = layer.weight.detach().float()
-    scale = parametrization.scale.view(-1, *[1] * (weight.dim() - 1))
+    if parametrization.shift is not None:
+        weight = weight - _per_channel(parametrization.shift, weight)
     # The weight is an integer times the scale, rounded once: the quotient's nearest integer is that integer.
-    return (weight / scale).round().to(torch.int8)
+    return (weight / _per_channel(parametrization.scale, weight)).round().to(torch.int8)
 
 
-def attach(layer: Layer, weight_scale: Tensor, input_scale: float, input_dtype: torch.dtype) -> None:
+def attach(layer: Layer, weight: FakeQuantizeWeight, input: FakeQuantizeInput) -> None:
     """Make ``layer`` compute with a quantised weight and a quantised input."""
     device = layer.weight.device
-    add_parametrization(layer, FakeQuantizeWeight(weight_scale).to(device))
-    layer.add_module("input_quantizer", FakeQuantizeInput(input_scale, input_dtype).to(device))
+    add_parametrization(layer, weight.to(device))
+    layer.add_module("input_quantizer", input.to(device))
     layer.register_forward_pre_hook(QuantizeInputHook(), with_kwargs=True)
 
 

@@ -1,7 +1,8 @@
-"""The choice of scales: by the largest value, or by the least mean squared error.
+"""The choice of scales: by the largest value, by percentile, by the least squared error, or by the least KL divergence.
 
 A scale below the largest value's clips a few values and rounds all others more finely. The least-squares choice among
-clipping points is that of Sung et al. ("Resiliency of deep neural networks under quantization", 2015).
+clipping points is that of Sung et al. ("Resiliency of deep neural networks under quantization", 2015), the entropy one
+that of Migacz ("8-bit inference with TensorRT", 2017).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-METHODS = ("mse", "minmax")
+METHODS = ("mse", "minmax", "percentile", "entropy")
+#: Fraction of the magnitudes that the "percentile" method does not clip.
+PERCENTILE = 0.9999
 # Steps below this can be taken as zero: the product of two is still a normal float32.
 MIN_SCALE = 2.0**-60
 
@@ -22,8 +25,9 @@ def safe_scale(step: Tensor) -> Tensor:
 def weight_scales(weight: Tensor, method: str, qmax: int = 127, ratios: int = 25) -> Tensor:
     """One scale per output channel (dimension 0): (K,) float32.
 
-    "minmax": the largest magnitude divided by ``qmax``. "mse": of ``ratios`` fractions of it from 0.52 to 1,
-    the one that gives the channel the least squared error.
+    "minmax": the largest magnitude divided by ``qmax``. Any other: of ``ratios`` fractions of it from 0.52 to 1,
+    the one that gives the channel the least squared error. ("percentile" and "entropy" are for the inputs, of which there
+    is a distribution; a channel has a handful of weights.)
     """
     w = weight.detach().flatten(1).float()
     largest = w.abs().amax(dim=1)
@@ -54,6 +58,7 @@ class RangeObserver:
         self.lowest = 0.0
         self.largest = 0.0
         self.seen = 0
+        self.zeros = 0
         self.limit = 0.0
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
@@ -71,7 +76,9 @@ class RangeObserver:
         if histogram and magnitude > 0:
             self._widen(magnitude)
             bins = self.counts.numel()
-            self.counts += torch.histc(x.detach().float().abs(), bins, 0.0, self.limit).double().cpu()
+            values = x.detach().float().abs()
+            self.counts += torch.histc(values, bins, 0.0, self.limit).double().cpu()
+            self.zeros += values.numel() - int(values.count_nonzero())
         return True
 
     def _widen(self, magnitude: float) -> None:
@@ -87,19 +94,59 @@ class RangeObserver:
         """uint8 where nothing negative was seen."""
         return torch.int8 if self.lowest < 0 else torch.uint8
 
-    def scale(self, method: str, ratios: int = 91) -> float:
-        """One step: a float32 value."""
-        qmax = 127 if self.dtype == torch.int8 else 255
-        step = torch.tensor(self.largest / qmax, dtype=torch.float64)
-        if method == "mse" and self.limit > 0:
-            step = step * self._best_ratio(qmax, ratios)
-        return safe_scale(step.float()).item()
+    @property
+    def qmax(self) -> int:
+        return 127 if self.dtype == torch.int8 else 255
 
-    def _best_ratio(self, qmax: int, ratios: int) -> float:
-        """Of ``ratios`` fractions of the largest value, from 1 to 0.1, the one with the least squared error."""
-        centre = (torch.arange(self.counts.numel(), dtype=torch.float64) + 0.5) * (self.limit / self.counts.numel())
-        centre.clamp_(max=self.largest)
-        ratio = torch.linspace(1.0, 0.1, ratios, dtype=torch.float64)
-        step = (self.largest * ratio / qmax)[:, None]
-        error = (centre / step).round_().clamp_(max=qmax).mul_(step).sub_(centre).square_() @ self.counts
-        return ratio[error.argmin()].item()
+    def scale(self, method: str, ratios: int = 91) -> float:
+        """One step: a float32 value. Of ``ratios`` fractions of the largest value, from 1 to 0.1, "mse" and "entropy" take
+        the best as the end of the range."""
+        limit = self.largest
+        if method != "minmax" and self.limit > 0:
+            if method == "percentile":
+                limit = self._percentile()
+            else:
+                loss = self._squared_error if method == "mse" else self._divergence
+                limits = self.largest * torch.linspace(1.0, 0.1, ratios, dtype=torch.float64)
+                limit = min(limits.tolist(), key=loss)
+        return safe_scale(torch.tensor(limit / self.qmax, dtype=torch.float64).float()).item()
+
+    def _centres(self) -> Tensor:
+        """The magnitude in the middle of each bin."""
+        bins = self.counts.numel()
+        centre = (torch.arange(bins, dtype=torch.float64) + 0.5) * (self.limit / bins)
+        return centre.clamp_(max=self.largest)
+
+    def _percentile(self) -> float:
+        """The upper edge of the bin in which the :data:`PERCENTILE` of the magnitudes lies."""
+        below = self.counts.cumsum(0)
+        index = int((below < PERCENTILE * below[-1]).sum())
+        return min(self.largest, (index + 1) * self.limit / self.counts.numel())
+
+    def _squared_error(self, limit: float) -> float:
+        """Sum of the squared errors with a range up to ``limit``."""
+        centre, step = self._centres(), limit / self.qmax
+        error = (centre / step).round_().clamp_(max=self.qmax).mul_(step).sub_(centre).square_()
+        return (error @ self.counts).item()
+
+    def _divergence(self, limit: float) -> float:
+        """KL divergence from the magnitudes, clipped at ``limit``, to what is left of them after rounding.
+
+        What falls on one level is spread evenly over the bins of that level that are not empty. Zeros are exact at any
+        step, and after a ReLU they would outweigh all else: they are left out.
+        """
+        counts = self.counts.clone()
+        counts[0] = (counts[0] - self.zeros).clamp_(min=0)
+        centre = self._centres()
+        inside = max(1, int((centre <= limit).sum()))
+        kept, clipped = counts[:inside], counts[inside:].sum()
+        level = (centre[:inside] * (self.qmax / limit)).round_().clamp_(max=self.qmax).long()
+        full = (kept > 0).double()
+        mass = torch.zeros(self.qmax + 1, dtype=torch.float64).index_add_(0, level, kept)
+        width = torch.zeros_like(mass).index_add_(0, level, full)
+        rounded = (mass / width.clamp(min=1))[level] * full
+        actual = kept.clone()
+        actual[-1] += clipped
+        actual, rounded = actual / actual.sum(), rounded / rounded.sum().clamp_min(1e-300)
+        # A bin that holds nothing but what was clipped into it would make the divergence infinite.
+        return torch.special.xlogy(actual, actual / rounded.clamp_min(1e-12)).sum().item()

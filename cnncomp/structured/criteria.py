@@ -91,9 +91,8 @@ def _batch_norm(group: Group) -> Tensor:
 
 
 def _readers(group: Group) -> list[Dependency]:
-    """The dependencies whose weights sum over the group's channels, and give channels of other groups."""
-    own = {d.node for d in group.dependencies if d.axis == "out"}
-    return [d for d in group.dependencies if d.axis == "in" and d.node not in own]
+    """The dependencies whose weights sum over the group's channels; not depthwise layers and the like, which go with them."""
+    return [d for d in group.dependencies if d.axis == "in" and isinstance(d.node, WeightNode) and not d.node.by_group]
 
 
 def _taylor(groups: Sequence[Group], model: nn.Module, data: Any, loss: Loss) -> list[Tensor]:

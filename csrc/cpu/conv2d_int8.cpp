@@ -128,10 +128,10 @@ class Constants {
  public:
   Constants(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t groups, int64_t blocks, int64_t quads)
       : padded_(ceil_div(blocks * kBlock, kChannelPad) * kChannelPad) {
-    const int64_t per_group = a.k / groups, size = groups * padded_;
-    values_.resize(3 * size);
+    const int64_t per_group = a.k / groups, size = groups * padded_, constants = a.shifted ? 4 : 3;
+    values_.resize(constants * size);
     init_.resize(size);
-    for (int64_t row = 0; row < 3; row++)
+    for (int64_t row = 0; row < constants; row++)
       for (int64_t g = 0; g < groups; g++)
         std::copy_n(a.constants + row * a.k + g * per_group, per_group, values_.data() + row * size + g * padded_);
     if (!a.x_signed) return;
@@ -145,7 +145,9 @@ class Constants {
 
   const int32_t* init(int64_t group, int64_t channel) const { return init_.data() + group * padded_ + channel; }
 
-  Int8Epilogue epilogue(const Conv2dInt8Args& a, int64_t pixel, int64_t group, int64_t group_k, int64_t channel) const {
+  // window: of the pixels from `pixel` on, for a dense convolution with a shift.
+  Int8Epilogue epilogue(const Conv2dInt8Args& a, int64_t pixel, int64_t group, int64_t group_k, int64_t channel,
+                        const int32_t* window) const {
     const float* constants = values_.data() + group * padded_ + channel;
     const auto size = static_cast<int64_t>(init_.size());
     const int64_t at = pixel * a.k + group * group_k + channel;
@@ -160,7 +162,10 @@ class Constants {
             a.residual == nullptr ? nullptr : a.residual + at * bytes(a.residual_dtype),
             a.out + at * bytes(a.out_dtype),
             a.k,
-            group_k - channel};
+            group_k - channel,
+            a.shifted ? constants + 3 * size : nullptr,
+            window,
+            false};
   }
 
  private:
@@ -190,6 +195,7 @@ Plan make_plan(int64_t pixels, int64_t slots, int64_t c, int64_t groups, int64_t
 
 thread_local Scratch rows_scratch;
 thread_local Scratch weight_scratch;
+thread_local Scratch window_scratch;
 
 void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
   const int64_t group_c = a.c / a.groups, group_k = a.k / a.groups, taps = a.r * a.s;
@@ -205,11 +211,16 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get<const uint8_t*>(count * taps);
     rows.fill(begin, count, g * group_c, table);
+    int32_t* window = nullptr;
+    if (a.shifted) {
+      window = window_scratch.get<int32_t>(count);
+      kernels.sum_rows(table, count, taps, group_c, a.x_signed, window);
+    }
     const int64_t last = panels * (range + 1) / plan.ranges;
     for (int64_t panel = panels * range / plan.ranges; panel < last; panel++) {
       const int64_t block = blocks * panel / panels, end = blocks * (panel + 1) / panels, channel = block * kBlock;
       kernels.conv({table, count, taps, quads, a.x_signed, a.weight + (g * blocks + block) * block_bytes, end - block,
-                    constants.init(g, channel), constants.epilogue(a, begin, g, group_k, channel)});
+                    constants.init(g, channel), constants.epilogue(a, begin, g, group_k, channel, window)});
     }
   });
 }
@@ -225,7 +236,7 @@ void depthwise(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
     const auto table = rows_scratch.get<const uint8_t*>(count * rows.slots());
     rows.fill(begin, count, 0, table);
     kernels.depthwise({table, count, quads, a.x_signed, a.weight, blocks, constants.init(0, 0),
-                       weight_scratch.get<int8_t>(quads * 4 * kChannelPad), constants.epilogue(a, begin, 0, a.k, 0)});
+                       weight_scratch.get<int8_t>(quads * 4 * kChannelPad), constants.epilogue(a, begin, 0, a.k, 0, nullptr)});
   });
 }
 

@@ -12,13 +12,14 @@ struct Conv2dInt8Args {
   const int8_t* weight;  // packed as docs/design.md says, depthwise or not
   int64_t k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
   bool depthwise;
-  const float* constants;  // (3, k): scale, bias, hi
+  const float* constants;  // (3, k): scale, bias, hi; with a shift (4, k)
   const char* residual;    // (n, p, q, k) of residual_dtype, or null
   Dtype residual_dtype;
   float residual_scale, lo;
   char* out;  // (n, p, q, k) of out_dtype
   Dtype out_dtype;
   int num_threads;
+  bool shifted;  // weights are scale * q + shift
 };
 
 void conv2d_int8(const Conv2dInt8Args& args);

@@ -99,5 +99,36 @@ void sum_weights(const int8_t* block, int64_t quads, int32_t* sums) {
   for (int v = 0; v < V; v++) S::store(sums + v * S::kLanes, acc[v]);
 }
 
+template <class S>
+int64_t sum_row(const uint8_t* row, int64_t from, int64_t channels, typename S::Int flip, typename S::Int& acc) {
+  const auto ones = S::weight(S::set(0x01010101));
+  for (; from + S::kBytes <= channels; from += S::kBytes)
+    acc = S::dot(acc, S::input(S::bit_xor(S::load(row + from), flip)), ones);
+  return from;
+}
+
+template <class S>
+void sum_rows(const uint8_t* const* rows, int64_t pixels, int64_t taps, int64_t channels, bool x_signed, int32_t* sums) {
+  const uint8_t flip = x_signed ? 0x80 : 0;
+  const auto flip_wide = S::set(flip * 0x01010101), zero = S::set(0);
+  const auto flip_narrow = Vec128::set(flip * 0x01010101);
+  for (int64_t p = 0; p < pixels; p++) {
+    auto wide = zero;
+    auto narrow = Vec128::set(0);
+    int32_t sum = x_signed ? static_cast<int32_t>(-128 * taps * channels) : 0;
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const uint8_t* row = rows[p * taps + tap];
+      int64_t c = sum_row<S>(row, 0, channels, flip_wide, wide);
+      c = sum_row<Vec128>(row, c, channels, flip_narrow, narrow);
+      for (; c < channels; c++) sum += row[c] ^ flip;
+    }
+    int32_t lanes[S::kLanes + Vec128::kLanes];
+    S::store(lanes, wide);
+    Vec128::store(lanes + S::kLanes, narrow);
+    for (const int32_t lane : lanes) sum += lane;
+    sums[p] = sum;
+  }
+}
+
 }  // namespace
 }  // namespace cnncomp

@@ -19,7 +19,7 @@ inline void gather_lanes(const T* src, int j, T* dst) {
 template <class S>
 struct DepthwiseConstants {
   typename S::Int init[4];
-  typename S::Float scale[4], bias[4], hi[4];
+  typename S::Float scale[4], bias[4], hi[4], shift[4];
 
   explicit DepthwiseConstants(const DepthwisePanel& a, int64_t channel) {
     float f[S::kLanes];
@@ -33,6 +33,8 @@ struct DepthwiseConstants {
       bias[j] = S::load_float(f);
       gather_lanes<S>(a.epilogue.hi + channel, j, f);
       hi[j] = S::load_float(f);
+      if (a.epilogue.shift != nullptr) gather_lanes<S>(a.epilogue.shift + channel, j, f);
+      shift[j] = S::load_float(f);
     }
   }
 };
@@ -43,30 +45,39 @@ inline typename S::Int load_channels(const uint8_t* p) {
   return SIGNED ? S::bit_xor(x, S::set(static_cast<int32_t>(0x80808080u))) : x;
 }
 
-// The sums of kBytes channels of one pixel. rows: 4 * quads of them. weight: (quads, 4) vectors.
-template <class S, bool SIGNED, int QUADS>
+// The sums of kBytes channels of one pixel; with SHIFT also those of the inputs alone. rows: 4 * quads of them. weight:
+// (quads, 4) vectors.
+template <class S, bool SIGNED, int QUADS, bool SHIFT>
 inline void depthwise_sums(const uint8_t* const* rows, int64_t quads, int64_t channel, const int8_t* weight,
-                           typename S::Int (&acc)[4]) {
+                           typename S::Int (&acc)[4], typename S::Int (&window)[4]) {
   if constexpr (QUADS > 0) quads = QUADS;
+  const auto ones = S::weight(S::set(0x01010101));
 #pragma GCC unroll 4
   for (int64_t q = 0; q < quads; q++, rows += 4, weight += 4 * S::kBytes) {
     const auto a = load_channels<S, SIGNED>(rows[0] + channel), b = load_channels<S, SIGNED>(rows[1] + channel);
     const auto c = load_channels<S, SIGNED>(rows[2] + channel), d = load_channels<S, SIGNED>(rows[3] + channel);
     const auto ab_lo = S::zip8_lo(a, b), ab_hi = S::zip8_hi(a, b), cd_lo = S::zip8_lo(c, d), cd_hi = S::zip8_hi(c, d);
-    acc[0] = S::dot(acc[0], S::input(S::zip16_lo(ab_lo, cd_lo)), S::weight(S::load(weight)));
-    acc[1] = S::dot(acc[1], S::input(S::zip16_hi(ab_lo, cd_lo)), S::weight(S::load(weight + S::kBytes)));
-    acc[2] = S::dot(acc[2], S::input(S::zip16_lo(ab_hi, cd_hi)), S::weight(S::load(weight + 2 * S::kBytes)));
-    acc[3] = S::dot(acc[3], S::input(S::zip16_hi(ab_hi, cd_hi)), S::weight(S::load(weight + 3 * S::kBytes)));
+    const typename S::Operand x[4] = {S::input(S::zip16_lo(ab_lo, cd_lo)), S::input(S::zip16_hi(ab_lo, cd_lo)),
+                                      S::input(S::zip16_lo(ab_hi, cd_hi)), S::input(S::zip16_hi(ab_hi, cd_hi))};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      acc[j] = S::dot(acc[j], x[j], S::weight(S::load(weight + j * S::kBytes)));
+      if constexpr (SHIFT) window[j] = S::dot(window[j], x[j], ones);
+    }
   }
 }
 
 // 8-bit output without residual: straight from registers.
-template <class S, bool OUT_SIGNED>
-inline void depthwise_store(const typename S::Int (&acc)[4], const DepthwiseConstants<S>& k, typename S::Float lo, char* out,
-                            int64_t valid) {
+template <class S, bool OUT_SIGNED, bool SHIFT>
+inline void depthwise_store(const typename S::Int (&acc)[4], const typename S::Int (&window)[4],
+                            const DepthwiseConstants<S>& k, typename S::Float lo, char* out, int64_t valid) {
   typename S::Int q[4];
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) q[j] = S::round(clamp<S>(scale_and_shift<S>(acc[j], k.scale[j], k.bias[j]), lo, k.hi[j]));
+  for (int j = 0; j < 4; j++) {
+    auto t = scale_and_shift<S>(acc[j], k.scale[j], k.bias[j]);
+    if constexpr (SHIFT) t = add_window<S>(t, k.shift[j], window[j]);
+    q[j] = S::round(clamp<S>(t, lo, k.hi[j]));
+  }
   const auto bytes = S::template pack<OUT_SIGNED>(q[0], q[1], q[2], q[3]);
   if (valid >= S::kBytes) {
     S::store(out, bytes);
@@ -77,20 +88,32 @@ inline void depthwise_store(const typename S::Int (&acc)[4], const DepthwiseCons
   }
 }
 
-// Any output and residual: the sums go through memory into natural order.
+// Four results in natural order.
 template <class S>
-void depthwise_general(const typename S::Int (&acc)[4], EpilogueFn finish, const Int8Epilogue& e, int64_t pixel,
-                       int64_t channel) {
-  alignas(64) int32_t natural[S::kBytes], lanes[S::kLanes];
+inline void store_natural(const typename S::Int (&acc)[4], int32_t* natural) {
+  alignas(64) int32_t lanes[S::kLanes];
   for (int j = 0; j < 4; j++) {
     S::store(lanes, acc[j]);
     for (int part = 0; part < S::kLanes / 4; part++) __builtin_memcpy(natural + 16 * part + 4 * j, lanes + 4 * part, 16);
   }
-  for (int b = 0; b < S::kBytes / kBlock; b++) finish(natural + b * kBlock, 0, 1, e, pixel, channel + b * kBlock);
+}
+
+// Any output and residual: the sums go through memory into natural order.
+template <class S, bool SHIFT>
+void depthwise_general(const typename S::Int (&acc)[4], const typename S::Int (&window)[4], EpilogueFn finish,
+                       Int8Epilogue e, int64_t pixel, int64_t channel) {
+  alignas(64) int32_t natural[S::kBytes], windows[S::kBytes];
+  store_natural<S>(acc, natural);
+  if constexpr (SHIFT) store_natural<S>(window, windows);
+  e.window_per_channel = true;
+  for (int b = 0; b < S::kBytes / kBlock; b++) {
+    e.window = windows + b * kBlock;
+    finish(natural + b * kBlock, 0, 1, e, pixel, channel + b * kBlock);
+  }
 }
 
 // kBytes channels of all pixels. QUADS = 0: any number.
-template <class S, bool SIGNED, int QUADS>
+template <class S, bool SIGNED, int QUADS, bool SHIFT>
 void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
   const Int8Epilogue& e = a.epilogue;
   constexpr int kParts = S::kBytes / kBlock;
@@ -102,17 +125,19 @@ void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
   const DepthwiseConstants<S> constants(a, channel);
   const auto lo = S::set_float(e.lo);
   const EpilogueFn general = e.residual == nullptr && e.out_dtype != kF32 ? nullptr : epilogue_of<S, 1>(e);
+  // Taps beyond the last are zeros too.
+  const auto no_window = S::set(SIGNED ? static_cast<int32_t>(-128 * 4 * a.quads) : 0);
   for (int64_t p = 0; p < a.pixels; p++) {
-    typename S::Int acc[4];
-    for (int j = 0; j < 4; j++) acc[j] = constants.init[j];
-    depthwise_sums<S, SIGNED, QUADS>(a.rows + p * 4 * a.quads, a.quads, channel, a.scratch, acc);
+    typename S::Int acc[4], window[4];
+    for (int j = 0; j < 4; j++) acc[j] = constants.init[j], window[j] = no_window;
+    depthwise_sums<S, SIGNED, QUADS, SHIFT>(a.rows + p * 4 * a.quads, a.quads, channel, a.scratch, acc, window);
     char* out = e.out + p * e.stride + channel;
     if (general != nullptr) {
-      depthwise_general<S>(acc, general, e, p, channel);
+      depthwise_general<S, SHIFT>(acc, window, general, e, p, channel);
     } else if (e.out_dtype == kS8) {
-      depthwise_store<S, true>(acc, constants, lo, out, e.channels - channel);
+      depthwise_store<S, true, SHIFT>(acc, window, constants, lo, out, e.channels - channel);
     } else {
-      depthwise_store<S, false>(acc, constants, lo, out, e.channels - channel);
+      depthwise_store<S, false, SHIFT>(acc, window, constants, lo, out, e.channels - channel);
     }
   }
 }
@@ -121,10 +146,12 @@ void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
 template <class S>
 int64_t depthwise_vectors(const DepthwisePanel& a, int64_t channel) {
   for (; channel + S::kBytes <= a.blocks * kBlock; channel += S::kBytes) {
-    if (a.quads == 3) {
-      (a.x_signed ? depthwise_channels<S, true, 3> : depthwise_channels<S, false, 3>)(a, channel);
+    if (a.epilogue.shift != nullptr) {
+      (a.x_signed ? depthwise_channels<S, true, 0, true> : depthwise_channels<S, false, 0, true>)(a, channel);
+    } else if (a.quads == 3) {
+      (a.x_signed ? depthwise_channels<S, true, 3, false> : depthwise_channels<S, false, 3, false>)(a, channel);
     } else {
-      (a.x_signed ? depthwise_channels<S, true, 0> : depthwise_channels<S, false, 0>)(a, channel);
+      (a.x_signed ? depthwise_channels<S, true, 0, false> : depthwise_channels<S, false, 0, false>)(a, channel);
     }
   }
   return channel;

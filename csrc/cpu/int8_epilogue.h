@@ -43,6 +43,12 @@ inline void store_channels(char* p, const typename S::Float (&t)[V]) {
   }
 }
 
+// A vector of the term that weights w = scale * q + shift add: shift[k] * sum of the inputs under the window.
+template <class S>
+inline typename S::Float add_window(typename S::Float t, typename S::Float shift, typename S::Int window) {
+  return S::add(t, S::mul(shift, S::to_float(window)));
+}
+
 // BLOCKS blocks of 16 channels of some pixels. acc: acc_stride int32 from pixel to pixel. `pixel` and `channel` count from
 // those that e's pointers are of. Channels beyond the last go to spare memory.
 template <class S, int BLOCKS, Dtype OUT, Residual RESIDUAL>
@@ -67,6 +73,13 @@ void epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8
     typename S::Float t[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) t[v] = scale_and_shift<S>(S::load(acc + v * S::kLanes), scale[v], bias[v]);
+    if (e.shift != nullptr) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        const auto window = e.window_per_channel ? S::load(e.window + v * S::kLanes) : S::set(e.window[pixel + m]);
+        t[v] = add_window<S>(t[v], S::load_float(e.shift + channel + v * S::kLanes), window);
+      }
+    }
     if constexpr (RESIDUAL != kNoResidual) {
       const char* from = residual;
       if (valid < kChannels) {

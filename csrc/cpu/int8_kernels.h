@@ -13,7 +13,8 @@ constexpr int kMaxBlocks = 4;     // blocks in a panel of weights
 constexpr int kChannelPad = 64;   // constants can be read up to a multiple of this many channels
 constexpr int kMaxPixels = 16;    // pixels in a register tile, at most
 
-// t = acc * scale[k] + bias[k] (+ residual * residual_scale); t = min(max(t, lo), hi[k]); rounded to even for 8 bit.
+// t = acc * scale[k] + bias[k] (+ shift[k] * window sum) (+ residual * residual_scale); t = min(max(t, lo), hi[k]); rounded to
+// even for 8 bit.
 struct Int8Epilogue {
   const float *scale, *bias, *hi;  // of the first channel
   float lo, residual_scale;
@@ -22,6 +23,9 @@ struct Int8Epilogue {
   char* out;             // of the first pixel and channel
   int64_t stride;        // elements from pixel to pixel, in out and residual
   int64_t channels;      // to be written; those beyond the last are computed and dropped
+  const float* shift;    // of the first channel, or null
+  const int32_t* window;     // with a shift: sums of the inputs under the window, of the first pixel on, or ...
+  bool window_per_channel;   // ... of the first channel on, for one pixel
 };
 
 // A panel: up to kMaxBlocks blocks of output channels, any number of pixels.
@@ -57,6 +61,9 @@ struct Int8Kernels {
   void (*depthwise)(const DepthwisePanel&);
   // sums[i] = sum of the weights of channel i in one block of (quads, 16, 4).
   void (*sum_weights)(const int8_t* block, int64_t quads, int32_t* sums);
+  // sums[i] = sum of `channels` inputs under each of the taps of pixel i. rows: (pixels, taps).
+  void (*sum_rows)(const uint8_t* const* rows, int64_t pixels, int64_t taps, int64_t channels, bool x_signed,
+                   int32_t* sums);
   void (*quantize_flat)(const float* x, int64_t count, const QuantizeRange&, uint8_t* out);
   // x: pixels of c planes, plane_stride floats apart; out (pixels, c).
   void (*quantize_planes)(const float* x, int64_t plane_stride, int64_t c, int64_t pixels, const QuantizeRange&,

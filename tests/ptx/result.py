@@ -49,7 +49,8 @@ class Result:
             (``tensor_ops``).
         blocks: Blocks that ran.
         warps: Warps of a block.
-        bytes_in_flight: The most that asynchronous copies of one block had under way at once.
+        bytes_in_flight: The most that asynchronous copies of one block had under way at once, or that its plain loads read
+            between two barriers, which is how far ahead a kernel without such copies can be.
         shared_bytes: Static and dynamic shared memory of a block.
     """
 

@@ -177,6 +177,7 @@ G = rng.standard_normal(N).astype(np.float32)
 G[:3] = [np.nan, np.inf, 2]
 H = rng.standard_normal(N).astype(np.float32)
 FF, GG, HH = (v.astype(np.float64) for v in (F, G, H))
+PAIRS = "mov.b64 %rd9, {%f1, %f4}; mov.b64 %rd10, {%f2, %f2};"
 TO_F64 = "cvt.f64.f32 %fd1, %f1; cvt.f64.f32 %fd2, %f2;"
 PUT = "mov.b32 %r9, %f3;"
 
@@ -240,6 +241,13 @@ with np.errstate(all="ignore"):
             f16(F.astype(np.float16) * G.astype(np.float16)) << 16 | f16(G.astype(np.float16) * H.astype(np.float16))
         ),
         "cvt.rn.f16.f32 %h1, %f4; cvt.f32.f16 %f3, %h1;": f32(H.astype(np.float16)),
+        # 9.7.3, pairs of sm_100 and later
+        PAIRS + "fma.rn.f32x2 %rd11, %rd9, %rd10, %rd9; mov.b64 {%f3, %f5}, %rd11;": (
+            f32(FF * GG + FF)
+        ),
+        PAIRS + "mul.rn.f32x2 %rd11, %rd9, %rd10; mov.b64 {%f5, %f3}, %rd11;": (
+            f32(H * G)
+        ),
         "setp.ltu.f32 %p1, %f1, %f2; selp.b32 %r9, 1, 0, %p1;": ~(F >= G) * 1,
         "setp.neu.f32 %p1, %f1, %f2; setp.nan.f32 %p2, %f1, %f2; selp.b32 %r9, 1, 0, %p1; @%p2 add.s32 %r9, %r9, 2;": (
             (F != G) * 1 + (np.isnan(F) | np.isnan(G)) * 2

@@ -184,6 +184,7 @@ void register_float(Table& t) {
   floats<float, float>(t, "f32"), floats<double, double>(t, "f64");
   floats<half, uint16_t>(t, "f16"), floats<half, uint32_t>(t, "f16x2");
   floats<bfloat, uint16_t>(t, "bf16"), floats<bfloat, uint32_t>(t, "bf16x2");
+  floats<float, uint64_t>(t, "f32x2");
   functions<float>(t, "f32"), functions<double>(t, "f64");
 }
 

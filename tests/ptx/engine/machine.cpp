@@ -76,7 +76,7 @@ void Machine::start_block(int number) {
   for (auto& b : barriers) b = NamedBarrier();
   mbarriers.clear();
   executed = 0;
-  bytes_in_flight = 0;
+  bytes_in_flight = loaded = 0;
   fenced = false;
   known.assign(known.size(), 0);
   l1.clear();

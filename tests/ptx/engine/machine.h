@@ -167,7 +167,8 @@ struct Machine {
   NamedBarrier barriers[16];
   std::map<uint32_t, MBarrier> mbarriers;
   int64_t executed = 0, progress = 0;
-  uint64_t bytes_in_flight = 0, most_in_flight = 0;
+  uint64_t bytes_in_flight = 0, most_in_flight = 0;  // of asynchronous copies; plain loads between two barriers count too
+  uint64_t loaded = 0;                               // by plain loads since the last barrier
   bool fenced = false;
   std::vector<uint8_t> known;                                         // blocks whose writes are visible to this one
   std::unordered_map<uint64_t, std::vector<uint8_t>> released;        // by address of a synchronising word

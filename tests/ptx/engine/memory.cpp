@@ -112,6 +112,7 @@ void load(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
     std::memcpy(raw[l], from, size);
   }
   tally.count(m, w, size, i.ints[3] & kCached);
+  m.loaded += static_cast<uint64_t>(size) * __builtin_popcount(tally.global_mask);
   for (int k = 0; k < n; ++k) put_any(w, i.ops[k], mask, raw, k, bytes, i.ints[2]);
 }
 

@@ -44,6 +44,8 @@ void Machine::check_barriers() {
     }
     b = NamedBarrier();
     ++progress;
+    most_in_flight = std::max(most_in_flight, loaded);
+    loaded = 0;
   }
 }
 

@@ -17,7 +17,9 @@ def width_of(kind: str) -> int:
     """Bits of a register of a type."""
     if kind == "pred":
         return 1
-    return 32 if kind in ("f16x2", "bf16x2") else int(kind.lstrip("busf").replace("f", "")) if kind[0] != "t" else 32
+    if kind.endswith("x2"):
+        return 2 * width_of(kind[:-2])
+    return 32 if kind == "tf32" else int(kind.lstrip("busf"))
 
 
 def is_float(kind: str) -> bool:

@@ -1,0 +1,477 @@
+"""Post-training methods: calibration, equalisation, bias correction, adaptive rounding, mixed precision; and QAT."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import cnncomp
+from cnncomp.errors import ArgumentError, CalibrationError
+from cnncomp.models import ArticleNet, ConcatNet, DigitsNet, mobilenet_v2, resnet18
+from cnncomp.pruning import mask_of, prune
+from cnncomp.quantization import ClampChannels, integer_weight, quantization_of, quantize
+from cnncomp.quantization.equalize import equalize
+from cnncomp.quantization.links import Link, graph_of, links_of
+from cnncomp.quantization.qat import fold_norms
+from cnncomp.quantization.rounding import DAMPING, choose_rounding, columns_of
+from cnncomp.quantization.scales import RangeObserver
+from cnncomp.quantization.sensitivity import most_sensitive
+from tests.helpers import randomize_norms
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def noise(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).square().mean() / expected.square().mean()).item()
+
+
+# --- calibration ---
+
+
+def observed(x: Tensor) -> RangeObserver:
+    observer = RangeObserver()
+    observer.update(x, histogram=True)
+    return observer
+
+
+def test_percentile_clips_one_in_ten_thousand() -> None:
+    x = torch.rand(1_000_000)
+    x[:50] = 50.0
+    limit = observed(x).scale("percentile") * 255
+    assert 0.98 < limit < 1.03  # the 9,999th of 10,000, in bins of 50/4096
+    assert observed(x).scale("minmax") * 255 == pytest.approx(50, rel=1e-6)
+
+
+def test_entropy_cuts_a_tail_but_not_a_box() -> None:
+    box = observed(torch.rand(200_000))
+    assert box.scale("entropy") > 0.97 * box.scale("minmax")
+    heavy = observed(torch.randn(200_000) * torch.randn(200_000).exp())
+    assert heavy.scale("entropy") < 0.5 * heavy.scale("minmax")
+
+
+def test_entropy_ignores_the_zeros_of_a_relu() -> None:
+    x = torch.randn(100_000).abs()
+    with_zeros = torch.cat([x, torch.zeros(300_000)])
+    assert observed(with_zeros).scale("entropy") == observed(x).scale("entropy")
+
+
+@given(seed=st.integers(0, 1000), signed=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_every_method_stays_within_the_range(seed: int, signed: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(int(torch.randint(1, 3000, (), generator=generator)), generator=generator) * 10.0 ** (seed % 7 - 3)
+    observer = observed(x if signed else x.abs())
+    for method in ("mse", "percentile", "entropy"):
+        assert 0.09 * observer.scale("minmax") < observer.scale(method) <= observer.scale("minmax"), method
+
+
+# --- equalisation ---
+
+
+def unbalanced() -> nn.Module:
+    """Channels that differ by up to 10,000, which a step per tensor does not suit, made of ones that do not."""
+    a, b, c = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3, groups=24), nn.Conv2d(24, 16, 1)
+    with torch.no_grad():
+        for first, second in ((a, b), (b, c)):
+            factor = 100 ** (2 * torch.rand(24) - 1)
+            first.weight.mul_(factor.view(-1, 1, 1, 1))
+            first.bias.mul_(factor)
+            second.weight.div_(factor.view(-1, 1, 1, 1) if second.groups > 1 else factor.view(1, -1, 1, 1))
+    return nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c).eval()
+
+
+class Chain(nn.Module):
+    """Kinds of links: through max-pool, ReLU6, a group convolution, flatten to a linear layer, and between two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool, self.six = nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), nn.ReLU6()
+        self.b, self.norm = nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(12)
+        self.c, self.act = nn.Conv2d(12, 12, 3, groups=12), nn.Hardtanh(0.0, 3.0)
+        self.d, self.e = nn.Linear(12 * 4, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.six(self.pool(self.a(x)))
+        x = self.act(self.norm(self.b(x)))
+        return self.e(F.relu(self.d(torch.flatten(self.c(x), 1))))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "chain": (Chain, (4, 3, 8, 8), 4),
+    "article": (ArticleNet, (4, 3, 32, 32), 2),
+    "digits": (DigitsNet, (4, 1, 8, 8), 3),
+    "mobilenet": (lambda: mobilenet_v2(10, 0.35), (2, 3, 32, 32), 42),
+    "resnet18": (lambda: resnet18(10), (2, 3, 32, 32), 12),
+    "concat": (ConcatNet, (2, 3, 16, 16), 2),
+}
+
+
+@pytest.mark.parametrize("by", ["activations", "weights"])
+@pytest.mark.parametrize("name", NETS)
+def test_equalised_nets_compute_the_same(name: str, by: str) -> None:
+    build, shape, links = NETS[name]
+    model, x = randomize_norms(build().eval()), torch.randn(shape)
+    before = copy.deepcopy(model)
+    found = equalize(model, lambda: model(x), by)
+    assert len(found) == links, [(list(k.firsts), list(k.seconds)) for k in found]
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
+    for images in (x, 5 * torch.randn(shape)):  # not only where it was calibrated: upper bounds went along
+        torch.testing.assert_close(model(images), before(images), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_between_links() -> None:
+    model = Chain()
+    a, b, c, d = links_of(model, graph_of(model))
+    assert a == Link({"a": None}, {"b": 1}, ["six"], pooled=True)
+    assert b == Link({"b": "norm"}, {"c": 1}, ["act"])
+    assert c == Link({"c": None}, {"d": 4}, pooled=True)
+    assert d == Link({"d": None}, {"e": 1})
+
+
+def test_layers_that_are_added_share_a_link() -> None:
+    model = mobilenet_v2(10, 0.35)
+    links = links_of(model, graph_of(model))
+    stream = next(k for k in links if "features.4.conv.2" in k.firsts)
+    assert set(stream.firsts) == {f"features.{i}.conv.2" for i in (4, 5, 6)}
+    assert set(stream.seconds) == {f"features.{i}.conv.0.0" for i in (5, 6, 7)}
+    assert set(stream.firsts.values()) == {f"features.{i}.conv.3" for i in (4, 5, 6)}
+
+
+def test_no_link_through_what_minds_a_factor() -> None:
+    class Net(nn.Module):
+        def __init__(self, between: nn.Module) -> None:
+            super().__init__()
+            self.a, self.between, self.b = nn.Conv2d(3, 4, 1), between, nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.between(self.a(x)))
+
+    for between in (
+        nn.SiLU(),
+        nn.Sigmoid(),
+        nn.Hardtanh(-1, 1),
+        nn.BatchNorm2d(4, affine=False),
+        nn.LocalResponseNorm(2),
+    ):
+        net = Net(between).eval()
+        assert links_of(net, graph_of(net)) == [], between
+
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) + self.a(x).sum()
+
+    net = Twice(nn.Identity())
+    assert links_of(net, graph_of(net)) == []
+
+
+@pytest.mark.parametrize("by", ["activations", "weights"])
+def test_equalisation_restores_an_unbalanced_net(by: str) -> None:
+    model, x = unbalanced(), torch.randn(8, 3, 16, 16)
+    expected = model(x)
+    plain = noise(quantize(copy.deepcopy(model), x)(x), expected)
+    better = noise(quantize(copy.deepcopy(model), x, equalize=by)(x), expected)
+    assert better < 1e-2 * plain and better < 1e-3, (plain, better)
+
+
+def test_equalised_nets_convert_and_are_saved(tmp_path: Path) -> None:
+    model = randomize_norms(mobilenet_v2(10, 0.35).eval())
+    x = torch.randn(2, 3, 32, 32)
+    quantize(model, x, equalize="activations", exclude=["classifier", "features.1"])
+    assert any(isinstance(m, ClampChannels) for m in model.modules())
+    fast = cnncomp.convert(model, x, measure=False)
+    assert not any(isinstance(m, ClampChannels) for m in fast.modules())  # part of the epilogue
+    assert noise(fast(x), model(x)) < 1e-3
+    cnncomp.save(fast, tmp_path / "net.cnncomp")
+    assert torch.equal(cnncomp.load(tmp_path / "net.cnncomp", replan=False)(x), fast(x))
+
+
+def test_a_clamp_that_is_not_fused_is_saved_too(tmp_path: Path) -> None:
+    clamp = ClampChannels(3)
+    clamp.hi.copy_(torch.tensor([0.1, 0.2, torch.inf]))
+    net = nn.Sequential(nn.AvgPool2d(2), clamp, nn.Conv2d(3, 4, 1)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    fast = cnncomp.convert(net, x, measure=False)
+    cnncomp.save(fast, tmp_path / "net.cnncomp")
+    torch.testing.assert_close(cnncomp.load(tmp_path / "net.cnncomp", replan=False)(x), net(x))
+
+
+@pytest.mark.parametrize("kernel", ["dense.nchw", "dense.channels_last", "dense.fused"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_dense_layers_clamp_per_channel(kernel: str, residual: bool) -> None:
+    hi = (0.5, float("inf"), 0.1, 2.0)
+    weight, bias, x = torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(2, 3, 6, 6)
+    layer = cnncomp.nn.DenseConv2d(cnncomp.nn.Geometry(3, 4, (3, 3)), weight, bias, cnncomp.nn.Clamp(0.0, hi), kernel)
+    res = torch.randn(2, 4, 4, 4) if residual else None
+    t = F.conv2d(x, weight, bias) + (0 if res is None else res)
+    expected = torch.minimum(t.clamp(min=0), torch.tensor(hi).view(-1, 1, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, res), expected, rtol=1e-4, atol=1e-5)
+    rebuilt = cnncomp.nn.DenseConv2d.build(layer.config(), layer.tensors())
+    assert rebuilt.activation == layer.activation
+
+
+# --- bias correction ---
+
+
+@pytest.mark.parametrize("batch", [16, 5])
+@pytest.mark.parametrize("bias", ["own", "norm", "none"])
+def test_corrected_layers_have_the_means_of_float_weights(bias: str, batch: int) -> None:
+    norm = nn.BatchNorm2d(6) if bias == "norm" else nn.Identity()
+    first = nn.Conv2d(3, 6, 3, bias=bias == "own")
+    net = randomize_norms(
+        nn.Sequential(first, norm, nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(180, 4)).eval()
+    )
+    x = torch.rand(15 if batch == 5 else 16, 3, 10, 10)
+
+    def shifts(model: nn.Module) -> list[float]:
+        """Of each layer's mean outputs (behind the norm), against those that its float weights give on its own inputs."""
+        found, y = [], x
+        for before, module in zip(net, model, strict=True):
+            if quantization_of(module) is None:
+                y = module(y)
+                continue
+            inputs = module.input_quantizer(y)
+            expected, y = before(inputs), module(y)
+            got = y
+            if bias == "norm" and module is model[0]:
+                expected, got = norm(expected), model[1](got)
+            dims = [d for d in range(y.dim()) if d != 1]
+            found.append((got - expected).mean(dims).abs().max().item())
+        return found
+
+    plain = shifts(quantize(copy.deepcopy(net), x))
+    corrected_net = quantize(copy.deepcopy(net), x.split(batch), correct_bias=True)
+    corrected = shifts(corrected_net)
+    assert all(c < 0.05 * p for c, p in zip(corrected, plain, strict=True)), (plain, corrected)
+    assert (corrected_net[0].bias is None) == (bias == "norm")
+    assert torch.equal(corrected_net[0].parametrizations.weight.original, first.weight)
+
+
+# --- adaptive rounding ---
+
+
+def error(q: Tensor, w: Tensor, hessian: Tensor) -> Tensor:
+    d = q - w
+    return ((d @ hessian) * d).sum(-1)
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_rounding_against_brute_force(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = 4 * torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, 7, 30, generator=generator, dtype=torch.float64) + 2
+    hessian = x @ x.transpose(1, 2)
+    damped = hessian + DAMPING * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(7)
+    q = choose_rounding(w, hessian)
+    assert torch.equal(torch.minimum((q - w.floor()).abs(), (q - w.ceil()).abs()), torch.zeros_like(w))
+    found, nearest = error(q, w, damped), error(w.round(), w, damped)
+    assert (found <= nearest + 1e-9).all()
+    choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=7)), dtype=torch.float64)
+    best = torch.stack([error(w.floor() + c, w, damped) for c in choices]).amin(0)
+    assert (found >= best - 1e-9).all()
+    for i in range(7):  # no single flip is better
+        flipped = q.clone()
+        flipped[..., i] += torch.where(q[..., i] > w[..., i], -1.0, 1.0)
+        assert (found <= error(flipped, w, damped) + 1e-9).all()
+
+
+def test_rounding_in_blocks_is_rounding() -> None:
+    w = 4 * torch.randn(1, 5, 300)
+    x = torch.randn(1, 300, 900) + 1
+    hessian = x @ x.transpose(1, 2)
+    q = choose_rounding(w, hessian)
+    assert error(q, w, hessian).sum() < 0.6 * error(w.round(), w, hessian).sum()
+    assert choose_rounding(torch.tensor([[[126.6, 127.9, -300.0, 3.0]]]), torch.eye(4)[None]).tolist() == [
+        [[127, 127, -127, 3]]
+    ]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=False),
+        nn.Conv2d(6, 6, (3, 2), padding="same", dilation=(1, 2), groups=6, bias=False),
+        nn.Conv2d(6, 4, 3, padding=2, padding_mode="reflect", bias=False),
+        nn.Conv1d(6, 4, 3, padding=1, bias=False),
+        nn.Linear(6, 5, bias=False),
+    ],
+)
+def test_columns_are_what_the_layer_multiplies(layer: nn.Module) -> None:
+    x = torch.randn(3, 4, 6) if isinstance(layer, nn.Linear) else torch.randn(3, 6, 9, 8)
+    x = x[:, :, 0] if isinstance(layer, nn.Conv1d) else x
+    columns = torch.cat(list(columns_of(layer, x)), 2)  # type: ignore[arg-type]
+    weight = layer.weight.reshape(columns.shape[0], -1, columns.shape[1])
+    out = layer(x)
+    out = out.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+    torch.testing.assert_close((weight @ columns).flatten(0, 1), out, rtol=1e-4, atol=1e-5)
+
+
+def test_adaptive_rounding_of_a_net() -> None:
+    mix = torch.randn(3, 24)  # few images look like noise: neighbouring channels go together
+    model = nn.Sequential(nn.Conv2d(24, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 8, 1)).eval()
+    x = torch.einsum("nchw,cd->ndhw", torch.rand(8, 3, 16, 16), mix)
+    expected = model(x)
+    plain, adaptive = (quantize(copy.deepcopy(model), x, rounding=how) for how in ("nearest", "adaptive"))
+    assert noise(adaptive(x), expected) < noise(plain(x), expected)
+    for layer in (*plain, *adaptive):
+        if quantization_of(layer) is not None:
+            layer.input_quantizer.enabled = False  # the noise of the weights alone
+    assert noise(adaptive(x), expected) < 0.6 * noise(plain(x), expected)
+    layer = adaptive[2]
+    scale = quantization_of(layer).weight_scale.view(-1, 1, 1, 1)
+    assert torch.equal(layer.weight, integer_weight(layer) * scale)
+
+
+def test_pruned_weights_stay_zero_when_rounded() -> None:
+    model, x = prune(DigitsNet().eval(), 0.7), torch.rand(16, 1, 8, 8)
+    quantize(model, x, rounding="adaptive", correct_bias=True, equalize="activations")
+    for m in (model.conv2[0], model.conv3[0], model.conv4[0]):
+        assert not integer_weight(m)[~mask_of(m)].any() and integer_weight(m)[mask_of(m)].any()
+
+
+# --- mixed precision ---
+
+
+def test_the_layer_that_suffers_stays_float() -> None:
+    model, x = DigitsNet().eval(), torch.rand(16, 1, 8, 8)
+    with torch.no_grad():  # one huge weight in each filter leaves one or two steps for all others
+        model.conv3[0].weight[:, 0, 0, 0] = 40.0
+    expected = model(x)
+    eight = noise(quantize(copy.deepcopy(model), x, method="minmax")(x), expected)
+    mixed = quantize(copy.deepcopy(model), x, method="minmax", float_budget=0.35)
+    assert quantization_of(mixed.conv3[0]) is None
+    assert quantization_of(mixed.conv4[0]) is not None
+    assert noise(mixed(x), expected) < 0.2 * eight
+    none = quantize(copy.deepcopy(model), x, float_budget=1e-4)
+    assert all(quantization_of(m) is not None for m in none.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_the_budget_holds() -> None:
+    sensitivity, cost = {"a": 3.0, "b": 2.0, "c": 1.0, "d": 0.5}, {"a": 60, "b": 25, "c": 10, "d": 5}
+    assert most_sensitive(sensitivity, cost, 0.3) == ["b", "d"]
+    assert most_sensitive(sensitivity, cost, 1.0) == ["a", "b", "c", "d"]
+    assert most_sensitive(sensitivity, cost, 0.0) == []
+
+
+# --- training ---
+
+
+def test_folding_changes_nothing() -> None:
+    for build, shape, _ in NETS.values():
+        model, x = randomize_norms(build().eval()), torch.randn(shape)
+        expected, norms = model(x), sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        assert len(fold_norms(model)) == norms
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_scales_follow_training_and_stand_still_in_eval() -> None:
+    model = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.rand(4, 3, 9, 9), qat=True)
+    layer, x = model[2], torch.rand(4, 3, 9, 9)
+    before, share = quantization_of(layer), layer.parametrizations.weight[0].share
+    before_scale = before.weight_scale.clone()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(3)
+    model.eval()(x)
+    assert torch.equal(quantization_of(layer).weight_scale, before_scale)
+    model.train()(x)
+    torch.testing.assert_close(quantization_of(layer).weight_scale, 3 * before_scale)
+    assert (share <= 1).all()
+    for _ in range(300):
+        model(10 * x)
+    grown = quantization_of(layer).input_scale / before.input_scale
+    assert 5 < grown < 12
+    assert quantization_of(layer).input_dtype == torch.uint8
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "mean-shift"])
+def test_qat_trains_folds_and_converts(scheme: str) -> None:
+    torch.manual_seed(1)
+    model = randomize_norms(DigitsNet())
+    y = torch.arange(60) % 10
+    x = 0.2 * torch.rand(60, 1, 8, 8) + torch.rand(10, 1, 8, 8)[y]
+    quantize(model, x, qat=True, scheme=scheme, correct_bias=True)
+    assert type(model.conv1[1]) is nn.Identity and model.conv1[0].bias is not None
+    optimiser = torch.optim.Adam(model.train().parameters(), lr=4e-3)
+    losses = []
+    for _ in range(40):
+        loss = F.cross_entropy(model(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    fast = cnncomp.convert(model.eval(), x, measure=False)
+    assert noise(fast(x), model(x)) < 1e-3
+    assert torch.equal(fast.network.conv2.get_submodule("0").weight_int8(), integer_weight(model.conv2[0]))
+
+
+def test_masks_stay_in_qat() -> None:
+    model = quantize(prune(randomize_norms(DigitsNet()), 0.7), torch.rand(16, 1, 8, 8), qat=True).train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(model(torch.rand(16, 1, 8, 8)), torch.arange(16) % 10).backward()
+        optimiser.step()
+    for m in (model.conv2[0], model.conv3[0], model.conv4[0]):
+        assert (integer_weight(m) == 0)[~mask_of(m)].all() and integer_weight(m)[mask_of(m)].any()
+
+
+def test_two_forwards_before_one_backward() -> None:
+    model = quantize(DigitsNet(), torch.rand(16, 1, 8, 8), qat=True, scheme="mean-shift").train()
+    (model(torch.rand(4, 1, 8, 8)) + model(torch.rand(4, 1, 8, 8))).sum().backward()
+    assert model.conv1[0].parametrizations.weight.original.grad.abs().sum() > 0
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "kl"}, "method: got 'kl', expected one of 'mse', 'minmax', 'percentile', 'entropy'"),
+        ({"scheme": "affine"}, "scheme: got 'affine', expected one of 'symmetric', 'mean-shift'"),
+        ({"rounding": "up"}, "rounding: got 'up'"),
+        ({"equalize": True}, "equalize: got True, expected None or one of 'activations', 'weights'"),
+        ({"float_budget": 1.5}, "float_budget: got 1.5, expected a fraction"),
+    ],
+)
+def test_choices_are_checked(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        quantize(ArticleNet(), torch.randn(2, 3, 32, 32), **arguments)  # type: ignore[arg-type]
+
+
+def test_generators_are_enough_for_every_method() -> None:
+    x = torch.rand(8, 1, 8, 8)
+    arguments = {"equalize": "activations", "rounding": "adaptive", "correct_bias": True, "float_budget": 0.1}
+    a = quantize(DigitsNet().eval(), (b for b in x.split(2)), **arguments)  # type: ignore[arg-type]
+    assert quantization_of(a.conv2[0]) is not None
+    with pytest.raises(CalibrationError, match="no batches"):
+        quantize(DigitsNet(), iter(()), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_net_that_cannot_be_traced_is_quantised_without_links() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) if x.sum() > 0 else -self.a(x))
+
+    with pytest.warns(UserWarning, match="can't be traced"):
+        model = quantize(Net().eval(), torch.rand(2, 3, 9, 9), equalize="weights", correct_bias=True)
+    assert quantization_of(model.b) is not None
