@@ -13,6 +13,7 @@ lowest bit, and ``<name>:values``, the others in the same order.
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import json
@@ -266,9 +267,17 @@ def _write_atomically(path: Path, data: bytearray) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file's name
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:

@@ -116,3 +116,22 @@ def test_save_knows_common_methods(tmp_path: Path) -> None:
     fast = cnncomp.convert(Methods().eval(), X, measure=False)
     cnncomp.save(fast, tmp_path / "model")
     assert torch.equal(cnncomp.load(tmp_path / "model")(X), fast(X))
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, images: list[Tensor], more: dict[str, Tensor]) -> Tensor:
+        return self.a(images[0]) + self.b(images[1]) * more["scale"]
+
+
+def test_inputs_in_lists_and_dictionaries() -> None:
+    model, inputs = Nested().eval(), ([X, X + 1], {"scale": torch.ones(1)})
+    fast = cnncomp.convert(model, inputs, measure=False)
+    assert {m.info.name for m in fast.modules() if isinstance(m, ConvertedLayer)} == {"a", "b"}
+    for args in (inputs, ([X[:1], X[1:]], {"scale": torch.full((1,), 3.0)}), inputs, inputs):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(*args), model(*args), rtol=1e-4, atol=1e-5)
+    assert cnncomp.profile(fast, inputs, progress=False).layers

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from cnncomp._modules import bake_weight
 from cnncomp.errors import ArgumentError
@@ -234,7 +235,7 @@ class _Visitor:
     def _graph(self, module: nn.Module, path: str) -> fx.GraphModule | None:
         """The module's fused graph, noted in ``traced``; None, and nothing noted, if there is none that gives the same."""
         call = self.calls.get(path)
-        if call is None or has_user_hooks(module) or not any(isinstance(a, Tensor) for a in call.args):
+        if call is None or has_user_hooks(module) or not any(isinstance(a, Tensor) for a in tree_leaves(call.args)):
             return None
         single = isinstance(module, CONVERTIBLE)
         gm = trace_graph(nn.Sequential(module) if single else module, call)

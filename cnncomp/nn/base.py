@@ -119,8 +119,8 @@ class QuantSpec:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ArgumentError("input_scale", self.scale, "a finite number above 0")
+        if not isinstance(self.scale, (int, float)) or not (math.isfinite(self.scale) and self.scale > 0):
+            raise ArgumentError("input_scale", repr(self.scale), "a finite number above 0")
         if self.dtype not in (torch.uint8, torch.int8):
             raise ArgumentError("input_dtype", self.dtype, "torch.uint8 or torch.int8")
 
