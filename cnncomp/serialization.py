@@ -269,6 +269,8 @@ def _write_atomically(path: Path, data: bytearray) -> None:
         temporary.replace(path)
     except OSError as error:
         _remove(temporary)
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file's name
     except BaseException:
         _remove(temporary)
