@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, parametrization_of
+from cnncomp._modules import Layer, parametrization_of, weight_parameter
 from cnncomp.quantization.fake import FakeQuantizeWeight
 from cnncomp.quantization.feed import Feed
 
 
-def correct_biases(layers: dict[str, Layer], norms: dict[str, nn.Module], feed: Feed) -> None:
+def correct_biases(
+    layers: dict[str, Layer], weights: dict[str, Tensor], norms: dict[str, nn.Module], feed: Feed
+) -> None:
     """Change the biases of quantised layers in place so that their outputs get the means that float weights give on the same
     inputs.
 
@@ -27,6 +29,7 @@ def correct_biases(layers: dict[str, Layer], norms: dict[str, nn.Module], feed: 
     bias.
 
     Args:
+        weights: by layer name, the parameter as it was before anything was rounded (adaptive rounding overwrites it).
         norms: by layer name, the BatchNorm that alone reads it.
         feed: runs the model that the layers are of.
     """
@@ -36,9 +39,10 @@ def correct_biases(layers: dict[str, Layer], norms: dict[str, nn.Module], feed: 
         def hook(layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
             quantizer = parametrization_of(layer, FakeQuantizeWeight)
             assert quantizer is not None
-            quantizer.enabled = False
+            parameter = weight_parameter(layer, name)
+            rounded, parameter.data, quantizer.enabled = parameter.data, weights[name], False
             expected = layer.forward(*args, **kwargs)  # past the hooks
-            quantizer.enabled = True
+            parameter.data, quantizer.enabled = rounded, True
             shift = _mean(layer, expected.float() - out.float())
             shifts[name].append(shift)
             return out + shift.to(out.dtype).view(-1, *[1] * (out.dim() - 1 - _channel_dim(layer, out)))

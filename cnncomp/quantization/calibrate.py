@@ -113,13 +113,14 @@ def quantize(
         attach(layer, *_quantizers(layer, observers[name], method, scheme, qat))
     if float_budget > 0:
         _keep_sensitive(model, layers, feed, float_budget)
+    weights = {n: weight_parameter(m, n).detach().clone() for n, m in layers.items()} if correct_bias else {}
     if rounding == "adaptive":
         skipped = round_adaptively(layers, feed)
         if skipped:
             warnings.warn(f"layers too large for adaptive rounding: {', '.join(skipped)}", UserWarning, stacklevel=2)
     if correct_bias:
         norms = {name: model.get_submodule(norm) for name, norm in norm_after(model, graph_of(model)).items()}
-        correct_biases(layers, norms, feed)
+        correct_biases(layers, weights, norms, feed)
     return model
 
 
