@@ -16,16 +16,20 @@ SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
 	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-gpu-full lint format bench bench-gpu-model gpu-check clean
 
 help:  ## these lines
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed $(VENV)/.data  ## accuracy, size and time on real data, in some minutes
 	$(BIN)/cnncomp demo $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.data  ## all tests, against the installed package
 	$(BIN)/pytest $(ARGS)
+
+test-gpu-full: $(VENV)/.test  ## all tests of the GPU kernels in the emulator: all architectures, all mutants
+	CNNCOMP_GPU_FULL=1 $(BIN)/pytest tests/ptx tests/test_ptx_mutants.py tests/test_cuda_*.py tests/test_triton_kernels.py \
+		tests/test_gpu_model.py --timeout=7200 $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check
@@ -40,6 +44,12 @@ bench: $(VENV)/.test  ## kernels and networks against torch, into build/bench
 	mkdir -p build/bench
 	$(BIN)/pytest bench --benchmark-json=build/bench/cpu.json $(ARGS)
 	$(BIN)/python bench/plot.py build/bench/cpu.json
+
+bench-gpu-model: $(VENV)/.test  ## time of the CUDA kernels on GPUs, modelled from the emulator's counts
+	$(BIN)/python -m bench.gpu_model $(ARGS)
+
+gpu-check: $(VENV)/.test  ## the CUDA kernels on this machine's GPU: exact, and how fast beside cuDNN and the model; a report
+	$(BIN)/python -m bench.gpu_check $(ARGS)
 
 clean:  ## remove what was built, and the virtual environment
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

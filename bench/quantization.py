@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,9 @@ def scores(expected: Tensor, got: Tensor, groups: int) -> dict[str, float]:
 
 def _nncf(model: nn.Module, batches: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
     """NNCF's post-training int8 (its fake-quantised model), or None where it is not installed."""
+    os.environ.setdefault(
+        "NNCF_EXTENSION_LOAD_TIMEOUT", "0"
+    )  # its first call compiles C++, for minutes on a slow machine
     try:
         import nncf
     except ImportError:

@@ -6,11 +6,13 @@ each measured against dense on this device; ``compress`` is all of it. ``profile
 
 from __future__ import annotations
 
-from cnncomp import errors, models, nn, ops
+from cnncomp import errors, models, nn, ops, training
 from cnncomp._version import __version__
 from cnncomp.compress import Recipe, compress
 from cnncomp.convert import ConvertedModel, convert
 from cnncomp.dispatch import Plan
+from cnncomp.distillation import KnowledgeDistillation, distill, finetune
+from cnncomp.evaluation import evaluate
 from cnncomp.profile import profile
 from cnncomp.pruning import WeightPruning, prune, remove_masks, sparsity_of
 from cnncomp.quantization import Quantization, quantize, remove_quantization
@@ -20,6 +22,7 @@ from cnncomp.structured import channels_of, prune_channels
 
 __all__ = [
     "ConvertedModel",
+    "KnowledgeDistillation",
     "Plan",
     "Quantization",
     "Recipe",
@@ -30,7 +33,10 @@ __all__ = [
     "channels_of",
     "compress",
     "convert",
+    "distill",
     "errors",
+    "evaluate",
+    "finetune",
     "load",
     "models",
     "nn",
@@ -43,4 +49,5 @@ __all__ = [
     "remove_quantization",
     "save",
     "sparsity_of",
+    "training",
 ]

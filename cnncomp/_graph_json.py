@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cnncomp.errors import SerializationError
+from cnncomp.graph.arguments import require_default
 
 _TORCH = """
 abs add addmm amax amin arange argmax argmin baddbmm bmm cat ceil chunk clamp clip clone concat conv1d conv2d cos
@@ -45,11 +46,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"torch.nn.functional.{name}": getattr(F, name) for name in _FUNCTIONAL.split()},
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATOR.split()},
     "builtins.getattr": builtins.getattr,
+    "cnncomp.require_default": require_default,
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 
 _METHODS = """
-abs add add_ amax amin argmax argmin bmm ceil chunk clamp clamp_ clamp_max clamp_min clone contiguous cos cumsum
+abs add add_ amax amin argmax argmin bfloat16 bmm ceil chunk clamp clamp_ clamp_max clamp_min clip clone contiguous cos cumsum
 detach dim div div_ double eq exp expand expand_as flatten flip float floor gather ge gt half index_select int le
 log log_softmax long lt masked_fill matmul max mean min mm mul mul_ narrow ne neg new_full new_ones new_zeros norm
 numel permute pow prod reciprocal relu relu_ repeat repeat_interleave reshape reshape_as roll round rsqrt select

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -121,3 +122,16 @@ def drop_parametrization(layer: Layer, kind: type[WeightParametrization]) -> Non
         # torch puts the weight behind the bias; state_dict and optimisers count parameters in the original order.
         for other in [name for name in layer._parameters if name != "weight"]:
             layer._parameters[other] = layer._parameters.pop(other)
+
+
+def bake_weight(layer: nn.Module) -> None:
+    """Make the layer's weight a plain parameter with the values that it computes with, unless it is plain already or
+    parametrised by someone else too. A weight whose values change so is no longer shared."""
+    if not isinstance(layer, LAYER_TYPES) or not parametrize.is_parametrized(layer, "weight"):
+        return
+    if not all(isinstance(p, WeightParametrization) for p in _chain(layer)):
+        return
+    weight = layer.weight.detach().clone()
+    drop_parametrization(layer, WeightParametrization)
+    if not torch.equal(weight, layer.weight):
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)

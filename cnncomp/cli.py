@@ -5,8 +5,6 @@ An error of cnncomp's own is one red line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,17 +16,21 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import cnncomp
-from cnncomp import data
+from cnncomp.cli_inputs import (
+    check_output,
+    check_runs,
+    load_network,
+    parse_shape,
+    read_images,
+    split,
+)
 from cnncomp.convert import ConvertedModel, resolve_device
 from cnncomp.dispatch import interleaved
-from cnncomp.errors import ArgumentError, CnncompError, FileFormatError
+from cnncomp.errors import ArgumentError, CnncompError
 from cnncomp.progress import track
 
 if TYPE_CHECKING:
     from cnncomp.demo import Outcome
-
-#: From this many images on, every fifth is kept out of calibration, to compare with full precision.
-HOLD_OUT_FROM = 10
 
 
 class Group(TyperGroup):
@@ -45,8 +47,9 @@ class Group(TyperGroup):
         except (CnncompError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
+            line = " ".join(part.strip() for part in str(error).splitlines())
             Console(stderr=True).print(
-                f"Error: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
+                f"Error: {line}", style="bold red", highlight=False, markup=False, soft_wrap=True
             )
             raise typer.Exit(2) from error
 
@@ -68,6 +71,7 @@ Weights = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to save the converted model.")]
 Size = Annotated[int, typer.Option(min=1, help="Height and width of the images the network takes.")]
+Channels = Annotated[int, typer.Option(min=1, help="Channels of its input; of images, 3 (RGB) or 1 (grey).")]
 Measure = Annotated[bool, typer.Option(help="Time the kernels; otherwise choose by a rule of thumb.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; by default what torch takes.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -106,6 +110,7 @@ def compress(
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to make zero, without training after it.")] = 0.0,
     int8: Annotated[bool, typer.Option(help="Quantise weights and activations to 8 bit.")] = True,
     size: Size = 224,
+    channels: Channels = 3,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are, e.g. 'features.0*'.")
     ] = None,
@@ -126,9 +131,11 @@ def compress(
     and used to compare with full precision. To train after pruning, use the Python functions.
     """
     _set_threads(threads)
+    check_output("--out", out)
     where = resolve_device(device, ())
     network = load_network(model, weights).to(where)
-    pictures = read_images(images, size).to(where)
+    pictures = read_images(images, size, channels).to(where)
+    check_runs(network, pictures[:1], "--size and --channels")
     calibration, held_out = split(pictures)
     recipe = cnncomp.Recipe(sparsity=sparsity, int8=int8, exclude=tuple(exclude or ()))
     batches = list(calibration.split(8))
@@ -155,19 +162,21 @@ def convert(
         Path | None, typer.Option(metavar="DIR", help="Images to compare with full precision on.")
     ] = None,
     size: Size = 224,
-    channels: Annotated[int, typer.Option(min=1, help="Channels of the input, where no images are given.")] = 3,
+    channels: Channels = 3,
     measure: Measure = True,
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Convert a network as it is, e.g. one whose weights are pruned already, save it, and show what was gained."""
     _set_threads(threads)
+    check_output("--out", out)
     where = resolve_device(device, ())
     network = load_network(model, weights).to(where)
     if images is None:
         pictures = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(where)
     else:
-        pictures = read_images(images, size).to(where)
+        pictures = read_images(images, size, channels).to(where)
+    check_runs(network, pictures[:1], "--size and --channels")
     fast = cnncomp.convert(network, pictures[:1], measure=measure)
     _finish(network, fast, pictures[:1], pictures if images is not None else None, out)
 
@@ -184,10 +193,14 @@ def profile(
 ) -> None:
     """Time a saved model layer by layer, each against the best dense float kernel."""
     _set_threads(threads)
+    check_output("--json", json)
+    check_output("--csv", csv)
     model = cnncomp.load(file)
     sizes = parse_shape(shape) if shape is not None else _example_shape(model)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    report = cnncomp.profile(model, torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device))
+    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device)
+    check_runs(model, x, "--shape")
+    report = cnncomp.profile(model, x)
     typer.echo(str(report))
     if json is not None:
         json.write_text(report.to_json())
@@ -210,6 +223,8 @@ def demo(
     """Show on real data what cnncomp does here: accuracy, size on disk, and time against torch. Takes some minutes."""
     from cnncomp.demo import PARTS, run
 
+    check_output("--json", json)
+    check_output("--plot", plot)
     parts = tuple(PARTS) if only is None else (only,)
     outcome = run(parts, threads=threads, quick=quick, compile=compile, out=out)
     _write_outcome(outcome, json, plot)
@@ -249,93 +264,6 @@ def doctor() -> None:
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def load_network(name: str, weights: Path | None) -> nn.Module:
-    """The network that ``module:function`` returns, with ``weights`` in it, in eval mode.
-
-    Raises:
-        ArgumentError: no such module or function, no network, or weights of another network.
-        FileFormatError: weights that can't be read.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ArgumentError("--model", repr(name), "MODULE:FUNCTION")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError("--model", f"{name!r} ({error})", "a function that can be imported") from error
-    finally:
-        sys.path.pop(0)
-    network = function if isinstance(function, nn.Module) or not callable(function) else function()
-    if not isinstance(network, nn.Module):
-        raise ArgumentError("--model", f"{name!r}, which gives a {type(network).__name__}", "a torch.nn.Module")
-    if weights is not None:
-        try:
-            network.load_state_dict(read_weights(weights))
-        except RuntimeError as error:
-            raise ArgumentError("--weights", f"{str(weights)!r} ({error})", f"the state dict of {name}") from error
-    return network.eval()
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file, or from one that torch.save wrote: on its own, or as "state_dict" in a
-    checkpoint. No code in the file is run.
-
-    Raises:
-        FileFormatError: another file.
-        FileNotFoundError: no such file.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-
-            return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise FileFormatError(f"{path} can't be read as weights: {lines[0]}") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise FileFormatError(f"{path} holds a {type(found).__name__}, not a state dict of tensors")
-    return found
-
-
-def read_images(folder: Path, size: int) -> Tensor:
-    """All images of a folder, preprocessed: (N, 3, size, size)."""
-    photos = data.image_folder(folder)
-    pictures = []
-    with track("preparing images", len(photos)) as advance:
-        for photo in photos:
-            pictures.append(data.preprocess(photo.image, size))
-            advance(photo.name)
-    return torch.stack(pictures)
-
-
-def split(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Images to calibrate on and images to compare on; the same ones where there are few."""
-    if len(pictures) < HOLD_OUT_FROM:
-        return pictures, pictures
-    held_out = torch.arange(len(pictures), device=pictures.device) % 5 == 4
-    return pictures[~held_out], pictures[held_out]
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """ "1,3,224,224" as sizes.
-
-    Raises:
-        ArgumentError: anything else.
-    """
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise ArgumentError("--shape", repr(text), "sizes like 1,3,224,224")
-    return sizes
 
 
 def _example_shape(model: ConvertedModel) -> tuple[int, ...]:

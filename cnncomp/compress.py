@@ -98,6 +98,10 @@ def compress(
         CalibrationError: no batch, or one that can't be used.
     """
     recipe = Recipe() if recipe is None else recipe
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError("recipe", type(recipe).__name__, "a cnncomp.Recipe")
     if target is not None:
         return _to_target(model, data, recipe, example_inputs, target, space or Space(), held_out, progress)
     if recipe.int8 and data is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.dispatch.plan import Plan, load_cached, store_cached
@@ -14,6 +16,7 @@ from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.nodes import cloned
+from cnncomp.nn.base import keeping_dtype
 from cnncomp.progress import track
 
 
@@ -39,6 +42,11 @@ class ConvertedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs) if kwargs else self._recordings(self.network, args)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedModel:
+        """Moves between devices, but never changes a dtype: what the layers hand over to each other is fixed."""
+        super()._apply(keeping_dtype(fn), recurse)
+        return self
+
     def train(self, mode: bool = True) -> ConvertedModel:
         """Stays in eval mode: layers that were kept must not update statistics."""
         return super().train(False)
@@ -55,17 +63,17 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
         ArgumentError: no tensor among them.
     """
     inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    if not any(isinstance(x, Tensor) for x in inputs):
+    if not any(isinstance(x, Tensor) for x in tree_leaves(inputs)):
         raise ArgumentError("example_inputs", type(example_inputs).__name__, "a tensor or a tuple with tensors")
     return inputs
 
 
 def resolve_device(device: str | torch.device | None, inputs: tuple[Any, ...]) -> torch.device:
     if device is None:
-        return next(x.device for x in inputs if isinstance(x, Tensor))
+        return next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DeviceError("device", repr(device), "a device that torch knows") from error
     if resolved.type not in ("cpu", "cuda"):
         raise DeviceError("device", repr(device), "'cpu' or 'cuda'")
@@ -94,8 +102,8 @@ def convert(
 
     Args:
         model: a trained module, pruned, quantised, both or neither; or a :class:`ConvertedModel`, to plan it again.
-        example_inputs: a tensor or a tuple of positional arguments, of the size to be fast for. Any other batch or image
-            size works too.
+        example_inputs: a tensor or a tuple of positional arguments (tensors, or lists and dictionaries of them), of the
+            size to be fast for. Any other batch or image size works too.
         device: where it will run; by default where the inputs lie.
         measure: False takes a rule of thumb instead of timing.
         plan: replay this plan instead of choosing. Layers that it does not name are chosen by the rule of thumb.
@@ -111,15 +119,18 @@ def convert(
         raise ArgumentError("plan", type(plan).__name__, "a cnncomp.Plan (Plan.from_json for one that was exported)")
     inputs = as_inputs(example_inputs)
     where = resolve_device(device, inputs)
-    inputs = tuple(x.to(where) if isinstance(x, Tensor) else x for x in inputs)
+    inputs = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, inputs)
     inputs = cloned(inputs)  # the model's forward may change them
     if isinstance(model, ConvertedModel):
         model = model.network
     if isinstance(model, nn.Module) and any(p.device != where for p in model.parameters()):
         model = clone_for_inference(model).to(where)
-    planner = NetworkPlanner(trace(model, inputs), inputs, where)
-    plan = _settle(planner, plan, measure, cache, progress)
-    shapes = [(list(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs if isinstance(x, Tensor)]
+    with torch.autocast(where.type, enabled=False):  # converted layers compute in float32, also inside it
+        planner = NetworkPlanner(trace(model, inputs), inputs, where)
+        plan = _settle(planner, plan, measure, cache, progress)
+    nested = any(isinstance(x, (tuple, list, dict)) for x in inputs)  # which shapes alone do not describe
+    tensors = [] if nested else [x for x in inputs if isinstance(x, Tensor)]
+    shapes = [(list(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors]
     return ConvertedModel(planner.module, Conversion(plan, planner.kept, shapes)).eval()
 
 
@@ -129,7 +140,7 @@ def _settle(planner: NetworkPlanner, plan: Plan | None, measure: bool, cache: bo
         return planner.replay(plan)
     if not measure:
         return planner.rule_of_thumb()
-    if cache and (cached := load_cached(planner.key)) is not None:
+    if cache and (cached := load_cached(planner.key)) is not None and cached.layers.keys() == planner.names:
         try:
             return planner.replay(cached)
         except ArgumentError:

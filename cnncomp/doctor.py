@@ -76,8 +76,13 @@ def _gpu_findings() -> list[Finding]:
     else:
         found.append(Finding("GPU", f"none found (torch is built for CUDA {torch.version.cuda})"))
     built = cuda_ops._cuda is not None
-    advice = "" if built else "for CUDA C++ kernels: install the CUDA toolkit, then pip install cnncomp again"
-    found.append(Finding("CUDA kernels", "built" if built else "not in this build (no nvcc then)", advice))
+    install = (
+        "install it again (pip install --force-reinstall --no-deps)"
+        if _nvcc()
+        else "install the CUDA toolkit, then it again"
+    )
+    advice = "" if built else f"for CUDA C++ kernels, which cnncomp was built without: {install}"
+    found.append(Finding("CUDA kernels", "built" if built else "not in this build", advice))
     triton = _version("triton")
     usable = kernels.available()
     advice = "" if usable else "for the Triton kernels: pip install triton"

@@ -69,7 +69,11 @@ class _View:
 
     def on(self, memory: Tensor, offset: int) -> Tensor:
         """The tensor at ``offset`` bytes of ``memory`` (uint8)."""
-        return memory[offset + self.start :].view(self.dtype).as_strided(self.size, self.stride)
+        begin = offset + self.start
+        extent = sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) + 1
+        # Cut to whole elements: the memory may end with those of a smaller dtype.
+        values = memory[begin : begin + extent * self.dtype.itemsize].view(self.dtype)
+        return values.as_strided(self.size, self.stride)
 
     def fits(self, t: object) -> bool:
         """Whether a tensor is of the same kind as the recorded one."""
@@ -131,7 +135,8 @@ class _Recorder(fx.Interpreter):
         value = self._kernels(n) if n.op == "call_module" else None
         if value is None:
             value = super().run_node(n)
-            self._python(n, value)
+            if not self._is_contiguous(n, value):
+                self._python(n, value)
         self.values[n] = value
         self.keep.append(value)
         for used in n.all_input_nodes:
@@ -162,6 +167,13 @@ class _Recorder(fx.Interpreter):
         else:
             self.items.append(_Item(begin, len(self.program)))
         return value
+
+    def _is_contiguous(self, n: fx.Node, value: Any) -> bool:
+        """Whether ``n`` asks for a layout that its input, a tensor of ours, has: then it has it every time."""
+        if n.op != "call_method" or n.target != "contiguous" or value is not self.values[n.all_input_nodes[0]]:
+            return False
+        buffer = self.find(value.data_ptr())
+        return buffer is not None and buffer.ours
 
     def _python(self, n: fx.Node, value: Any) -> None:
         item = _Item(node=n)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cnncomp.convert import ConvertedModel, as_inputs
 from cnncomp.dispatch.candidates import NCHW, NHWC
@@ -166,8 +167,8 @@ def profile(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> 
     inputs = as_inputs(example_inputs)
     if not isinstance(model, ConvertedModel):
         model = convert(model, inputs, measure=False, progress=progress)
-    cuda = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-    device = next(x.device for x in inputs if isinstance(x, Tensor))
+    cuda = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(inputs))
+    device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
     rows = []
     with torch.inference_mode():
         layers, calls = _record_calls(model, inputs)

@@ -1,7 +1,8 @@
 """``cnncomp.save`` and ``cnncomp.load``: a converted model as one file.
 
 The file is a safetensors file. Its tensors are the layers' in machine-independent form; its metadata hold the format
-version ("cnncomp"), the network, plan and provenance as JSON ("model"), and a checksum ("sha256", of all bytes of the
+version ("cnncomp"), the network, plan and provenance as JSON ("model", or "model.zlib" where compressed and in base 85 it
+is shorter), and a checksum ("sha256", of all bytes of the
 file with 64 zeros in its own place). Nothing in it is executed: a file can only name what stands in the tables of
 ``_graph_json`` and ``_module_json``.
 
@@ -11,6 +12,8 @@ lowest bit, and ``<name>:values``, the others in the same order.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import hashlib
 import json
@@ -18,6 +21,7 @@ import math
 import os
 import re
 import secrets
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +50,8 @@ FORMAT_VERSION = 1
 BITMAP_BELOW = 0.95
 #: Bytes that one more tensor takes in a file's header, about.
 HEADER_ENTRY = 128
+#: Bytes of JSON that a file may unpack to: some thousand times a large network's.
+MAX_DOCUMENT = 2**28
 
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,7 +79,7 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
     document, tensors = _encode(model)
     tensors, document["bitmaps"] = _take_out_zeros(tensors)
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    metadata = {"cnncomp": str(FORMAT_VERSION), "sha256": "0" * 64, "model": text}
+    metadata = {"cnncomp": str(FORMAT_VERSION), "sha256": "0" * 64, **_pack(text)}
     data = bytearray(safetensors.torch.save(_own_storage(tensors), metadata))
     found = _DIGEST.search(data, 0, 8 + _header_length(data))
     assert found is not None
@@ -261,9 +267,17 @@ def _write_atomically(path: Path, data: bytearray) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file's name
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
@@ -285,6 +299,30 @@ def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
 
 def _header_length(data: bytes | bytearray) -> int:
     return int.from_bytes(data[:8], "little")
+
+
+def _pack(text: str) -> dict[str, str]:
+    """The document as an entry of the metadata, compressed where that is shorter: it is most of a small network's file."""
+    packed = base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+    return {"model.zlib": packed} if len(packed) < len(text) else {"model": text}
+
+
+def _unpack(metadata: dict[str, str]) -> str:
+    """The inverse of :func:`_pack`.
+
+    Raises:
+        ValueError: damaged, or larger than any network's.
+    """
+    if "model" in metadata:
+        return metadata["model"]
+    engine = zlib.decompressobj()
+    try:
+        text = engine.decompress(base64.b85decode(metadata["model.zlib"]), MAX_DOCUMENT)
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from error
+    if not engine.eof:
+        raise ValueError(f"damaged: its description is truncated, or takes more than {MAX_DOCUMENT} bytes")
+    return text.decode()
 
 
 def _unseal(data: bytes) -> tuple[Document, Tensors]:
@@ -315,7 +353,7 @@ def _unseal(data: bytes) -> tuple[Document, Tensors]:
     if len(data) < end:
         raise ValueError(f"truncated: {len(data)} bytes of {end}")
     _verify(data, length)
-    return json.loads(metadata["model"]), safetensors.torch.load(data)
+    return json.loads(_unpack(metadata)), safetensors.torch.load(data)
 
 
 def _verify(data: bytes, header_length: int) -> None:

@@ -80,6 +80,25 @@ class GatedNet(nn.Module):
         return self.fc(self.head(x).amax(dim=(2, 3)))
 
 
+class ViewNet(nn.Module):
+    """The other ways of moving channels about: permuted to the end, squeezed, by keyword, densely concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Linear(8, 6)
+        self.back = nn.Conv2d(6, 8, 1)
+        self.merge = nn.Conv2d(8 + 8 + 3, 10, 1)
+        self.fc = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(input=self.stem(input=x))
+        b = self.last(a.permute(0, 2, 3, 1)).transpose(1, 3).transpose(-1, 2)
+        b = torch.cat([a, x, F.interpolate(F.avg_pool2d(self.back(b), 2), scale_factor=2)], 1)
+        y = self.merge(b).mean(dim=(-2, -1), keepdim=True).squeeze(-1).unsqueeze(1).squeeze(1).squeeze(-1)
+        return self.fc(2 - y)
+
+
 class ShuffleNet(nn.Module):
     """A channel shuffle behind one convolution; the next ones can be pruned."""
 

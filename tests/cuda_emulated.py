@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.ptx import GlobalMemory, Result, emulate, entry_names
+from tests.ptx import GlobalMemory, Result, emulate, entry_names, load
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -94,7 +94,8 @@ def entry_of(launch: str, ptx: str) -> str:
 def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str | None = None) -> Result:
     """Run in the emulator what the extension module would launch."""
     ptx = ptx or ptx_of(plan["kernel"].split("_int8")[0] + "_int8", arch)
-    return emulate(ptx, entry_of(plan["kernel"], ptx), plan["grid"], plan["block"], [plan["params"]], memory)
+    kernel = load(ptx, entry_of(plan["kernel"], ptx))
+    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], memory=memory)
 
 
 def nhwc(x: Tensor) -> np.ndarray:
@@ -108,7 +109,7 @@ class Case:
         self, x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: tuple[int, ...],
         out_dtype: torch.dtype, misalign: int = 0,
     ) -> None:  # fmt: skip
-        self.memory = GlobalMemory(1 << 22)
+        self.memory = GlobalMemory()
         put = self.memory.allocate
         self.x = put(nhwc(x), misalign)
         self.weight = put(nhwc(weight))

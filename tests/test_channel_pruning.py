@@ -26,6 +26,7 @@ from tests.channel_nets import (
     GroupedNet,
     RandomNet,
     ShuffleNet,
+    ViewNet,
 )
 from tests.helpers import randomize_norms
 
@@ -94,6 +95,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "grouped": GroupedNet,
     "flatten": FlattenNet,
     "gated": GatedNet,
+    "view": ViewNet,
     "shuffle": ShuffleNet,
     "branching": BranchingNet,
     "mobilenet_v2": lambda: mobilenet_v2(10, width_mult=0.35),
@@ -106,6 +108,10 @@ def test_the_smaller_model_equals_the_masked_one(name: str) -> None:
     size = 32 if name in ("mobilenet_v2", "resnet18") else 8
     removed = check_exact(SMALL[name](), torch.randn(2, 3, size, size))
     assert sum(int(gone.sum()) for gone in removed.values()) > 0
+    if name == "view":
+        assert [g.name for g in removed] == ["stem", "last", "back", "merge"]
+    if name == "gated":
+        assert [g.name for g in removed] == ["stem", "down", "pair", "head"]
 
 
 def test_one_dimension() -> None:
@@ -302,6 +308,13 @@ def test_pruning_again_does_nothing_and_more_goes_on(scope: str, round_to: int) 
             assert module.out_channels % round_to == 0, module
 
 
+def test_an_odd_width_is_rounded_down_to_a_multiple_first() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Conv2d(20, 2, 1)), torch.randn(1, 3, 8, 8)
+    for sparsity, left in ((0.1, 20), (0.3, 16), (0.5, 16), (0.6, 8), (1.0, 8)):
+        prune_channels(model, sparsity, x, round_to=8)
+        assert model[0].out_channels == model[1].in_channels == left
+
+
 def test_the_count_is_exact_and_the_same_model_gives_the_same() -> None:
     x = torch.randn(1, 1, 8, 8)
     model = DigitsNet().eval()
@@ -349,20 +362,33 @@ def test_taylor_is_the_derivative_by_a_gate_on_the_channel() -> None:
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
     groups = channels_of(model, x).groups
     scores = score_groups(groups, model, "taylor", batches)
-    # conv1's channels are read by conv2 alone; conv2's group by conv3, conv4 and the shortcut; conv4's by fc.
-    for group, score, module in zip(groups, scores, (model.conv2, None, model.fc), strict=True):
-        if module is None:
-            continue
+    readers = [(model.conv2,), (model.conv3, model.conv4), (model.fc,)]
+    for group, score, modules in zip(groups, scores, readers, strict=True):
         expected = torch.zeros(len(group), dtype=torch.float64)
         for images, classes in batches:
             gate = torch.ones(len(group), dtype=torch.float64, requires_grad=True)
-            shape = (1, -1, 1, 1) if module is model.conv2 else (1, -1)
-            handle = module.register_forward_pre_hook(lambda m, a, g=gate, s=shape: (a[0] * g.view(s),))
+            shape = (1, -1) if model.fc in modules else (1, -1, 1, 1)
+            handles = [m.register_forward_pre_hook(lambda m, a, g=gate, s=shape: (a[0] * g.view(s),)) for m in modules]
             (gradient,) = torch.autograd.grad(F.cross_entropy(model(images), classes), gate)
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             expected += gradient.square() / 2
-        assert torch.allclose(score, expected, rtol=1e-9)
+        assert torch.allclose(score, expected / expected.mean(), rtol=1e-9)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_groups_can_be_ranked_together() -> None:
+    torch.manual_seed(0)
+    model, x = DigitsNet().eval(), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        model.conv2[0].weight *= 100  # does not change what its channels are worth beside each other
+    groups = channels_of(model, x).groups
+    for criterion in ("magnitude", "taylor"):
+        for score in score_groups(groups, model, criterion, [x]):
+            assert score.mean() == pytest.approx(1.0)
+            assert score.min() >= 0
+    prune_channels(model, 0.5, x)
+    assert all(0.3 < len(g) / g.before < 0.7 for g in channels_of(model, x).groups)
 
 
 def test_bn_ranks_by_gamma_and_leaves_groups_without_norms() -> None:
@@ -423,6 +449,15 @@ def test_prune_takes_the_pattern() -> None:
     assert (model.stem.out_channels, model.narrow.out_channels, model.merge.out_channels) == (16, 8, 16)
     with pytest.raises(ArgumentError, match="pattern"):
         cnncomp.prune(model, 0.5, pattern="channel", example_inputs=x, allocation="uniform")
+
+
+def test_compress_takes_the_pattern() -> None:
+    model, x = ConcatNet(), torch.randn(1, 3, 8, 8)
+    recipe = cnncomp.Recipe(sparsity=0.5, pattern="channel", int8=False)
+    fast = cnncomp.compress(model, None, recipe, example_inputs=x, measure=False)
+    assert model.stem.out_channels == 16
+    smaller = prune_channels(copy.deepcopy(model), 0.5, x).eval()
+    assert torch.allclose(fast(x), smaller(x), atol=1e-5)
 
 
 def test_groups_print_themselves() -> None:

@@ -32,6 +32,19 @@ def build():
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
     )
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
+
+def needs(width):
+    return nn.Linear(width, 5)
+
+def fails():
+    raise RuntimeError("no weights\\nhere")
+
+class Two(nn.Module):
+    def forward(self, x, y):
+        return x + y
 """
 
 
@@ -57,6 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delitem(sys.modules, "tinynet", raising=False)
     (tmp_path / "tinynet.py").write_text(MODULE)
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "broken.py").write_text("def build(:")
+    cnncomp.save(cnncomp.convert(trained(), torch.randn(1, 3, 16, 16), measure=False), tmp_path / "saved.cnncomp")
     (tmp_path / "images").mkdir()
     for i in range(12):
         pixels = torch.randint(0, 256, (20 + i, 24, 3), dtype=torch.uint8)
@@ -182,14 +197,74 @@ def test_bad_shape(shape: str) -> None:
         (("compress", *NETWORK, "--images", "images", "--out", "x", "--sparsity", 2), "sparsity"),
         (("compress", *NETWORK, "--images", "images", "--out", "nosuch/x", "--no-measure"), "nosuch"),
         (("demo", "--only", "nosuch"), "mobilenet"),
+        (("convert", "--model", "tinynet:needs", "--out", "x"), "takes no arguments"),
+        (("convert", "--model", "tinynet:fails", "--out", "x"), "RuntimeError: no weights"),
+        (("convert", "--model", "broken:build", "--out", "x"), "SyntaxError"),
+        (("convert", "--model", "tinynet:Two", "--out", "x"), "--size and --channels"),
+        (("convert", "--model", "tinynet:grey", "--out", "x"), "--size and --channels"),
+        (("convert", "--model", "tinynet:grey", "--channels", 1, "--size", 20, "--out", "x"), "--size and --channels"),
+        (
+            ("compress", "--model", "tinynet:grey", "--images", "images", "--out", "x", "--size", 16),
+            "--size and --channels",
+        ),
+        (("compress", *NETWORK, "--images", "images", "--out", "x", "--channels", 2), "--channels: got 2"),
+        (("convert", *NETWORK, "--channels", 5, "--out", "x"), "--size and --channels"),
+        (("convert", *NETWORK, "--out", "images"), "--out: got 'images' ('images' is a folder)"),
+        (("profile", "saved.cnncomp", "--shape", "1,3"), "--shape"),
+        (("profile", "saved.cnncomp", "--shape", "1,1,32,32"), "--shape"),
+        (("profile", "saved.cnncomp", "--json", "nosuch/p.json"), "--json"),
     ],
 )
 def test_errors_are_one_line(folder: Path, arguments: tuple[object, ...], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2, result.output
-    assert message in result.output and "Error: " in result.output and "Traceback" not in result.output
+    assert message in result.output and len(result.output.strip().splitlines()) == 1
+    assert result.output.startswith("Error: ") and not Path("x").exists()
     debug = run(*arguments, "--debug")
     assert isinstance(debug.exception, (CnncompError, OSError))
+
+
+def test_output_is_checked_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cnncomp, "convert", None)
+    result = run("convert", *NETWORK, "--out", "nosuch/x")
+    assert result.exit_code == 2 and "--out: got 'nosuch/x' ('nosuch' does not exist)" in result.output
+    with pytest.raises(OSError, match="nosuch/x'$"):
+        cnncomp.save(cnncomp.load("saved.cnncomp"), "nosuch/x")
+
+
+def test_grey_images(folder: Path) -> None:
+    arguments = ("--model", "tinynet:grey", "--images", "images", "--size", 16, "--channels", 1, "--no-measure")
+    result = run("compress", *arguments, "--out", "g.cnncomp")
+    assert result.exit_code == 0, result.output
+    x = cli.read_images(Path("images"), 16, 1)
+    assert x.shape == (12, 1, 16, 16)
+    rgb = pictures()
+    torch.testing.assert_close(x.mean(), rgb.mean(), rtol=0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("form", ["plain", "model", "state_dict", "model_state_dict", "wrapped", "compiled"])
+def test_state_dicts_as_they_come(folder: Path, suffix: str, form: str) -> None:
+    """Of a pruned network as it trains, in checkpoints, and behind wrappers."""
+    network = cnncomp.prune(trained(), sparsity=0.75)
+    with torch.no_grad():
+        network[3].parametrizations.weight.original.add_(0.01)  # only the mask says what is zero
+    weights = network.state_dict()
+    if form in ("wrapped", "compiled"):
+        weights = {f"{'module.' if form == 'wrapped' else '_orig_mod.'}{k}": v for k, v in weights.items()}
+    if suffix == ".safetensors":
+        safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, f"w{suffix}")
+    else:
+        torch.save({form: weights, "epoch": 3} if form.endswith(("model", "dict")) else weights, f"w{suffix}")
+    loaded = cli.load_network("tinynet:build", Path(f"w{suffix}"))
+    assert torch.equal(loaded(pictures()), network(pictures()))
+    assert torch.equal(loaded[3].weight == 0, network[3].weight == 0)
+
+
+def test_weights_of_a_quantised_network_are_refused(folder: Path) -> None:
+    torch.save(cnncomp.quantize(trained(), [pictures()], progress=False).state_dict(), "q.pt")
+    result = run("convert", "--model", "tinynet:build", "--weights", "q.pt", "--out", "x")
+    assert result.exit_code == 2 and "quantised" in result.output and "layer '0'" in result.output
 
 
 class Malicious:
@@ -237,3 +312,11 @@ def test_doctor_sees_a_broken_kernel_and_missing_packages(monkeypatch: pytest.Mo
     assert "conv2d_int8, cpu gives wrong results" in text
     assert "linear_int8, cpu does not run: RuntimeError: no such instruction" in text
     assert "pip install --no-deps foolbox==3.3.4" in text
+
+
+@pytest.mark.parametrize("nvcc", [None, "13.0, /usr/bin/nvcc"])
+def test_doctor_says_how_to_get_the_cuda_kernels(nvcc: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_nvcc", lambda: nvcc)
+    monkeypatch.setattr("cnncomp.ops.cuda._cuda", None)
+    (found,) = (f for f in doctor.examine() if f.topic == "CUDA kernels")
+    assert ("install the CUDA toolkit" in found.advice) == (nvcc is None) and "install" in found.advice

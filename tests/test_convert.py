@@ -464,3 +464,39 @@ def test_layer_whose_weight_is_read_elsewhere_stays(quantized: bool) -> None:
     fast = _convert(model)
     _close(fast, model, tol=0.05 if quantized else 1e-4)  # its input is no longer rounded
     assert "conv" in fast.conversion.kept
+
+
+def test_measuring_leaves_random_numbers_and_the_default_dtype_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CNNCOMP_CACHE_DIR", str(tmp_path))
+    model = mask_weights(cnncomp.models.ArticleNet(), 0.9).eval()
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        fast = cnncomp.convert(model, X, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    _close(fast, model)
+
+
+def test_a_cached_plan_without_its_layers_is_measured_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CNNCOMP_CACHE_DIR", str(tmp_path))
+    model = mask_weights(cnncomp.models.ArticleNet(), 0.9).eval()
+    plan = cnncomp.convert(model, X, progress=False).plan
+    (file,) = (tmp_path / "plans").iterdir()
+    plan.layers.clear()
+    file.write_text(plan.to_json())
+    again = cnncomp.convert(model, X, progress=False).plan
+    assert set(again.layers) == {"features.0", "features.3", "classifier"} and again.layers["features.3"].ms
+
+
+def test_other_bad_arguments_are_typed() -> None:
+    conv = nn.Conv2d(3, 3, 1)
+    with pytest.raises(DeviceError, match="device"):
+        cnncomp.convert(conv, X, device=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="model: got int"):
+        cnncomp.compress(3, [X], example_inputs=X)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="recipe: got dict"):
+        cnncomp.compress(conv, [X], {"int8": True}, example_inputs=X)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="input_scale: got 'a'"):
+        cnncomp.nn.QuantSpec("a", torch.uint8)  # type: ignore[arg-type]

@@ -1,10 +1,8 @@
-"""CUDA kernels without a GPU: the extension module plans the launch, the emulator runs nvcc's PTX, the reference decides.
-
-Also: machine code for every architecture, without spills.
-"""
+"""CUDA kernels without a GPU: the extension module plans the launch, the emulator runs nvcc's PTX, the reference decides."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -19,8 +17,9 @@ from tests.ptx import MemoryFault, RaceError
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 
-ARCHS = ("75", "80")
-ALL_ARCHS = ("75", "80", "86", "89", "90a", "120a")
+ARCHS = (
+    ("75", "80", "86", "89", "90a", "120a") if os.environ.get("CNNCOMP_GPU_FULL") else ("75", "80")
+)  # one per code path
 FEW, MANY = 1, 10**6  # multiprocessors: makes the plan take large or small tiles
 INT_RANGE = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
 OUT_DTYPES = [torch.uint8, torch.int8, torch.float32]
@@ -230,14 +229,6 @@ def test_output_past_its_end_is_caught():
     plan = _cuda.plan_linear_int8(1, case.x, False, 5, 16, case.weight, 8, *case.epilogue(0.0, 0.0))
     with pytest.raises(MemoryFault, match="out of bounds"):
         emulated.run_planned(plan, "80", case.memory)
-
-
-@pytest.mark.parametrize("arch", ALL_ARCHS)
-@pytest.mark.parametrize("kernel", emulated.KERNELS)
-def test_machine_code_has_no_spills(arch, kernel):
-    _, log = emulated.compiled(kernel, arch, "cubin")
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert len(frames) >= 4 and set(frames) == {("0", "0", "0")}, log
 
 
 def test_module_without_a_driver():

@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 from math import prod
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from cnncomp.errors import DeviceError
 from cnncomp.ops import cuda, reference
 from tests import cuda_emulated as emulated
-from tests.ptx import GlobalMemory
+from tests.cuda_device import EmulatedModule
 
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
-
-
-def host_bytes(pointer: int, size: int) -> np.ndarray:
-    """Memory of this process as an array."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
-
-
-class EmulatedModule:
-    """Stands in for the extension module: takes host pointers, plans with the real one, runs in the emulator."""
-
-    def conv2d_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
-        names = (
-            "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual "
-            "residual_dtype residual_scale lo out out_dtype"
-        )
-        a = dict(zip(names.split(), arguments, strict=True))
-        p, q = (
-            (a[size] + 2 * a[f"pad_{i}"] - a[f"dil_{i}"] * (a[kernel] - 1) - 1) // a[f"stride_{i}"] + 1
-            for i, size, kernel in (("h", "h", "r"), ("w", "w", "s"))
-        )
-        weights = a["k"] * a["r"] * a["s"] * a["c"] // a["groups"]
-        self._run(
-            _cuda.plan_conv2d_int8, multiprocessors, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * p * q
-        )
-
-    def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
-        names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
-        a = dict(zip(names.split(), arguments, strict=True))
-        self._run(_cuda.plan_linear_int8, multiprocessors, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
-
-    def _run(self, plan: Any, multiprocessors: int, a: dict[str, Any], x: int, weights: int, pixels: int) -> None:
-        size_of = (1, 1, 4)
-        sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
-        if a["residual"]:
-            sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
-        memory = GlobalMemory(1 << 22)
-        host = {name: host_bytes(a[name], size) for name, size in sizes.items()}
-        placed = a | {name: memory.allocate(view) for name, view in host.items()}
-        emulated.run_planned(plan(multiprocessors, *placed.values()), "80", memory)
-        host["out"][:] = memory.fetch(placed["out"], host["out"])
 
 
 @pytest.fixture(autouse=True)

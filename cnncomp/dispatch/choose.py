@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -51,6 +51,11 @@ def to_format(x: Tensor, fmt: str, spec: QuantSpec | None) -> Tensor:
     if x.dim() != 4:
         return x.contiguous()
     return x.contiguous(memory_format=torch.contiguous_format if fmt == NCHW else torch.channels_last)
+
+
+def _noise(shape: Sequence[int], device: torch.device) -> Tensor:
+    """float32 numbers from 0 to 1 that leave the caller's random numbers alone."""
+    return torch.rand(tuple(shape), dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @dataclass
@@ -130,7 +135,7 @@ class Chooser:
             return 0.0
         key = (shape, src, dst, spec)
         if key not in self._measured:
-            x = to_format(torch.rand(shape, device=self.device), src, None)
+            x = to_format(_noise(shape, self.device), src, None)
             fns = {"": lambda: to_format(x, dst, spec)}
             self._measured[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
         return self._measured[key]
@@ -148,7 +153,7 @@ class Chooser:
             module = module_at(self.gm, node)
             if fmt == Q8 and isinstance(module, nn.MaxPool2d):
                 module = QuantMaxPool2d.from_float(module)
-            x = to_format(torch.rand(shape, device=self.device), fmt, QuantSpec(1.0, torch.uint8))
+            x = to_format(_noise(shape, self.device), fmt, QuantSpec(1.0, torch.uint8))
             fns = {"": lambda: module(x)}
             self._measured[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
         return self._measured[key]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from cnncomp._version import __version__
 from cnncomp.dispatch.candidates import Option, count_nonzero
@@ -64,6 +65,11 @@ class NetworkPlanner:
         self.num_layers = sum(len(c.layers) for c in self.choosers)
         self.key = self._key()
 
+    @property
+    def names(self) -> set[str]:
+        """Layers that there is a choice for."""
+        return {layer.info.name for chooser in self.choosers for layer in chooser.layers.values()}
+
     def _key(self) -> str:
         layers = [
             [
@@ -81,7 +87,7 @@ class NetworkPlanner:
             {
                 "device": device_key(self.device),
                 "versions": [__version__, torch.__version__],
-                "inputs": [[list(x.shape), str(x.dtype)] for x in self.inputs if isinstance(x, Tensor)],
+                "inputs": [[list(x.shape), str(x.dtype)] for x in tree_leaves(self.inputs) if isinstance(x, Tensor)],
                 "layers": layers,
             }
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,30 @@ class _Student(nn.Module):
         return logits, [p(f) for p, f in zip(self.projections, found, strict=True)]
 
 
+@dataclass
+class _Objective:
+    """The loss of a batch; the arguments are those of :func:`distill`."""
+
+    teacher: nn.Module
+    features: Features
+    hints: list[str]
+    temperature: float
+    label_weight: float | None
+    hint_weight: float
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(x)
+        logits, projected = model(x)
+        loss = soft_cross_entropy(logits, target, self.temperature)
+        weight = LABEL_WEIGHT if self.label_weight is None else self.label_weight
+        if weight and (y is not None or self.label_weight is not None):
+            loss = (1 - weight) * loss + weight * cross_entropy(nn.Identity(), logits, y)
+        for ours, name in zip(projected, self.hints, strict=True):
+            loss = loss + self.hint_weight * hint_loss(ours, self.features.values[name])
+        return loss
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -52,6 +77,7 @@ def distill(
     hints: Mapping[str, str] | None = None,
     hint_weight: float = 1.0,
     validate: Validate | None = None,
+    after_step: Callable[[int], object] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     log: str | Path | None = None,
@@ -74,7 +100,7 @@ def distill(
         label_weight: w, 0 to 1; above 0 every batch needs labels. None: 0.1 for batches that have labels.
         hints: Names of the student's modules, each with the name of the teacher's module that it imitates.
         hint_weight: h, 0 or more.
-        validate, checkpoint, checkpoint_every, log, title, progress: As in :func:`cnncomp.training.train`.
+        validate, after_step, checkpoint, checkpoint_every, log, title, progress: As in :func:`cnncomp.training.train`.
 
     Raises:
         ArgumentError: No batch, a batch without labels though ``label_weight`` is given, classes that don't match, an
@@ -85,7 +111,6 @@ def distill(
     _check(student, teacher, temperature, label_weight, hint_weight)
     settings = Settings() if settings is None else settings
     hints = dict(hints or {})
-    weight = LABEL_WEIGHT if label_weight is None else label_weight
     with ExitStack() as stack:
         stack.enter_context(evaluating(teacher))
         ours = stack.enter_context(Features(student, list(hints), "student"))
@@ -93,23 +118,14 @@ def distill(
         model = _Student(student, ours, hints)
         _try_out(model, teacher, theirs, data, settings.seed)
 
-        def objective(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
-            with torch.no_grad():
-                target = teacher(x)
-            logits, projected = model(x)
-            loss = soft_cross_entropy(logits, target, temperature)
-            if weight and (y is not None or label_weight is not None):
-                loss = (1 - weight) * loss + weight * cross_entropy(nn.Identity(), logits, y)
-            for features, name in zip(projected, hints.values(), strict=True):
-                loss = loss + hint_weight * hint_loss(features, theirs.values[name])
-            return loss
-
+        objective = _Objective(teacher, theirs, list(hints.values()), temperature, label_weight, hint_weight)
         return train(
             model,
             data,
             settings,
             objective=objective,
             validate=None if validate is None else lambda m: validate(student),
+            after_step=after_step,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             log=log,

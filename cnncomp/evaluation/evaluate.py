@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,12 +73,7 @@ def evaluate(
     kinds = ("clean", *corruptions)
     right, same = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
     steps = range(0, len(images), batch_size)
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        for module in (model, parent):
-            if isinstance(module, nn.Module):
-                stack.enter_context(evaluating(module))
-        advance = stack.enter_context(track("evaluating", len(steps), show=progress))
+    with _ready(model, parent), track("evaluating", len(steps), show=progress) as advance:
         for start in steps:
             x, y = images[start : start + batch_size], labels[start : start + batch_size]
             x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -98,6 +93,17 @@ def evaluate(
         corrupted_agreement={} if parent is None else {kind: same[kind] / n for kind in corruptions},
         images=n,
     )
+
+
+@contextmanager
+def _ready(*models: Model | None) -> Iterator[None]:
+    """Inference mode, and those that are modules in eval mode."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for model in models:
+            if isinstance(model, nn.Module):
+                stack.enter_context(evaluating(model))
+        yield
 
 
 def classes_of(model: Model, x: Tensor, y: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from cnncomp.quantization import QuantizeInputHook
 
@@ -39,5 +40,5 @@ def has_user_hooks(module: nn.Module) -> bool:
 
 
 def cloned(values: Any) -> tuple[Any, ...]:
-    """Arguments of a call that may change its tensors."""
-    return tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in values)
+    """Arguments of a call that may change its tensors, also those in tuples, lists and dictionaries."""
+    return tuple(tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, values))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from cnncomp.graph.arguments import positional
 from cnncomp.graph.nodes import has_user_hooks, module_at
 
 _IDENTITIES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
@@ -48,6 +49,7 @@ def normalize(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         node.type = None  # an annotation that is a string could not be pickled
     _drop_assertions(gm)
+    _by_position(gm)
     _out_of_place(gm)
     _drop_identities(gm)
     _max_pool_modules(gm)
@@ -61,14 +63,24 @@ def _name(node: fx.Node) -> str:
 
 
 def _drop_assertions(gm: fx.GraphModule) -> None:
-    """Tracing with fixed arguments leaves checks that they keep their values, and their placeholders."""
-    fixed: set[fx.Node] = set()  # what the checks read
+    """Tracing with fixed arguments leaves fx's checks that they keep their values; :mod:`cnncomp.graph.arguments` has its
+    own."""
+    read: set[fx.Node] = set()  # by the checks
     for node in reversed(list(gm.graph.nodes)):
         check = node.op == "call_function" and _name(node) in ("_assert", "_assert_is_none")
-        compared = node.op == "call_function" and node.target is operator.eq and node in fixed
-        if check or (not node.users and (compared or (node.op == "placeholder" and node in fixed))):
-            fixed.update(node.all_input_nodes)
+        compared = node.op == "call_function" and node.target is operator.eq and node in read
+        if check or (not node.users and compared):
+            read.update(node.all_input_nodes)
             gm.graph.erase_node(node)
+
+
+def _by_position(gm: fx.GraphModule) -> None:
+    """``self.conv(input=x)`` as ``self.conv(x)``."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.kwargs and not has_user_hooks(module := module_at(gm, node)):
+            args = positional(module, node.args, node.kwargs)
+            if args is not None:
+                node.args, node.kwargs = args, {}
 
 
 def _mutates(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -7,7 +7,6 @@ is and is named in ``Traced.kept``.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
+from cnncomp._modules import bake_weight
 from cnncomp.errors import ArgumentError
+from cnncomp.graph.arguments import optional_arguments, positional, trace_with_fixed
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
 from cnncomp.graph.nodes import cloned, has_user_hooks
 from cnncomp.graph.normalize import CannotNormalize
 from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
-from cnncomp.quantization import ClampChannels, QuantizeInputHook, remove_layer_quantization
+from cnncomp.quantization import ClampChannels, QuantizeInputHook, quantization_of, remove_layer_quantization
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -79,7 +81,8 @@ def _shared_parameters(model: nn.Module) -> frozenset[int]:
 
 
 def clone_for_inference(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters need no gradient, and whose converted layers are dense again.
+    """A copy in eval mode whose parameters need no gradient, with masks baked into the weights and converted layers dense
+    again.
 
     Raises:
         ArgumentError: a module that can't be copied.
@@ -96,6 +99,8 @@ def clone_for_inference(model: nn.Module) -> nn.Module:
         expected = "one that copy.deepcopy takes (torch.nn.utils.prune.remove, remove_weight_norm, ... first)"
         raise ArgumentError("model", f"a module that can't be copied: {error}", expected) from error
     for name, layer in list(copied.named_modules()):
+        if quantization_of(layer) is None:
+            bake_weight(layer)  # inference has no use for masks, and what is parametrised can't be pickled
         # Fused layers quantise by themselves; until then the network runs on unrounded inputs, to be compared with.
         for key in [k for k, hook in layer._forward_pre_hooks.items() if isinstance(hook, QuantizeInputHook)]:
             del layer._forward_pre_hooks[key]
@@ -117,18 +122,24 @@ class Call:
 def trace_graph(root: nn.Module, call: Call) -> fx.GraphModule | None:
     """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave.
 
-    Parameters of forward that were not given stay parameters of the graph; where tracing fails so, because the code
-    branches on them, they are fixed at their defaults.
+    Parameters of forward that were not given stay free parameters of the graph, but for those that tracing fails with,
+    because the code branches on them: these are fixed at their defaults.
     """
-    defaults = _defaults(root, len(call.args))
-    for fixed in ({}, defaults) if defaults else ({},):
+
+    def attempt(fixed: dict[str, Any]) -> fx.GraphModule | None:
         try:
-            gm = fx.GraphModule(root, _Tracer().trace(root, fixed))
-            if gives(gm, call):
-                return gm
+            gm = trace_with_fixed(_Tracer(), root, fixed)
+            return gm if gives(gm, call) else None
         except Exception:  # fx, and the model's own code on a proxy, raise anything
-            continue
-    return None
+            return None
+
+    found, fixed = attempt({}), optional_arguments(root, len(call.args))
+    if found is None and fixed and (found := attempt(fixed)) is not None:
+        for name in list(fixed) if len(fixed) > 1 else ():
+            fewer = {k: v for k, v in fixed.items() if k != name}
+            if (gm := attempt(fewer)) is not None:
+                found, fixed = gm, fewer
+    return found
 
 
 def graph_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModule | None:
@@ -137,16 +148,12 @@ def graph_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModul
     return None if call is None else trace_graph(model, call)
 
 
-def _defaults(root: nn.Module, given: int) -> dict[str, Any]:
-    """Parameters of forward that were not given, with their defaults."""
-    parameters = list(inspect.signature(root.forward).parameters.values())[given:]
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
 def gives(module: nn.Module, call: Call) -> bool:
     """Whether the module returns what was recorded."""
+    # A GraphModule's __call__ prints a traceback when it fails, which is no failure here.
+    run = module.forward if isinstance(module, fx.GraphModule) else module
     with torch.no_grad():
-        return same(module(*cloned(call.args)), call.result)
+        return same(run(*cloned(call.args)), call.result)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -171,14 +178,15 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
 
 
 def record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Call | None]:
-    """Every module's call in one forward; None where it ran more than once or took keywords."""
+    """Every module's call in one forward; None where it ran more than once or took keywords only."""
     calls: dict[str, Call | None] = {}
     names = {m: name for name, m in root.named_modules(remove_duplicate=False)}
     handles = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = names[module]
-        calls[name] = None if name in calls or kwargs else Call(cloned(args))
+        given = positional(module, args, kwargs)
+        calls[name] = None if name in calls or given is None else Call(cloned(given))
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if (call := calls[names[module]]) is not None:
@@ -212,15 +220,22 @@ class _Visitor:
             self.traced.module = graph
         else:
             self._children(root, "")
+        self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Layers that stay lose their quantisation, but for those whose weight the graph computes itself."""
         for name, module in self.traced.module.named_modules():
+            if not isinstance(module, CONVERTIBLE):
+                continue
             reason = self.traced.kept.get(name, "was not converted")
-            if reason != READ_ELSEWHERE and isinstance(module, CONVERTIBLE) and remove_layer_quantization(module):
+            if reason != READ_ELSEWHERE and remove_layer_quantization(module):
                 self.traced.kept[name] = f"{reason}, and runs in float"
+                bake_weight(module)
 
     def _graph(self, module: nn.Module, path: str) -> fx.GraphModule | None:
         """The module's fused graph, noted in ``traced``; None, and nothing noted, if there is none that gives the same."""
         call = self.calls.get(path)
-        if call is None or has_user_hooks(module) or not any(isinstance(a, Tensor) for a in call.args):
+        if call is None or has_user_hooks(module) or not any(isinstance(a, Tensor) for a in tree_leaves(call.args)):
             return None
         single = isinstance(module, CONVERTIBLE)
         gm = trace_graph(nn.Sequential(module) if single else module, call)
@@ -232,8 +247,7 @@ class _Visitor:
 
         try:
             kept = fuse(gm, call.args, lambda m: why_kept(m, self.shared), full_name)
-            if path:
-                _contiguous_outputs(gm)
+            _contiguous_outputs(gm)
             if not gives(gm, call):
                 return None
         except CannotNormalize:
@@ -244,10 +258,11 @@ class _Visitor:
 
     def _children(self, module: nn.Module, path: str) -> None:
         kept = self.traced.kept
-        if has_user_hooks(module):
-            kept[path or "(model)"] = "has hooks"
+        if has_user_hooks(module) and path:
+            kept[path] = "has hooks"
             return
-        kept[path or "(model)"] = "its forward can't be traced: its layers were converted one by one"
+        reason = "has hooks" if has_user_hooks(module) else "its forward can't be traced"
+        kept[path or "(model)"] = f"{reason}: its layers were converted one by one"
         for name, child in list(module.named_children()):
             child_path = f"{path}.{name}" if path else name
             if not any(isinstance(m, CONVERTIBLE) for m in child.modules()):
@@ -279,10 +294,10 @@ class _Visitor:
 
 
 def _contiguous_outputs(gm: fx.GraphModule) -> None:
-    """A part of a network returns its tensors in torch's own layout, for the code around it may ask for a view."""
+    """A network, or a part of one, returns its tensors in torch's own layout, for the code around it may ask for a view."""
     output = next(n for n in gm.graph.nodes if n.op == "output")
     for node in output.all_input_nodes:
-        if "shape" in node.meta:
+        if len(node.meta.get("shape", ())) > 2:  # matrices have one layout
             with gm.graph.inserting_before(output):
                 fixed = gm.graph.call_method("contiguous", (node,))
             fixed.meta.update(node.meta)

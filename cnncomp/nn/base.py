@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DtypeError
+from cnncomp.ops.library import conv_out_size
 
 INF = math.inf
 
@@ -61,13 +62,21 @@ class Geometry:
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.in_channels == self.out_channels
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The output's shape for an input of ``shape``, (N, C, H, W) or, with ``conv1d``, (N, C, L)."""
+        pairs = (self.kernel_size, self.stride, self.padding, self.dilation)
+        axes = zip(shape[2:], *(pair[1:] if self.conv1d else pair for pair in pairs), strict=True)
+        return (shape[0], self.out_channels, *(conv_out_size(*axis) for axis in axes))
+
     @classmethod
     def of(cls, conv: nn.Conv1d | nn.Conv2d) -> Geometry:
         """Geometry of a torch convolution.
 
         Raises:
-            ArgumentError: a padding that the kernels can't do (mode other than zeros, uneven "same").
+            ArgumentError: another module than a Conv1d or Conv2d with torch's own forward; a padding that the kernels can't
+                do (mode other than zeros, uneven "same").
         """
+        check_layer("conv", conv, nn.Conv1d, nn.Conv2d)
         if conv.padding_mode != "zeros":
             raise ArgumentError("padding_mode", conv.padding_mode, "'zeros'")
         one = isinstance(conv, nn.Conv1d)
@@ -110,8 +119,8 @@ class QuantSpec:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ArgumentError("input_scale", self.scale, "a finite number above 0")
+        if not isinstance(self.scale, (int, float)) or not (math.isfinite(self.scale) and self.scale > 0):
+            raise ArgumentError("input_scale", repr(self.scale), "a finite number above 0")
         if self.dtype not in (torch.uint8, torch.int8):
             raise ArgumentError("input_dtype", self.dtype, "torch.uint8 or torch.int8")
 
@@ -132,8 +141,9 @@ class LayerInfo:
 class ConvertedLayer(nn.Module):
     """A drop-in layer for inference. ``forward(x, residual=None)`` gives ``clamp(layer(x) + residual)``.
 
-    ``kernel`` names what runs; ``config()`` with ``tensors()`` is all that is needed to build the layer again, on any
-    machine; ``to_dense()`` gives the float layer that computes the same.
+    Computes in float32 or int8, also inside ``torch.autocast``. ``kernel`` names what runs; ``config()`` with ``tensors()``
+    is all that is needed to build the layer again, on any machine; ``to_dense()`` gives the float layer that computes the
+    same.
     """
 
     kernel: str = ""
@@ -142,6 +152,47 @@ class ConvertedLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.info = LayerInfo()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output.
+
+        Args:
+            x: as the class says.
+            residual: added before the clamp, by torch's rules of broadcasting; one of the output's shape is fused.
+
+        Raises:
+            ArgumentError: another number of dimensions or channels.
+            DtypeError: a dtype that the layer doesn't compute in.
+        """
+        if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(_widened(x), None if residual is None else _widened(residual))
+        self._check_dtype(x)
+        self._check_shape(x)
+        if residual is not None and residual.shape != self._output_shape(x):
+            # The shapes agreed on the example input, and need not on others: y.mean(0, keepdim=True), at batch 1.
+            return self._epilogue(self._run(x, None, clamped=False), residual)
+        return self._run(x, residual)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if x.dtype != torch.float32:
+            expected = "torch.float32, in which converted layers compute, whatever the model is cast to"
+            raise DtypeError("x", x.dtype, expected)
+
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise :class:`ArgumentError` unless ``x`` has the layer's dimensions and channels."""
+        raise NotImplementedError
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        """The layer, with a residual of the output's shape; ``clamped=False``: in floats, without its activation."""
+        raise NotImplementedError
+
+    def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
+        """What ``_run`` fuses, on its unclamped result ``t``."""
+        return clamp_add(t, residual, self.activation)
 
     def config(self) -> dict[str, Any]:
         """JSON-able constructor arguments."""
@@ -164,18 +215,65 @@ class ConvertedLayer(nn.Module):
         return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedLayer:
-        """Move between devices, but never change a dtype: packed weights and their constants are exact as they are."""
-        before = {name: t.dtype for name, t in self._buffers.items() if t is not None}
-        originals = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, dtype in before.items():
-            now = self._buffers[name]
-            assert now is not None
-            if now.dtype != dtype:
-                original = originals[name]
-                assert original is not None
-                self._buffers[name] = original.to(now.device)
+        """Move between devices, but never change a dtype: weights and constants are exact as they are."""
+        super()._apply(keeping_dtype(fn), recurse)
         return self
+
+
+class ConvLayer(ConvertedLayer):
+    """A convolution. Subclasses give ``_image``: ``_run`` on images (N, C, H, W)."""
+
+    geometry: Geometry
+
+    def _check_shape(self, x: Tensor) -> None:
+        dims = 3 if self.geometry.conv1d else 4
+        if x.dim() != dims:
+            raise ArgumentError(
+                "x", f"shape {tuple(x.shape)}", f"{dims} dimensions (N, C, {'L' if dims == 3 else 'H, W'})"
+            )
+        check_channels(x, 1, self.geometry.in_channels)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return self.geometry.output_shape(x.shape)
+
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        if self.geometry.conv1d:
+            image = None if residual is None else residual.unsqueeze(2)
+            return self._image(x.unsqueeze(2), image, clamped).squeeze(2)
+        return self._image(x, residual, clamped)
+
+    def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
+        raise NotImplementedError
+
+
+class LinearLayer(ConvertedLayer):
+    """A linear map of the last dimension."""
+
+    in_features: int
+    out_features: int
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.dim() < 1:
+            raise ArgumentError("x", "a number", "at least one dimension, (..., C)")
+        check_channels(x, -1, self.in_features)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (*x.shape[:-1], self.out_features)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """What autocast made half precision as float32 again."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``nn.Module._apply``, as far as it moves tensors: they keep their dtype, with all digits."""
+
+    def moved(t: Tensor) -> Tensor:
+        out = fn(t)
+        return out if out.dtype == t.dtype else t.to(out.device)
+
+    return moved
 
 
 def clamp_config(c: Clamp) -> list[Any]:
@@ -197,9 +295,23 @@ def geometry_config(g: Geometry) -> dict[str, Any]:
     return asdict(g)
 
 
-def as_image(x: Tensor | None) -> Tensor | None:
-    """(N, C, L) as an image of height 1."""
-    return None if x is None else x.unsqueeze(2)
+def clamp_add(t: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
+    """The epilogue of float layers on a fresh tensor ``t``, in place where it can be; ``act`` has one upper bound."""
+    assert not isinstance(act.hi, tuple)
+    if residual is not None:
+        t = t + residual if t.requires_grad or t.shape != residual.shape else t.add_(residual)
+    if not act:
+        return t
+    if t.requires_grad:
+        return t.clamp(act.lo, act.hi)
+    return t.relu_() if act == Clamp(0.0) else t.clamp_(act.lo, act.hi)
+
+
+def check_layer(argument: str, layer: object, *types: type[nn.Module]) -> None:
+    """Raise :class:`ArgumentError` unless ``layer`` computes what one of ``types``, torch's own classes, does."""
+    if not any(isinstance(layer, cls) and type(layer).forward is cls.forward for cls in types):
+        names = " or ".join(cls.__name__ for cls in types)
+        raise ArgumentError(argument, type(layer).__name__, f"a torch.nn.{names} with torch's own forward")
 
 
 def check_channels(x: Tensor, dim: int, expected: int) -> None:

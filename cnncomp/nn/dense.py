@@ -13,8 +13,10 @@ from cnncomp.nn.base import (
     LINEAR,
     Clamp,
     ConvertedLayer,
+    ConvLayer,
     Geometry,
-    as_image,
+    LinearLayer,
+    clamp_add,
     clamp_config,
     clamp_from_config,
     geometry_config,
@@ -23,18 +25,6 @@ from cnncomp.nn.base import (
 #: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused and its weight laid
 #: out once, as torch.compile does it when weights are frozen.
 CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
-
-
-def _clamp_add(t: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
-    """In-place epilogue on a fresh tensor ``t``; ``act`` has one upper bound."""
-    assert not isinstance(act.hi, tuple)
-    if residual is not None:
-        t = t + residual if t.requires_grad else t.add_(residual)
-    if not act:
-        return t
-    if t.requires_grad:
-        return t.clamp(act.lo, act.hi)
-    return t.relu_() if act == Clamp(0.0) else t.clamp_(act.lo, act.hi)
 
 
 class _Packed:
@@ -61,22 +51,27 @@ class _Packed:
 
 
 class _Dense(ConvertedLayer):
-    """Bounds of the activation: one interval, and ``upper`` where each channel has its own."""
+    """Bounds of the activation: one interval, and ``upper`` (K,) where each channel has its own."""
 
     upper: Tensor | None
 
-    def _bound(self, activation: Clamp, trailing: int) -> None:
-        """``trailing``: dimensions behind the channels."""
+    def _bound(self, activation: Clamp) -> None:
         self.activation = activation
         self._interval = Clamp(activation.lo) if isinstance(activation.hi, tuple) else activation
         upper = torch.tensor(activation.hi) if isinstance(activation.hi, tuple) else None
-        self.register_buffer("upper", None if upper is None else upper.view(-1, *[1] * trailing), persistent=False)
+        self.register_buffer("upper", upper, persistent=False)
 
     def _bounded(self, t: Tensor) -> Tensor:
-        return t if self.upper is None else torch.minimum(t, self.upper)
+        if self.upper is None:
+            return t
+        behind = 0 if isinstance(self, LinearLayer) else t.dim() - 2  # dimensions behind the channels
+        return torch.minimum(t, self.upper.view(-1, *[1] * behind))
+
+    def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
+        return self._bounded(clamp_add(t, residual, self._interval))
 
 
-class DenseConv2d(_Dense):
+class DenseConv2d(_Dense, ConvLayer):
     """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
 
     ``kernel`` is one of :data:`CONV_KERNELS`. "dense.fused" runs on the CPU in inference only.
@@ -94,38 +89,36 @@ class DenseConv2d(_Dense):
         if kernel not in CONV_KERNELS:
             raise ArgumentError("kernel", kernel, f"one of {', '.join(CONV_KERNELS)}")
         self.geometry, self.kernel = geometry, kernel
-        self._bound(activation, 2)
+        self._bound(activation)
         self._packed = _Packed()
         layout = torch.contiguous_format if kernel == "dense.nchw" else torch.channels_last
         with torch.inference_mode(False):  # a tensor born in inference mode does not tell when it is changed
             self.weight = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        g = self.geometry
-        if g.conv1d:
-            out = self._image(x.unsqueeze(2), as_image(residual))
-            return self._bounded(out).squeeze(2)
-        return self._bounded(self._image(x, residual))
+    def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
+        if not clamped:
+            return self._interval_image(x, residual, LINEAR)
+        return self._bounded(self._interval_image(x, residual, self._interval))
 
-    def _image(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _interval_image(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
         g = self.geometry
         if self.kernel == "dense.nchw":
             x = x.contiguous()
         else:
             x = x.contiguous(memory_format=torch.channels_last)
             if self.kernel == "dense.fused" and self._can_fuse(x):
-                return self._fused(x, residual)
+                return self._fused(x, residual, act)
         t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
-        return _clamp_add(t, residual, self._interval)
+        return clamp_add(t, residual, act)
 
     @staticmethod
     def _can_fuse(x: Tensor) -> bool:
         """oneDNN's fused operators have no gradient and, with a residual, no fake function; a compiler fuses by itself."""
         return x.device.type == "cpu" and x.numel() > 0 and not x.requires_grad and not torch.compiler.is_compiling()
 
-    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        g, act = self.geometry, self._interval
+    def _fused(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
+        g = self.geometry
         attr, scalars = ("none", []) if not act else ("hardtanh", [act.lo, act.hi])
         if act == Clamp(0.0):
             attr, scalars = "relu", []
@@ -172,7 +165,7 @@ class DenseConv2d(_Dense):
         return f"{self.geometry} {self.activation} kernel={self.kernel}"
 
 
-class DenseLinear(_Dense):
+class DenseLinear(_Dense, LinearLayer):
     """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K)."""
 
     kernel = "dense.linear"
@@ -184,20 +177,14 @@ class DenseLinear(_Dense):
         activation: Clamp = LINEAR,
     ) -> None:
         super().__init__()
-        self._bound(activation, 0)
+        self.out_features, self.in_features = weight.shape
+        self._bound(activation)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._bounded(_clamp_add(F.linear(x, self.weight, self.bias), residual, self._interval))
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        t = F.linear(x, self.weight, self.bias)
+        return self._bounded(clamp_add(t, residual, self._interval)) if clamped else clamp_add(t, residual, LINEAR)
 
     def config(self) -> dict[str, Any]:
         return {"activation": clamp_config(self.activation)}

@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.nn.base import (
+    INF,
     LINEAR,
     Clamp,
     ConvertedLayer,
+    ConvLayer,
     Geometry,
+    LinearLayer,
     QuantSpec,
-    as_image,
-    check_channels,
+    check_layer,
     clamp_config,
     clamp_from_config,
     geometry_config,
@@ -125,12 +127,27 @@ class _QuantLayer(ConvertedLayer):
         self.inv_scale = float(torch.tensor(1.0 / self.input.scale, dtype=torch.float32))
         self.out_dtype = torch.float32 if output is None else output.dtype
 
+    def _check_dtype(self, x: Tensor) -> None:
+        if x.dtype not in (self.input.dtype, torch.float32, torch.float16, torch.bfloat16):
+            expected = f"float32, float16, bfloat16, or {self.input.dtype} with a step of {self.input.scale:g}"
+            raise DtypeError("x", x.dtype, expected)
+
     def _input(self, x: Tensor) -> Tensor:
-        if x.dtype == self.input.dtype:
-            return x
-        if not x.is_floating_point():
-            raise ArgumentError("x", x.dtype, f"floats, or {self.input.dtype} with a step of {self.input.scale:g}")
-        return torch.ops.cnncomp.quantize(x, self.inv_scale, self.input.dtype)
+        return x if x.dtype == self.input.dtype else torch.ops.cnncomp.quantize(x, self.inv_scale, self.input.dtype)
+
+    def _constants(self, clamped: bool) -> tuple[Tensor, float, torch.dtype]:
+        """The operator's constants, lower bound and output dtype; with ``clamped=False``, up to the residual only."""
+        if clamped:
+            return self.constants, self.lo, self.out_dtype
+        constants = self.constants.clone()
+        constants[2] = INF
+        return constants, -INF, torch.float32
+
+    def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
+        t = t + residual.float() * self.residual_scale
+        hi = self.constants[2] if isinstance(self, LinearLayer) else self.constants[2].view(-1, *[1] * (t.dim() - 2))
+        t = torch.minimum(t.clamp(min=self.lo), hi)
+        return t if self.out_dtype == torch.float32 else t.round().to(self.out_dtype)
 
     def weight_int8(self) -> Tensor:
         """The unpacked int8 weight."""
@@ -209,7 +226,7 @@ def _spec_of(layer: nn.Module, input: QuantSpec | None) -> tuple[QuantSpec, Tens
     return (input, None, None) if found is None else (input, found.weight_scale, found.weight_shift)
 
 
-class QuantConv2d(_QuantLayer):
+class QuantConv2d(_QuantLayer, ConvLayer):
     """int8 convolution with fused bias, residual, clamp and requantisation.
 
     Input: (N, C, H, W) (or (N, C, L) if ``geometry.conv1d``), floats, which it quantises, or 8 bit as ``input`` says.
@@ -268,18 +285,12 @@ class QuantConv2d(_QuantLayer):
             return unpack_int8(self.weight, g.in_channels, g.out_channels, g.kernel_size, g.groups)
         return self.weight.permute(0, 3, 1, 2).contiguous()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         g = self.geometry
-        check_channels(x, 1, g.in_channels)
-        if g.conv1d:
-            return self._image(x.unsqueeze(2), as_image(residual)).squeeze(2)
-        return self._image(x, residual)
-
-    def _image(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        g = self.geometry
+        constants, lo, dtype = self._constants(clamped)
         return torch.ops.cnncomp.conv2d_int8(
-            self._input(x), self.weight, self.constants, residual, self.residual_scale, self.lo,
-            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, self.out_dtype,
+            self._input(x), self.weight, constants, residual, self.residual_scale, lo,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype,
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
@@ -304,7 +315,7 @@ class QuantConv2d(_QuantLayer):
         return f"{self.geometry} {self._io()}"
 
 
-class QuantLinear(_QuantLayer):
+class QuantLinear(_QuantLayer, LinearLayer):
     """int8 linear with the same epilogue. Input (..., C) floats or 8 bit, output (..., K). See :class:`QuantConv2d`."""
 
     kernel = "linear_int8"
@@ -332,6 +343,7 @@ class QuantLinear(_QuantLayer):
         activation: Clamp = LINEAR,
     ) -> QuantLinear:
         """From a torch linear that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
+        check_layer("linear", linear, nn.Linear)
         spec, scale, shift = _spec_of(linear, input)
         q, s = quantize_weight(linear.weight, scale, shift)
         return cls(q, s, linear.bias, spec, activation, weight_shift=shift)
@@ -344,11 +356,10 @@ class QuantLinear(_QuantLayer):
             return self.weight
         return unpack_int8(self.weight, self.in_features, self.out_features, (1, 1)).flatten(1)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        check_channels(x, -1, self.in_features)
-        return torch.ops.cnncomp.linear_int8(
-            self._input(x), self.weight, self.constants, residual, self.residual_scale, self.lo, self.out_dtype
-        )
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        constants, lo, dtype = self._constants(clamped)
+        args = (self._input(x), self.weight, constants, residual, self.residual_scale, lo, dtype)
+        return torch.ops.cnncomp.linear_int8(*args)
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> QuantLinear:

@@ -15,9 +15,10 @@ from cnncomp.nn.base import (
     LINEAR,
     Clamp,
     ConvertedLayer,
+    ConvLayer,
     Geometry,
-    as_image,
-    check_channels,
+    LinearLayer,
+    check_layer,
     clamp_config,
     clamp_from_config,
     geometry_config,
@@ -102,7 +103,7 @@ class _SparseLayer(ConvertedLayer):
         return out if self.bias is None else {**out, "bias": self.bias}
 
 
-class SparseConv2d(_SparseLayer):
+class SparseConv2d(_SparseLayer, ConvLayer):
     """Sparse fp32 convolution with fused bias, residual and clamp; the zeros of ``weight`` cost nothing.
 
     Input (N, C, H, W) (or (N, C, L)) float32, output (N, K, P, Q) float32, within 1e-5 relative of torch's dense one.
@@ -141,15 +142,8 @@ class SparseConv2d(_SparseLayer):
     def weight_dense(self) -> Tensor:
         return self._weight4d()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        g = self.geometry
-        check_channels(x, 1, g.in_channels)
-        if g.conv1d:
-            return self._image(x.unsqueeze(2), as_image(residual)).squeeze(2)
-        return self._image(x, residual)
-
-    def _image(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        g, act = self.geometry, self.activation
+    def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
+        g, act = self.geometry, self.activation if clamped else LINEAR
         return torch.ops.cnncomp.conv2d_sparse(
             x, self.values, self.index, self.row_ptr, self.block, self.bias, residual, act.lo, _number(act.hi),
             g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation, g.groups,
@@ -177,7 +171,7 @@ class SparseConv2d(_SparseLayer):
         return f"{self.geometry} {self.sparsity:.0%} zeros {self.activation}"
 
 
-class SparseLinear(_SparseLayer):
+class SparseLinear(_SparseLayer, LinearLayer):
     """Sparse fp32 linear with the same epilogue. Input (..., C), output (..., K). See :class:`SparseConv2d`."""
 
     kernel = "linear_sparse"
@@ -194,15 +188,19 @@ class SparseLinear(_SparseLayer):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, activation: Clamp = LINEAR) -> SparseLinear:
-        """From a torch linear, masked or with zeros in its weight."""
+        """From a torch linear, masked or with zeros in its weight.
+
+        Raises:
+            ArgumentError: another module.
+        """
+        check_layer("linear", linear, nn.Linear)
         return cls(linear.weight.detach(), linear.bias, activation)
 
     def weight_dense(self) -> Tensor:
         return self._weight4d().flatten(1)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        check_channels(x, -1, self.in_features)
-        act = self.activation
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        act = self.activation if clamped else LINEAR
         return torch.ops.cnncomp.linear_sparse(
             x,
             self.values,

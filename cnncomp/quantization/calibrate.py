@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, layers_of, parametrization_of, reduction_length, select, weight_parameter
+from cnncomp._modules import Layer, layers_of, reduction_length, select, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
-from cnncomp.pruning.mask import Mask
 from cnncomp.quantization.bias import correct_biases
 from cnncomp.quantization.equalize import CRITERIA
 from cnncomp.quantization.equalize import equalize as equalize_layers
@@ -176,6 +175,8 @@ def _reached(layers: dict[str, Layer], observers: dict[str, RangeObserver]) -> d
 
 
 def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str], scheme: str) -> dict[str, Layer]:
+    from cnncomp.pruning.mask import mask_of  # which imports this package
+
     every = layers_of(model)
     done = [name for name, layer in every.items() if quantization_of(layer) is not None]
     if done:
@@ -187,7 +188,7 @@ def _layers_to_quantize(model: nn.Module, exclude: str | Sequence[str], scheme: 
         weight_parameter(layer, name)
         if not torch.isfinite(layer.weight).all():
             raise ArgumentError("model", f"NaN or infinity in the weight of layer {name!r}", "finite weights")
-        if scheme == "mean-shift" and parametrization_of(layer, Mask) is not None:
+        if scheme == "mean-shift" and mask_of(layer) is not None:
             got = f"'mean-shift' for layer {name!r}, which is pruned: its zeros would become the mean"
             raise ArgumentError("scheme", got, "'symmetric'")
         length = reduction_length(layer)

@@ -194,6 +194,9 @@ def remove_layer_quantization(layer: nn.Module) -> bool:
 def remove_quantization(model: nn.Module) -> nn.Module:
     """Undo :func:`quantize`, in place: the float weights, as trained since, come back; masks stay.
 
+    What other methods than the default changed besides stays: channels equalised, weights rounded adaptively, biases
+    corrected, BatchNorm folded.
+
     Returns:
         ``model``.
     """

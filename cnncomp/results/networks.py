@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnncomp.distillation import distill
+from cnncomp.distillation import FINETUNE, distill, finetune
 from cnncomp.models.thin_resnet import ThinResNet
+from cnncomp.pruning.schedule import GradualCubic, OneShot
 from cnncomp.results.idx import FashionMnist, ImageSet
-from cnncomp.training import Batches, Settings, shift_and_flip, train
+from cnncomp.training import Batches, History, Settings, shift_and_flip, train
 from cnncomp.training.batches import as_float
 
 TEACHER = Settings(epochs=12, lr=0.1, precision="bf16", channels_last=True)
+PRUNED = replace(FINETUNE, epochs=3, lr=0.03, precision="bf16", channels_last=True)
 STUDENT = Settings(epochs=12, lr=0.1, weight_decay=1e-4, precision="bf16", channels_last=True)
+
+
+@dataclass
+class Trained:
+    """A trained model, and what happened."""
+
+    model: nn.Module
+    history: History
+
+    @property
+    def hours(self) -> float:
+        """Of training, validation not counted."""
+        return sum(row["seconds"] for row in self.history.rows) / 3600
 
 
 def accuracy(model: nn.Module, images: ImageSet, batch: int = 250) -> float:
@@ -45,27 +60,49 @@ def batches(data: ImageSet, seed: int) -> Batches:
     return Batches(data.images, data.labels, 128, augment=shift_and_flip(), seed=seed)
 
 
-def train_teacher(data: FashionMnist, out: Path, settings: Settings = TEACHER) -> ThinResNet:
+def train_teacher(data: FashionMnist, out: Path, settings: Settings = TEACHER) -> Trained:
     """The trained teacher; its checkpoint stays in ``out``, from where a second call reads it."""
     torch.manual_seed(settings.seed)
     model = build_teacher()
-    train(model, batches(data.train, settings.seed), settings, title="teacher", **_options(data, out, "teacher"))
-    return model
+    history = train(model, batches(data.train, settings.seed), settings, **_options(data, out, "teacher"))
+    return Trained(model, history)
 
 
 def train_student(
     data: FashionMnist, out: Path, seed: int, teacher: nn.Module | None, settings: Settings = STUDENT
-) -> ThinResNet:
+) -> Trained:
     """The student, from the labels alone or with the help of ``teacher``; all else equal, its first weights included."""
     torch.manual_seed(seed)
     model, settings = build_student(), replace(settings, seed=seed)
-    name = f"student-{'plain' if teacher is None else 'distilled'}-{seed}"
-    options = {"title": name, **_options(data, out, name)}
+    options = _options(data, out, f"student-{'plain' if teacher is None else 'distilled'}-{seed}")
+    loader = batches(data.train, seed)
     if teacher is None:
-        train(model, batches(data.train, seed), settings, **options)
+        return Trained(model, train(model, loader, settings, **options))
+    return Trained(model, distill(model, teacher, loader, settings, **options))
+
+
+def prune_and_finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: FashionMnist,
+    out: Path,
+    name: str,
+    sparsity: float | str,
+    settings: Settings = PRUNED,
+) -> Trained:
+    """``model``, pruned in place and fine-tuned on what ``teacher`` says.
+
+    Args:
+        sparsity: The fraction of zeros, reached by steps during the first two thirds of the epochs; or an n:m pattern, taken
+            at once.
+    """
+    loader = batches(data.train, settings.seed)
+    if isinstance(sparsity, str):
+        schedule: OneShot | GradualCubic = OneShot(model, pattern=sparsity)
     else:
-        distill(model, teacher, batches(data.train, seed), settings, **options)
-    return model
+        schedule = GradualCubic(model, sparsity, end=2 * settings.epochs * len(loader) // 3, every=20)
+    history = finetune(model, teacher, loader, settings, after_step=schedule.step, **_options(data, out, name))
+    return Trained(model, history)
 
 
 def _options(data: FashionMnist, out: Path, name: str) -> dict[str, Any]:
@@ -74,4 +111,5 @@ def _options(data: FashionMnist, out: Path, name: str) -> dict[str, Any]:
         "checkpoint": out / f"{name}.ckpt",
         "checkpoint_every": 100,
         "log": out / f"{name}.csv",
+        "title": name,
     }

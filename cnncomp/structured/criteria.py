@@ -31,14 +31,17 @@ def score_groups(
     ========= ===================================================================================================
     criterion score of a unit
     ========= ===================================================================================================
-    magnitude the L2 norm of all parameters that go with it, each dependency's squares first divided by their mean over
-              the group, so that neither a wide layer nor one of large weights outvotes the others, and groups can be
-              ranked together (group norm: Fang et al., "DepGraph", 2023, section 3.3)
+    magnitude the sum of squares of all parameters that go with it, over the mean of that in its group; each dependency is
+              divided so by itself, and the mean of all dependencies taken, so that neither a wide layer nor one of large
+              weights outvotes the others (group norm: Fang et al., "DepGraph", 2023, section 3.3)
     bn        the sum of \\|γ\\| in the BatchNorms behind it (Liu et al., "Network Slimming", 2017); NaN for a group without
     taylor    mean over batches of (Σ w·∂L/∂w)² over the weights that read it, which is Σ a·∂L/∂a over its activations:
               the square of what the loss changes to first order when they become zero (Molchanov et al., "Importance
-              Estimation for Neural Network Pruning", 2019, equation 8)
+              Estimation for Neural Network Pruning", 2019, equation 8); over the mean of that in its group
     ========= ===================================================================================================
+
+    Where the scores' mean in a group is 1, groups are ranked together by how far a unit falls short of its own group. Without,
+    the groups of a trained network with the least gradients, or the fewest layers, would be all but emptied first.
 
     The model runs in eval mode; gradients in ``.grad`` stay as they are.
 
@@ -71,7 +74,7 @@ def _magnitude(group: Group) -> Tensor:
         squares = _gather(d, squared(d.node, d.axis, _values(d)))
         mean = squares.mean()
         total += squares / mean if mean != 0 else squares
-    return total.sqrt()
+    return total / len(group.dependencies)
 
 
 def _values(d: Dependency) -> dict[str, Tensor]:
@@ -91,9 +94,8 @@ def _batch_norm(group: Group) -> Tensor:
 
 
 def _readers(group: Group) -> list[Dependency]:
-    """The dependencies whose weights sum over the group's channels, and give channels of other groups."""
-    own = {d.node for d in group.dependencies if d.axis == "out"}
-    return [d for d in group.dependencies if d.axis == "in" and d.node not in own]
+    """The dependencies whose weights sum over the group's channels; not depthwise layers and the like, which go with them."""
+    return [d for d in group.dependencies if d.axis == "in" and isinstance(d.node, WeightNode) and not d.node.by_group]
 
 
 def _taylor(groups: Sequence[Group], model: nn.Module, data: Any, loss: Loss) -> list[Tensor]:
@@ -125,4 +127,4 @@ def _taylor(groups: Sequence[Group], model: nn.Module, data: Any, loss: Loss) ->
             w.requires_grad_(False)
     if index < 0:
         raise CalibrationError("data: got no batches, expected at least one (was an iterator used up before?)")
-    return [total / (index + 1) for total in totals]
+    return [total / mean if (mean := total.mean()) > 0 else total for total in totals]

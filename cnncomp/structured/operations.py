@@ -48,6 +48,8 @@ CONCATENATING: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concat
 FLATTENING: frozenset[Any] = frozenset({torch.flatten, "flatten"})
 RESHAPING: frozenset[Any] = frozenset({torch.reshape, "reshape", "view"})
 REDUCING: frozenset[Any] = frozenset({torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin"})
+PERMUTING: frozenset[Any] = frozenset({torch.permute, torch.transpose, "permute", "transpose"})
+SQUEEZING: frozenset[Any] = frozenset({torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze"})
 CHUNKING: frozenset[Any] = frozenset({torch.chunk, "chunk"})
 INDEXING: frozenset[Any] = frozenset({operator.getitem})
 
@@ -99,3 +101,20 @@ def sizes(node: fx.Node) -> tuple[Any, ...] | None:
     if len(given) == 1 and isinstance(given[0], fx.Node):
         return None
     return tuple(given)
+
+
+def dimension_order(node: fx.Node, ndim: int) -> list[int] | None:
+    """For a permutation or transposition, the input's dimension at each place of the result; None where it is not written
+    as numbers."""
+    given = node.args[1:]
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        given = tuple(given[0])
+    dims = [d % ndim for d in given if isinstance(d, int)]
+    if len(dims) != len(given):
+        return None
+    if node.target in (torch.permute, "permute"):
+        return dims
+    order = list(range(ndim))
+    a, b = dims
+    order[a], order[b] = b, a
+    return order

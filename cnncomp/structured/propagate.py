@@ -38,7 +38,13 @@ class Propagation:
         self.out_ids: dict[Node, tuple[int, ...]] = {}
         self.in_ids: dict[Node, tuple[int, ...]] = {}
         for node in gm.graph.nodes:
-            self.values[node] = self._visit(node)
+            if "input" in node.kwargs and not node.args:  # torch's name of the first argument, in functions and layers
+                node.args = (node.kwargs["input"],)
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
+            try:
+                self.values[node] = self._visit(node)
+            except (AssertionError, AttributeError, IndexError, TypeError, ValueError):
+                self.values[node] = self._unknown(node)  # arguments of a form that no rule expects
 
     def _visit(self, node: fx.Node) -> Value:
         if node.op in ("placeholder", "get_attr"):
@@ -77,9 +83,10 @@ class Propagation:
             return self._channelwise(node)
         if layer is None and not reason and type(module) is nn.Flatten:
             return self._flatten(node, module.start_dim, module.end_dim)
-        if layer is None or len(node.all_input_nodes) != 1 or not isinstance(node.args[0], fx.Node):
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if layer is None or not isinstance(source, fx.Node):
             return self._stop(node, reason) if reason else self._unknown(node)
-        return self._layer(node, layer, node.args[0])
+        return self._layer(node, layer, source)
 
     def _layer(self, node: fx.Node, layer: Node, source: fx.Node) -> Value:
         shape = shape_of(source)
@@ -144,11 +151,13 @@ class Propagation:
             (ops.FLATTENING, lambda n: self._flatten(n, *ops.arguments(n, ("start_dim", "end_dim"), (0, -1)))),
             (ops.RESHAPING, self._reshape),
             (ops.REDUCING, self._reduce),
+            (ops.PERMUTING, self._permute),
+            (ops.SQUEEZING, self._squeeze),
             (ops.CHUNKING, self._chunk),
             (ops.INDEXING, self._index),
         )
         for targets, handler in handlers:
-            if target in targets:
+            if node.args and target in targets:
                 return handler(node)
         return self._unknown(node)
 
@@ -258,6 +267,25 @@ class Propagation:
         if channels.dim in gone or not all(isinstance(d, int) for d in dims):
             return self._unknown(node)
         return Channels(channels.dim - (0 if keep else sum(d < channels.dim for d in gone)), channels.ids)
+
+    def _permute(self, node: fx.Node) -> Value:
+        channels, before = self._channels(node.args[0]), shape_of(node.args[0])
+        if channels is None or before is None or node.kwargs:
+            return self._unknown(node)
+        order = ops.dimension_order(node, len(before))
+        return self._unknown(node) if order is None else Channels(order.index(channels.dim), channels.ids)
+
+    def _squeeze(self, node: fx.Node) -> Value:
+        """A dimension of one goes away, or comes."""
+        channels, before, after = self._channels(node.args[0]), shape_of(node.args[0]), shape_of(node)
+        (dim,) = ops.arguments(node, ("dim",), (None,))
+        if channels is None or before is None or after is None or not isinstance(dim, int):
+            return self._unknown(node)
+        change = len(after) - len(before)
+        dim %= max(len(before), len(after))
+        if change < 0 and dim == channels.dim:
+            return self._unknown(node)
+        return Channels(channels.dim + (change if dim < channels.dim + max(0, change) else 0), channels.ids)
 
     def _chunk(self, node: fx.Node) -> Value:
         """Equal parts stay equal: the same channel of each part goes."""

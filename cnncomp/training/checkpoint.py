@@ -30,10 +30,11 @@ def seed_everything(seed: int) -> None:
 def random_state() -> State:
     """The state of all generators that :func:`seed_everything` seeds."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    numbers = torch.from_numpy(np.asarray(keys).astype(np.int64))  # torch can't send uint32 to other processes
     state: State = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)),
+        "numpy": (str(kind), numbers, int(position), int(has_gauss), float(gauss)),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -45,7 +46,7 @@ def set_random_state(state: State) -> None:
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))  # noqa: NPY002
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

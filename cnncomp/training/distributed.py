@@ -6,7 +6,7 @@ Under ``torchrun`` a script opens :func:`process_group` and stays otherwise the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,26 @@ def gather(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def joined(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of all processes, each joined in order of the ranks, in each of them.
+
+    For calibration and for scores: ``quantize(model, joined(batches))`` gives every process the same scales, and
+    ``prune(model, data=list(joined(batches)), ...)`` the same masks, as one process would get from the joined batches.
+
+    Args:
+        batches: Tensors, or tuples or lists of tensors. Each process may have another number of them.
+    """
+    iterator = iter(batches)
+    while True:
+        parts = [part for part in gather(next(iterator, None)) if part is not None]
+        if not parts:
+            return
+        if isinstance(parts[0], Tensor):
+            yield torch.cat(parts)
+        else:
+            yield tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def synchronize(module: nn.Module) -> None:

@@ -83,6 +83,7 @@ def train(
     *,
     objective: Objective = cross_entropy,
     validate: Validate | None = None,
+    after_step: Callable[[int], object] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     log: str | Path | None = None,
@@ -104,6 +105,8 @@ def train(
         objective: ``(model, images, labels or None) -> loss``, a mean over the batch.
         validate: Called with the model in eval mode after each epoch; higher is better. With ``settings.patience``
             the best epoch's weights are kept.
+        after_step: Called with the number of steps done before, from 0 on, after each, as pruning schedules want it. What it
+            changes must be in the model's ``state_dict`` for a resumed training to be the same.
         checkpoint: File, written after each epoch and read at the start.
         checkpoint_every: Write it also after so many steps.
         log: CSV file of one row per epoch.
@@ -121,18 +124,12 @@ def train(
     if settings.epochs > 1 and isinstance(loader, Iterator):
         raise ArgumentError("loader", "an iterator", "one that can be iterated once per epoch, such as a DataLoader")
     path = None if checkpoint is None else Path(checkpoint)
-    run = _Run(model, loader, settings, objective, validate, path, checkpoint_every, title)
+    run = _Run(model, loader, settings, objective, validate, after_step, path, checkpoint_every, title)
     board = TensorBoard(Path(tensorboard) if tensorboard and distributed.rank() == 0 else None)
     outside = checkpoints.random_state()
     try:
         run.resume()
-        with track(title, settings.epochs * (run.length or 1), show=progress) as advance:
-            while run.epoch < settings.epochs and run.history.stopped == "finished":
-                row = run.run_epoch(advance)
-                board.add(row)
-                if log is not None and distributed.rank() == 0:
-                    write_csv(run.history.rows, Path(log))
-        run.finish()
+        run.run(board, None if log is None else Path(log), progress)
     finally:
         board.close()
         checkpoints.set_random_state(outside)
@@ -150,11 +147,13 @@ class _Run:
         settings: Settings,
         objective: Objective,
         validate: Validate | None,
+        after_step: Callable[[int], object] | None,
         path: Path | None,
         every: int | None,
         title: str,
     ) -> None:
         self.model, self.loader, self.settings, self.objective = model, loader, settings, objective
+        self.after_step = after_step
         self.validate, self.path, self.every, self.title = validate, path, every, title
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if settings.channels_last:
@@ -164,7 +163,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.wrapped = self._wrap()
         self.length = len(loader) if isinstance(loader, Sized) else None
-        self.epoch, self.step = 0, 0
+        self.epoch, self.step, self.steps = 0, 0, 0
         self.total, self.images, self.seconds = 0.0, 0, 0.0
         self.history = History()
         self.best: tuple[float, dict[str, Any]] | None = None
@@ -192,6 +191,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": (self.epoch, self.step, self.total, self.images, self.seconds),
+            "steps": self.steps,
             "history": asdict(self.history),
             "best": self.best,
             "random": distributed.gather(checkpoints.random_state() if self.step else None),
@@ -222,6 +222,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.total, self.images, self.seconds = state["position"]
+        self.steps = state.get("steps", self.epoch * (self.length or 0) + self.step)
         self.history, self.best = History(**state["history"]), state["best"]
         self.random = state["random"][distributed.rank()]
         self.good = {"model": copy.deepcopy(state["model"]), "position": state["position"]}
@@ -237,7 +238,21 @@ class _Run:
             "steps. Train with a lower rate, or clip_norm."
         )
 
-    # --- one epoch ---
+    def left(self) -> int:
+        """Steps that are still to come; epochs where their length is not known."""
+        return (self.settings.epochs - self.epoch) * (self.length or 1) - (self.step if self.length else 0)
+
+    # --- the way through ---
+
+    def run(self, board: TensorBoard, log: Path | None, progress: bool) -> None:
+        """All epochs that are left; at the end the best one's weights, where it can stop early."""
+        with track(self.title, max(1, self.left()), show=progress) as advance:
+            while self.epoch < self.settings.epochs and self.history.stopped == "finished":
+                board.add(self.run_epoch(advance))
+                if log is not None and distributed.rank() == 0:
+                    write_csv(self.history.rows, log)
+        if self.settings.patience and self.best is not None:
+            self.model.load_state_dict(self.best[1])
 
     def batches(self) -> Iterator[Any]:
         """The batches of this epoch that are still to come."""
@@ -265,7 +280,9 @@ class _Run:
         start = time.perf_counter()
         for batch in self.batches():
             loss = self.train_step(batch)
-            self.step += 1
+            if self.after_step is not None:
+                self.after_step(self.steps)
+            self.step, self.steps = self.step + 1, self.steps + 1
             advance(f"epoch {self.epoch + 1}, loss {loss:.4f}")
             if self.every and self.step % self.every == 0:
                 self.seconds += time.perf_counter() - start
@@ -318,7 +335,3 @@ class _Run:
         self.epoch, self.step, self.total, self.images, self.seconds = self.epoch + 1, 0, 0.0, 0, 0.0
         self.keep()
         return row
-
-    def finish(self) -> None:
-        if self.settings.patience and self.best is not None:
-            self.model.load_state_dict(self.best[1])

@@ -98,16 +98,15 @@ inline void store_natural(const typename S::Int (&acc)[4], int32_t* natural) {
   }
 }
 
-// Any output and residual: the sums go through memory into natural order.
+// Any output and residual: the sums go through memory into natural order. With SHIFT, e's window is set here.
 template <class S, bool SHIFT>
 void depthwise_general(const typename S::Int (&acc)[4], const typename S::Int (&window)[4], EpilogueFn finish,
-                       Int8Epilogue e, int64_t pixel, int64_t channel) {
+                       Int8Epilogue& e, int64_t pixel, int64_t channel) {
   alignas(64) int32_t natural[S::kBytes], windows[S::kBytes];
   store_natural<S>(acc, natural);
   if constexpr (SHIFT) store_natural<S>(window, windows);
-  e.window_per_channel = true;
   for (int b = 0; b < S::kBytes / kBlock; b++) {
-    e.window = windows + b * kBlock;
+    if constexpr (SHIFT) e.window = windows + b * kBlock;
     finish(natural + b * kBlock, 0, 1, e, pixel, channel + b * kBlock);
   }
 }
@@ -115,7 +114,8 @@ void depthwise_general(const typename S::Int (&acc)[4], const typename S::Int (&
 // kBytes channels of all pixels. QUADS = 0: any number.
 template <class S, bool SIGNED, int QUADS, bool SHIFT>
 void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
-  const Int8Epilogue& e = a.epilogue;
+  Int8Epilogue e = a.epilogue;
+  e.window_per_channel = true;
   constexpr int kParts = S::kBytes / kBlock;
   for (int64_t q = 0; q < a.quads; q++)
     for (int j = 0; j < 4; j++)

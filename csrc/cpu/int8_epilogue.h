@@ -51,7 +51,7 @@ inline typename S::Float add_window(typename S::Float t, typename S::Float shift
 
 // BLOCKS blocks of 16 channels of some pixels. acc: acc_stride int32 from pixel to pixel. `pixel` and `channel` count from
 // those that e's pointers are of. Channels beyond the last go to spare memory.
-template <class S, int BLOCKS, Dtype OUT, Residual RESIDUAL>
+template <class S, int BLOCKS, Dtype OUT, Residual RESIDUAL, bool SHIFT>
 void epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8Epilogue& e, int64_t pixel,
               int64_t channel) {
   constexpr int kChannels = BLOCKS * kBlock, V = kChannels / S::kLanes;
@@ -73,7 +73,7 @@ void epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8
     typename S::Float t[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) t[v] = scale_and_shift<S>(S::load(acc + v * S::kLanes), scale[v], bias[v]);
-    if (e.shift != nullptr) {
+    if constexpr (SHIFT) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
         const auto window = e.window_per_channel ? S::load(e.window + v * S::kLanes) : S::set(e.window[pixel + m]);
@@ -104,16 +104,21 @@ void epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8
 
 using EpilogueFn = void (*)(const int32_t*, int64_t, int64_t, const Int8Epilogue&, int64_t, int64_t);
 
+template <class S, int BLOCKS, bool SHIFT>
+EpilogueFn epilogue_in_table(const Int8Epilogue& e) {
+  static constexpr EpilogueFn table[3][4] = {
+      {epilogue<S, BLOCKS, kU8, kResidualU8, SHIFT>, epilogue<S, BLOCKS, kU8, kResidualS8, SHIFT>,
+       epilogue<S, BLOCKS, kU8, kResidualF32, SHIFT>, epilogue<S, BLOCKS, kU8, kNoResidual, SHIFT>},
+      {epilogue<S, BLOCKS, kS8, kResidualU8, SHIFT>, epilogue<S, BLOCKS, kS8, kResidualS8, SHIFT>,
+       epilogue<S, BLOCKS, kS8, kResidualF32, SHIFT>, epilogue<S, BLOCKS, kS8, kNoResidual, SHIFT>},
+      {epilogue<S, BLOCKS, kF32, kResidualU8, SHIFT>, epilogue<S, BLOCKS, kF32, kResidualS8, SHIFT>,
+       epilogue<S, BLOCKS, kF32, kResidualF32, SHIFT>, epilogue<S, BLOCKS, kF32, kNoResidual, SHIFT>}};
+  return table[e.out_dtype][e.residual == nullptr ? kNoResidual : static_cast<Residual>(e.residual_dtype)];
+}
+
 template <class S, int BLOCKS>
 EpilogueFn epilogue_of(const Int8Epilogue& e) {
-  static constexpr EpilogueFn table[3][4] = {
-      {epilogue<S, BLOCKS, kU8, kResidualU8>, epilogue<S, BLOCKS, kU8, kResidualS8>,
-       epilogue<S, BLOCKS, kU8, kResidualF32>, epilogue<S, BLOCKS, kU8, kNoResidual>},
-      {epilogue<S, BLOCKS, kS8, kResidualU8>, epilogue<S, BLOCKS, kS8, kResidualS8>,
-       epilogue<S, BLOCKS, kS8, kResidualF32>, epilogue<S, BLOCKS, kS8, kNoResidual>},
-      {epilogue<S, BLOCKS, kF32, kResidualU8>, epilogue<S, BLOCKS, kF32, kResidualS8>,
-       epilogue<S, BLOCKS, kF32, kResidualF32>, epilogue<S, BLOCKS, kF32, kNoResidual>}};
-  return table[e.out_dtype][e.residual == nullptr ? kNoResidual : static_cast<Residual>(e.residual_dtype)];
+  return (e.shift == nullptr ? epilogue_in_table<S, BLOCKS, false> : epilogue_in_table<S, BLOCKS, true>)(e);
 }
 
 }  // namespace

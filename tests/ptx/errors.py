@@ -12,8 +12,36 @@ class UnsupportedInstruction(EmulatorError):
 
 
 class MemoryFault(EmulatorError):
-    """An access out of bounds, misaligned, or to shared memory that nothing was written to."""
+    """An access out of bounds or misaligned."""
+
+
+class UninitialisedMemory(MemoryFault):
+    """Memory is read that nothing was written to."""
 
 
 class RaceError(EmulatorError):
-    """Two warps touch a shared word with no barrier between, one of them writing; or data is read that is still on its way."""
+    """Two accesses that conflict, with nothing that orders them; or data is used that is still on its way."""
+
+
+class BarrierError(EmulatorError):
+    """A barrier or warp-wide instruction that not all take part in who must."""
+
+
+class DeadlockError(EmulatorError):
+    """The kernel waits for something that never happens, or does not end."""
+
+
+class TrapError(EmulatorError):
+    """The kernel executed trap, or a failed assertion."""
+
+
+#: By the codes of the engine's FaultKind.
+FAULTS: dict[int, type[EmulatorError]] = {
+    1: UnsupportedInstruction,
+    2: MemoryFault,
+    3: RaceError,
+    4: BarrierError,
+    5: DeadlockError,
+    6: UninitialisedMemory,
+    7: TrapError,
+}

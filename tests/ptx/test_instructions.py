@@ -5,37 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.ptx import EmulatorError, GlobalMemory, MemoryFault, RaceError, UnsupportedInstruction, emulate
-
-HEADER = """
-.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry k(.param .u64 a, .param .u64 b, .param .u64 c, .param .u64 d)
-{
-  .reg .pred %p<8>;
-  .reg .b16 %h<8>;
-  .reg .b32 %r<40>;
-  .reg .f32 %f<8>;
-  .reg .b64 %rd<20>;
-  .shared .align 16 .b8 tile[2048];
-  mov.u32 %r0, %tid.x;
-  ld.param.u64 %rd0, [a]; ld.param.u64 %rd1, [b]; ld.param.u64 %rd2, [c]; ld.param.u64 %rd3, [d];
-  mul.wide.u32 %rd4, %r0, 4;
-  add.s64 %rd5, %rd0, %rd4; add.s64 %rd6, %rd1, %rd4; add.s64 %rd7, %rd2, %rd4; add.s64 %rd8, %rd3, %rd4;
-"""
-N = 64
-
-
-def run(body, *arrays, block=N, grid=1):
-    """Run ``body`` on up to three inputs (32-bit words) and give back d as int32."""
-    memory = GlobalMemory(1 << 16)
-    out = np.zeros(N * grid, np.int32)
-    inputs = [*arrays, *[np.zeros(N, np.int32)] * (3 - len(arrays))]
-    arguments = [memory.allocate(np.asarray(i)) for i in inputs]
-    arguments.append(memory.allocate(out))
-    result = emulate(HEADER + body + "\n ret;\n}", "k", (grid, 1, 1), block, arguments, memory)
-    return memory.fetch(arguments[3], out), result
+from tests.ptx import (
+    BarrierError,
+    EmulatorError,
+    MemoryFault,
+    RaceError,
+    UninitialisedMemory,
+    UnsupportedInstruction,
+)
+from tests.ptx.harness import N, run
 
 
 def words(*special):
@@ -194,6 +172,7 @@ def test_ldmatrix():
 
 SHARED = "shl.b32 %r5, %r0, 2; mov.u32 %r6, tile; add.s32 %r6, %r6, %r5;"
 SWAP = "xor.b32 %r7, %r5, 128; mov.u32 %r8, tile; add.s32 %r7, %r7, %r8;"  # the other warp's word
+FILLED = "st.shared.u32 [%r6], %r0; bar.sync 0;"
 ASYNC = "cp.async.ca.shared.global [%r6], [%rd5], 4, 4; cp.async.commit_group;"
 
 
@@ -216,7 +195,7 @@ def test_async_copy_of_nothing_gives_zeros_and_reads_nothing():
 
 
 FAULTS = {
-    "no barrier": (RaceError, SHARED + SWAP + "st.shared.u32 [%r6], %r0; ld.shared.u32 %r9, [%r7];"),
+    "no barrier": (RaceError, SHARED + SWAP + FILLED + "st.shared.u32 [%r6], %r0; ld.shared.u32 %r9, [%r7];"),
     "overwritten too early": (
         RaceError,
         SHARED + SWAP + "st.shared.u32 [%r6], %r0; bar.sync 0; ld.shared.u32 %r9, [%r7]; st.shared.u32 [%r6], %r9;",
@@ -224,18 +203,20 @@ FAULTS = {
     "two writers": (RaceError, SHARED + SWAP + "st.shared.u32 [%r6], %r0; st.shared.u32 [%r7], %r0;"),
     "no wait": (RaceError, SHARED + ASYNC + "bar.sync 0; ld.shared.u32 %r9, [%r6];"),
     "wait too weak": (RaceError, SHARED + ASYNC + "cp.async.wait_group 1; bar.sync 0; ld.shared.u32 %r9, [%r6];"),
-    "wait but no barrier": (RaceError, SHARED + SWAP + ASYNC + "cp.async.wait_group 0; ld.shared.u32 %r9, [%r7];"),
-    "never written": (MemoryFault, SHARED + "ld.shared.u32 %r9, [%r6];"),
-    "shared bounds": (MemoryFault, SHARED + "st.shared.u32 [%r6+2000], %r0;"),
+    "wait but no barrier": (
+        RaceError,
+        SHARED + SWAP + FILLED + ASYNC + "cp.async.wait_group 0; ld.shared.u32 %r9, [%r7];",
+    ),
+    "never written": (UninitialisedMemory, SHARED + "ld.shared.u32 %r9, [%r6];"),
+    "shared bounds": (MemoryFault, SHARED + "st.shared.u32 [%r6+32768], %r0;"),
     "shared alignment": (MemoryFault, SHARED + "st.shared.u16 [%r6+1], %r0;"),
     "global bounds": (MemoryFault, "ld.global.u32 %r9, [%rd5+4];"),
     "global alignment": (MemoryFault, "ld.global.u32 %r9, [%rd5+2];"),
-    "store bounds": (MemoryFault, "st.global.u32 [%rd8+4], %r0;"),
+    "store bounds": (MemoryFault, "st.global.u32 [%rd8+256], %r0;"),
     "one thread too far": (MemoryFault, "setp.eq.s32 %p1, %r0, 63; @%p1 ld.global.u8 %r9, [%rd5+4];"),
-    "barrier in part of a warp": (UnsupportedInstruction, "setp.eq.s32 %p1, %r0, 3; @%p1 bar.sync 0;"),
-    "unknown instruction": (UnsupportedInstruction, "popc.b32 %r9, %r0;"),
-    "unknown modifier": (UnsupportedInstruction, "add.sat.s32 %r9, %r0, %r0;"),
-    "contracted": (UnsupportedInstruction, "fma.rn.f32 %f1, %f2, %f3, %f1;"),
+    "barrier in part of a warp": (BarrierError, "setp.eq.s32 %p1, %r0, 3; @%p1 bar.sync 0;"),
+    "unknown instruction": (UnsupportedInstruction, "vmad.u32.u32.u32 %r9, %r0, %r0, %r0;"),
+    "unknown modifier": (UnsupportedInstruction, "add.sat.u32 %r9, %r0, %r0;"),
 }
 
 

@@ -1,0 +1,202 @@
+"""The int8 CUDA kernels on the GPU of this machine, in one command: exact or not, how fast beside cuDNN, and the model's guess.
+
+    python -m bench.gpu_check              # needs an NVIDIA GPU
+    python -m bench.gpu_check --emulate    # a dry run: the launches go to the emulator, nothing is timed
+
+Writes ``build/bench/gpu_check.json``: device, versions, one record per layer, what compute-sanitizer said where it is there.
+The exit status is 1 if a layer's output differs from the reference in any bit, or compute-sanitizer found an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.layers import NETWORKS, ConvShape, conv_shapes
+from cnncomp import __version__
+from cnncomp.ops import cuda, reference
+
+OUT = Path("build/bench/gpu_check.json")
+WARM_UP, REPEATS = 5, 50
+COLD = 256 << 20  # bytes written between two timed launches, more than any L2
+
+
+def tensors(shape: ConvShape, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random input (uint8, channels last), weight (int8) and constants of a layer."""
+    torch.manual_seed(0)
+    g = shape.geometry
+    x = torch.randint(0, 256, (batch, shape.c, shape.h, shape.w), dtype=torch.uint8).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight = torch.randint(-127, 128, (shape.k, shape.c // shape.groups, shape.r, shape.s), dtype=torch.int8)
+    scale = (torch.rand(shape.k) + 0.5) * 100 / (7000 * g.reduction**0.5)
+    return x, weight, torch.stack([scale, torch.randn(shape.k) * 30 + 30, torch.full((shape.k,), 255.0)])
+
+
+def milliseconds(call: Any) -> list[float]:
+    """Times of single launches with a cold L2, ascending."""
+    flush = torch.empty(COLD, dtype=torch.uint8, device="cuda")
+    found = []
+    for repeat in range(WARM_UP + REPEATS):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if repeat >= WARM_UP:
+            found.append(start.elapsed_time(end))
+    return sorted(found)
+
+
+def check_layer(shape: ConvShape, batch: int, device: torch.device) -> dict[str, Any]:
+    """Run a layer on the device and compare it with the reference, bit for bit; on a GPU time it and cuDNN in fp16."""
+    x, weight, constants = tensors(shape, batch)
+    g = shape.geometry
+    geometry = (g.stride, g.padding, g.dilation, g.groups)
+    expected = reference.conv2d_int8(x, weight, constants, None, 0.0, 0.0, *geometry, torch.uint8)
+    placed = [t.to(device) for t in (x, weight.permute(0, 2, 3, 1).contiguous(), constants)]
+
+    def call() -> Tensor:
+        return cuda.conv2d_int8(*placed, None, 0.0, 0.0, *geometry, torch.uint8)
+
+    differing = int((call().cpu() != expected).sum())
+    record: dict[str, Any] = {"network": shape.network, "layer": shape.name, "batch": batch, "differing": differing}
+    if device.type == "cuda":
+        half = (
+            x.to(device, torch.float16),
+            weight.to(device, torch.float16).contiguous(memory_format=torch.channels_last),
+        )
+        times = {
+            "us": milliseconds(call),
+            "cudnn_fp16_us": milliseconds(lambda: torch.nn.functional.conv2d(*half, None, *geometry)),
+        }
+        record |= {name: 1e3 * values[len(values) // 2] for name, values in times.items()}
+        record["modelled_us"] = modelled(shape, batch, device)
+    return record
+
+
+def modelled(shape: ConvShape, batch: int, device: torch.device) -> float | None:
+    """What bench/gpu_model.py says of this layer, None for a GPU that it has no facts of, or without nvcc."""
+    from bench.gpu_hardware import gpu_of
+    from bench.gpu_model import model
+    from tests import cuda_emulated
+
+    arch = "{}{}".format(*torch.cuda.get_device_capability(device))
+    try:
+        gpu = gpu_of(arch)
+    except StopIteration:
+        return None
+    if cuda_emulated.NVCC is None:
+        return None
+    from bench.gpu_layers import run_layer
+
+    result, launch, _ = run_layer(shape, batch, "75" if arch == "75" else "80", gpu)
+    return float(model(result, launch, gpu)["us"])
+
+
+def sanitize() -> dict[str, Any] | None:
+    """Two small layers under compute-sanitizer's memcheck and racecheck; None where it isn't installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return None
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu_check",
+        "--layers",
+        "2",
+        "--no-sanitizer",
+        "--out",
+        str(OUT.with_suffix(".tmp.json")),
+    ]
+    found = {}
+    for kind in ("memcheck", "racecheck", "synccheck"):
+        run = subprocess.run([tool, "--tool", kind, "--error-exitcode", "9", *command], capture_output=True, text=True)
+        found[kind] = {"ok": run.returncode == 0, "tail": run.stdout[-2000:]}
+    return found
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {"cnncomp": __version__, "torch": torch.__version__, "device": "emulator"}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name, "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(), "backend": cuda.backend(device),
+        }  # fmt: skip
+    return facts
+
+
+def run(emulate: bool, networks: list[str], batches: list[int], layers: int | None, sanitizer: bool) -> dict[str, Any]:
+    """The whole report. With ``emulate`` only small batches make sense."""
+    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    device = torch.device("cpu" if emulate else "cuda:0")
+    if emulate:
+        from tests.cuda_device import emulated_device
+
+        context = emulated_device()
+    elif not torch.cuda.is_available():
+        raise SystemExit("gpu_check: torch sees no GPU; --emulate makes a dry run in the emulator")
+    with context:
+        records = [
+            check_layer(shape, batch, device)
+            for network in networks
+            for batch in batches
+            for shape in conv_shapes(network)[:layers]
+        ]
+        return {
+            **device_facts(device),
+            "sanitizer": sanitize() if sanitizer and not emulate else None,
+            "layers": records,
+        }
+
+
+def report(found: dict[str, Any]) -> str:
+    lines = [f"{found['device']}, cnncomp {found['cnncomp']}, torch {found['torch']}"]
+    for r in found["layers"]:
+        text = f"{r['network']:14} {r['layer']:28} batch {r['batch']:3d} " + (
+            "exact" if not r["differing"] else f"{r['differing']} DIFFER"
+        )
+        if "us" in r:
+            guess = "" if r["modelled_us"] is None else f", modelled {r['modelled_us']:.1f}"
+            text += f"  {r['us']:.1f} us, cuDNN fp16 {r['cudnn_fp16_us']:.1f}{guess}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def failed(found: dict[str, Any]) -> bool:
+    sanitizer = found["sanitizer"] or {}
+    return any(r["differing"] for r in found["layers"]) or not all(kind["ok"] for kind in sanitizer.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--emulate", action="store_true", help="a dry run in the emulator")
+    parser.add_argument("--network", action="append", choices=NETWORKS, help="all by default")
+    parser.add_argument("--batch", action="append", type=int, help="1, 8 and 64 by default; 1 in the emulator")
+    parser.add_argument("--layers", type=int, help="the first so many distinct layers of each network")
+    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    a = parser.parse_args()
+    batches = a.batch or ([1] if a.emulate else [1, 8, 64])
+    found = run(a.emulate, a.network or list(NETWORKS), batches, a.layers, not a.no_sanitizer)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(found, indent=1))
+    print(report(found))
+    print(a.out)
+    sys.exit(failed(found))
+
+
+if __name__ == "__main__":
+    main()

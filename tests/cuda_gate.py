@@ -1,0 +1,166 @@
+"""What stands in the machine code of every shipped CUDA kernel: the static gate and its table.
+
+``python -m tests.cuda_gate`` writes the table that test_cuda_gate.py compares with, for review.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from bench.gpu_hardware import blocks_per_sm, gpu_of
+from tests import cuda_emulated as emulated
+
+ARCHS = ("75", "80", "86", "89", "90a", "120a")
+SNAPSHOT = Path(__file__).parent / "cuda_gate.txt"
+COLUMNS = ("IMMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture; ``loop`` counts the opcodes of the innermost loop with tensor-core instructions."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack: int
+    shared: int
+    threads: int
+    blocks: int
+    opcodes: Counter[str]
+    loop: Counter[str]
+
+    def __str__(self) -> str:
+        shown = self.loop or self.opcodes
+        sizes = (self.registers, self.stack, self.shared, self.threads, self.blocks, shown.total())
+        return " ".join(
+            [f"{self.kernel:28} {self.arch:>5}", *(f"{n:7d}" for n in sizes), *(f"{shown[c]:6d}" for c in COLUMNS)]
+        )
+
+
+HEADER = " ".join(
+    [f"{'kernel':28} {'arch':>5}"]
+    + [f"{c:>7}" for c in ("regs", "stack", "shared", "threads", "blocks", "instr")]
+    + [f"{c:>6}" for c in COLUMNS]
+)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    from tests.triton_aot import TOOLS
+
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def short_name(mangled: str) -> str:
+    """``conv2d_int8 64x64 32x32 3 1 0`` of a mangled template: the kernel's name, its numbers, its flags."""
+    base = next(name for size, name in re.findall(r"(\d\d)([a-z]\w*?_kernel)", mangled) if len(name) == int(size))
+    return " ".join([base.removesuffix("_kernel"), *re.findall(r"L[ib](\d+)E", mangled)])
+
+
+def main_loop(sass: str) -> Counter[str]:
+    """Opcodes of the shortest loop that has tensor-core instructions; empty where none has."""
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    best: list[str] = []
+    for line in sass.splitlines():
+        label = re.match(r"(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = len(opcodes)
+            continue
+        instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*)", line)
+        if not instruction:
+            continue
+        opcodes.append(instruction[1])
+        target = re.search(r"\((\.L_\w+)\)", instruction[2]) if instruction[1] == "BRA" else None
+        if target and target[1] in labels:
+            body = opcodes[labels[target[1]] :]
+            if any(o in ("IMMA", "HMMA", "IGMMA", "HGMMA") for o in body) and (not best or len(body) < len(best)):
+                best = body
+    return Counter(best)
+
+
+def _sections(sass: str) -> dict[str, str]:
+    parts = re.split(r"^//-+\s+\.text\.(\S+)\s+-+$|^\.section\s+\.text\.([\w$]+).*$", sass, flags=re.M)
+    found: dict[str, str] = {}
+    for i in range(1, len(parts) - 2, 3):
+        name = parts[i] or parts[i + 1]
+        found[name] = found.get(name, "") + parts[i + 2]
+    return found
+
+
+@cache
+def rows(kernel: str, arch: str) -> tuple[Row, ...]:
+    """All variants in csrc/cuda/<kernel>.cu, compiled for sm_<arch>."""
+    cubin = str(emulated.compiled(kernel, arch, "cubin")[0])
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        _tool("cuobjdump", "--dump-resource-usage", cubin),
+    )
+    info = _tool("cuobjdump", "-elf", cubin)
+    sections = _sections(_tool("nvdisasm", "-c", cubin))
+    found = []
+    for mangled, registers, stack, shared, local in usage:
+        about = info.partition(f"\n.nv.info.{mangled}\n")[2]
+        most = re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+0x([0-9a-f]+) 0x([0-9a-f]+)", about)
+        threads = int(most[1], 16) if most else 1024
+        sass = sections[mangled]
+        opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.M))
+        blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), int(shared))
+        found.append(
+            Row(
+                short_name(mangled),
+                arch,
+                int(registers),
+                int(stack) + int(local),
+                int(shared),
+                threads,
+                blocks,
+                opcodes,
+                main_loop(sass),
+            )
+        )
+    return tuple(sorted(found, key=lambda row: row.kernel))
+
+
+def problems(row: Row) -> list[str]:
+    """What is wrong with a kernel's machine code; nothing if all is well."""
+    found = []
+    if row.stack or row.opcodes["LDL"] or row.opcodes["STL"]:
+        found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
+    if row.blocks * row.threads < 256:
+        found.append(f"{row.blocks * row.threads} threads on a multiprocessor: 8 warps at least hide some latency")
+    if row.kernel.startswith("depthwise"):
+        return found
+    if row.loop["IMMA"] < 8 or row.loop["LDSM"] < 2:
+        found.append(f"the main loop has {row.loop['IMMA']} IMMA and {row.loop['LDSM']} LDSM")
+    bytewise = row.kernel.startswith("conv2d") and row.kernel.endswith(" 1")
+    if not bytewise:
+        if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"]):
+            found.append(
+                f"the main loop has {row.loop['LDGSTS']} asynchronous copies and {row.loop['LDG']} plain loads"
+            )
+        if row.loop["PRMT"]:
+            found.append(f"the main loop has {row.loop['PRMT']} PRMT")
+    return found
+
+
+def compiler() -> str:
+    """The version line of nvcc: other compilers make other code."""
+    assert emulated.NVCC
+    return subprocess.run([emulated.NVCC, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        -1
+    ]
+
+
+def table() -> str:
+    """The whole table: loop counts where there is a tensor-core loop, else counts of the kernel."""
+    lines = [str(row) for kernel in emulated.KERNELS for arch in ARCHS for row in rows(kernel, arch)]
+    return "\n".join([compiler(), HEADER, *lines]) + "\n"
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(table())

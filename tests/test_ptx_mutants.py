@@ -1,0 +1,168 @@
+"""The checks can fail: the project's own kernels, each broken in one place of its PTX, must be caught by result or checker."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from cnncomp.ops import reference
+from tests import cuda_emulated as emulated
+from tests.ptx import EmulatorError, emulate, load
+from tests.ptx.mutate import Mutant, mutants, single_entry
+from tests.test_cuda_kernels import FEW, MANY, random_constants, random_tensor
+
+_cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
+pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
+
+PER_OPERATOR = 10**6 if os.environ.get("CNNCOMP_GPU_FULL") else 3  # mutants of each operator and kernel
+U8, S8, F32 = torch.uint8, torch.int8, torch.float32
+
+#: Kernel: architecture and the convolutions that it is run on, each with a k tail, an n tail and partial tiles.
+KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "conv2d_int8_64x64_32x32_3_u8": (
+        "80",
+        [
+            dict(n=1, c=48, h=6, w=7, k=72, r=3, s=3, padding=(1, 1), residual=S8),
+            dict(n=2, c=160, h=9, w=8, k=65, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+            dict(n=1, c=64, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
+        ],
+    ),
+    "gemm_int8_64x64_32x32_3_s8": (
+        "80",
+        [
+            dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, dtype=S8, residual=U8),
+            dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, dtype=S8, out=F32, residual=F32),
+        ],
+    ),
+    "gemm_int8_64x64_32x32_3_u8": (
+        "75",
+        [
+            dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, residual=U8),
+            dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, out=F32, residual=F32),
+        ],
+    ),
+    "depthwise_int8_4_u8": (
+        "80",
+        [
+            dict(n=2, c=20, h=9, w=7, k=20, r=3, s=3, stride=(2, 1), padding=(1, 1), groups=20, residual=S8),
+            dict(
+                n=1,
+                c=132,
+                h=5,
+                w=6,
+                k=132,
+                r=3,
+                s=2,
+                padding=(1, 1),
+                dilation=(1, 2),
+                groups=132,
+                residual=F32,
+                out=F32,
+            ),
+        ],
+    ),
+}
+
+#: Operators whose mutants often compute the same, and why. A survivor of another operator counts as missed.
+EXPLAINED = {
+    "copy of what is outside": "rows past the last pixel or channel feed sums that are not stored; a k tail needs one zero",
+    "mask off by one": "a row or step too many is read into sums that are not stored, or meets zeros on the other side",
+    "mask off by one, greater": "a guard before the loop whose next test the inner mask repeats",
+    "swizzle wrong": "an exclusive or of numbers without a bit in common is an or: constant offsets of unrolled steps",
+    "division forgotten": "the divisor is one for every shape that this kernel is chosen for",
+}
+
+
+def run_case(
+    name: str, arch: str, n: int, c: int, h: int, w: int, k: int, r: int, s: int, stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1, dtype: torch.dtype = U8,
+    out: torch.dtype = S8, residual: torch.dtype | None = None,
+) -> Callable[[str], Any]:  # fmt: skip
+    """A function that runs PTX text on one convolution; it gives the Result, or a word for what is wrong."""
+    torch.manual_seed(c + k)
+    x, weight = random_tensor((n, c, h, w), dtype), torch.randint(-127, 128, (k, c // groups, r, s), dtype=torch.int8)
+    constants, lo = random_constants(k, r * s * c // groups, out)
+    geometry = (stride, padding, dilation, groups)
+    shape = tuple(torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape)
+    res = None if residual is None else random_tensor(shape, residual)
+    expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out)
+
+    def run(ptx: str) -> Any:
+        case = emulated.Case(x, weight, constants, res, shape, out)
+        plan = _cuda.plan_conv2d_int8(
+            FEW if "128x128" in name else MANY, case.x, dtype == S8, n, h, w, c, case.weight, k, r, s, *stride, *padding,
+            *dilation, groups, *case.epilogue(0.37, lo),
+        )  # fmt: skip
+        assert plan["kernel"].startswith(name.rsplit("_", 2)[0]), plan["kernel"]
+        try:
+            result = emulate(
+                load.__wrapped__(ptx),
+                plan["grid"],
+                plan["block"],
+                [plan["params"]],
+                memory=case.memory,
+                max_instructions=300_000,
+            )
+        except EmulatorError as error:
+            return type(error).__name__
+        return result if torch.equal(case.output(), expected) else "wrong result"
+
+    return run
+
+
+def sample(name: str) -> tuple[list[Mutant], list[Callable[[str], Any]]]:
+    """A fixed sample of a kernel's mutants, in statements that its cases reach."""
+    arch, sizes = KERNELS[name]
+    text = emulated.ptx_of(name.split("_int8")[0] + "_int8", arch)
+    own = single_entry(text, emulated.entry_of(name, text))
+    cases = [run_case(name, arch, **size) for size in sizes]
+    reached: set[int] = set()
+    for case in cases:
+        reached |= {line for _, line in case(own).lines()}
+    by_operator: dict[str, list[Mutant]] = defaultdict(list)
+    for mutant in mutants(own, reached):
+        by_operator[mutant.operator].append(mutant)
+    chosen = random.Random(7)
+    picked = [m for found in by_operator.values() for m in chosen.sample(found, min(PER_OPERATOR, len(found)))]
+    return picked, cases
+
+
+@cache
+def verdicts(name: str) -> list[tuple[Mutant, str]]:
+    """Each mutant of the sample with what it was caught by, "" if it lives."""
+    picked, cases = sample(name)
+    found = []
+    for mutant in picked:
+        verdict = next((v for v in (case(mutant.ptx) for case in cases) if isinstance(v, str)), "")
+        found.append((mutant, verdict))
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_mutants_are_caught(name):
+    """At least 90 % of each kernel's mutants, those aside whose operator is known to make equal ones."""
+    found = verdicts(name)
+    missed = [str(m) for m, verdict in found if not verdict and m.operator not in EXPLAINED]
+    equal = [str(m) for m, verdict in found if not verdict and m.operator in EXPLAINED]
+    print(f"{name}: {len(found)} mutants, {len(missed)} missed, {len(equal)} equal", *missed, *equal, sep="\n  ")
+    assert len(missed) <= 0.1 * (len(found) - len(equal)), "\n".join(missed)
+    assert len(equal) <= 0.15 * len(found), "\n".join(equal)
+
+
+def test_nearly_all_mutants_are_caught():
+    """95 % of all kernels' together, and every checker has its part in it."""
+    everything = [(m.operator, verdict) for name in KERNELS for m, verdict in verdicts(name)]
+    lived = [operator for operator, verdict in everything if not verdict]
+    missed, equal = (sum((o in EXPLAINED) == explained for o in lived) for explained in (False, True))
+    caught = Counter(verdict for _, verdict in everything)
+    assert len(everything) >= 160 and missed <= 0.05 * (len(everything) - equal) and equal <= 0.12 * len(everything), (
+        caught
+    )
+    assert all(caught[kind] for kind in ("wrong result", "RaceError", "MemoryFault", "UninitialisedMemory")), caught
