@@ -65,6 +65,11 @@ def is_depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups == layer.in_channels > 1
 
 
+def groups_of(layer: Layer) -> int:
+    """Groups of a convolution; 1 for a linear layer."""
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
 def reduction_length(layer: Layer) -> int:
     """Products that are summed for one output."""
     return layer.weight[0].numel()

@@ -5,40 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cnncomp._modules import Layer
-from cnncomp.pruning.patterns import groups_of
+from cnncomp._im2col import im2col
+from cnncomp._modules import Layer, groups_of
 from cnncomp.training import distributed
-
-#: Numbers that im2col writes at a time.
-_CHUNK = 1 << 24
 
 
 def columns_of(layer: Layer, x: Tensor) -> list[Tensor]:
     """What the layer multiplies its weight with, as parts (G, D, P): D = taps · input channels of a group, in that order,
     P output positions of some of the inputs."""
-    if isinstance(layer, nn.Linear):
-        return [x.reshape(-1, x.shape[-1]).t()[None]]
-    one_dimensional = isinstance(layer, nn.Conv1d)
-    if x.dim() == (2 if one_dimensional else 3):
-        x = x[None]
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or any(layer.padding):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    if one_dimensional:
-        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-    taps = kernel[0] * kernel[1]
-    per_image = max(1, x[0].numel() * taps // (stride[0] * stride[1]))
-    parts = []
-    for chunk in x.split(max(1, _CHUNK // per_image)):
-        unfolded = F.unfold(chunk, kernel, dilation=dilation, stride=stride)  # (N, C·T, L)
-        n, _, positions = unfolded.shape
-        split = unfolded.view(n, groups_of(layer), -1, taps, positions)
-        parts.append(split.permute(1, 3, 2, 0, 4).reshape(split.shape[1], -1, n * positions))
-    return parts
+    return [part.transpose(1, 2).flatten(1, 2) for part in im2col(layer, x)]
 
 
 def to_columns(weight: Tensor, groups: int) -> Tensor:

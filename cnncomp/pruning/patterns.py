@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnncomp._modules import Layer
 from cnncomp.errors import PatternError
 
 #: The forms that :func:`parse_pattern` takes.
@@ -26,11 +25,6 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
     """``weight`` (K, C/G, ...) as (G, K/G, C/G, T), T the kernel's taps."""
     k, cg = weight.shape[:2]
     return weight.reshape(groups, k // groups, cg, math.prod(weight.shape[2:]))
-
-
-def groups_of(layer: Layer) -> int:
-    """Groups of a convolution; 1 for a linear layer."""
-    return int(getattr(layer, "groups", 1))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, is_depthwise, layers_of, parametrization_of, select, weight_parameter
+from cnncomp._modules import Layer, groups_of, is_depthwise, layers_of, parametrization_of, select, weight_parameter
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning.mask import Mask, apply_mask, mask_of
-from cnncomp.pruning.patterns import groups_of
 
 
 @dataclass

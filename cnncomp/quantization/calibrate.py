@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnncomp._modules import Layer, layers_of, reduction_length, select, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
+from cnncomp.ops.library import MAX_REDUCTION
 from cnncomp.quantization.bias import correct_biases
 from cnncomp.quantization.equalize import CRITERIA
 from cnncomp.quantization.equalize import equalize as equalize_layers
@@ -27,9 +28,6 @@ from cnncomp.quantization.qat import TrainedWeight, fold_norms, trained_input
 from cnncomp.quantization.rounding import round_adaptively
 from cnncomp.quantization.scales import METHODS, RangeObserver, weight_scales
 from cnncomp.quantization.sensitivity import most_sensitive, multiplications, sensitivities
-
-# 2**31 − 1 divided by 255 · 127: the longest sum of u8 × s8 products that int32 always holds.
-MAX_REDUCTION = 66_311
 
 SCHEMES = ("symmetric", "mean-shift")
 ROUNDINGS = ("nearest", "adaptive")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, is_depthwise, layers_of, weight_parameter
+from cnncomp._modules import groups_of, is_depthwise, layers_of, weight_parameter
 from cnncomp._norms import BatchNorm
 from cnncomp.errors import ArgumentError, CalibrationError
 from cnncomp.quantization.clamp import ClampChannels
@@ -155,11 +155,6 @@ def _bounded(factor: Tensor) -> Tensor:
         return torch.ones_like(factor)
     mean = factor[live].log().mean().exp()
     return torch.where(live, factor / mean, torch.ones_like(factor)).clamp(1 / MAX_FACTOR, MAX_FACTOR)
-
-
-def groups_of(layer: Layer) -> int:
-    """Groups of a convolution, 1 for a linear layer."""
-    return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
 def _norm(model: nn.Module, name: str | None) -> BatchNorm | None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cnncomp._modules import Layer, parametrization_of, weight_parameter
-from cnncomp.quantization.equalize import groups_of
+from cnncomp._im2col import im2col
+from cnncomp._modules import Layer, groups_of, parametrization_of, weight_parameter
 from cnncomp.quantization.fake import WEIGHT_MAX, FakeQuantizeWeight
 from cnncomp.quantization.feed import Feed
 
@@ -25,8 +24,6 @@ SWEEPS = 8
 _BLOCK = 128
 #: Bytes that the matrices H of the layers which are done in one pass over the data may take.
 _MEMORY = 512 << 20
-#: Numbers that im2col writes at a time.
-_CHUNK = 1 << 24
 
 
 def round_adaptively(layers: dict[str, Layer], feed: Feed) -> list[str]:
@@ -70,21 +67,7 @@ def _parts(layers: dict[str, Layer]) -> Iterator[dict[str, Layer]]:
 
 def columns_of(layer: Layer, x: Tensor) -> Iterator[Tensor]:
     """What the layer multiplies its filters with: (G, D, P), D = C/G·R·S as in its weight, P positions, in parts."""
-    if isinstance(layer, nn.Linear):
-        yield x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
-        return
-    one = isinstance(layer, nn.Conv1d)
-    x = x if x.dim() == (3 if one else 4) else x[None]
-    # torch keeps the padding that conv calls compute with, "same" resolved, in this attribute.
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    if one:
-        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
-    for part in x.split(max(1, _CHUNK // (x[0].numel() * kernel[0] * kernel[1]))):
-        unfolded = F.unfold(part, kernel, dilation=dilation, stride=stride)
-        n, _, positions = unfolded.shape
-        yield unfolded.view(n, layer.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
+    return (part.flatten(1, 2) for part in im2col(layer, x))
 
 
 def _second_moments(layers: dict[str, Layer], feed: Feed) -> dict[str, Tensor]:

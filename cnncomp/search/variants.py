@@ -12,9 +12,9 @@ from torch import nn
 
 from cnncomp._modules import layers_of, reduction_length, select
 from cnncomp.errors import ArgumentError
+from cnncomp.ops.library import MAX_REDUCTION
 from cnncomp.pruning import prune
 from cnncomp.quantization import quantize
-from cnncomp.quantization.calibrate import MAX_REDUCTION
 from cnncomp.search.space import Choice, Config
 
 
