@@ -27,6 +27,8 @@ def inputs_of(batch: Any, index: int, device: torch.device) -> tuple[list[Tensor
 def _input(x: Any, index: int, device: torch.device) -> Tensor:
     if not isinstance(x, Tensor):
         raise CalibrationError(f"calibration batch {index}: got {type(x).__name__}, expected a tensor")
+    if not x.numel():
+        raise CalibrationError(f"calibration batch {index}: got shape {tuple(x.shape)}, expected at least one input")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise CalibrationError(f"calibration batch {index}: NaN or infinity in the input")
     return x.to(device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DeviceError
 
 Layer: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Linear
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -58,6 +58,23 @@ def select(names: Sequence[str], exclude: str | Sequence[str]) -> list[str]:
             raise ArgumentError("exclude", repr(pattern), f"a pattern of layer names such as {list(names)[:3]}")
         excluded |= hits
     return [name for name in names if name not in excluded]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device.
+
+    Raises:
+        DeviceError: one that is not there, or that cnncomp has no kernels for.
+    """
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError("device", repr(device), "a device that torch knows") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise DeviceError("device", repr(device), "'cpu' or 'cuda'")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device", repr(device), "'cpu': torch finds no CUDA device here")
+    return resolved
 
 
 def is_depthwise(layer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import cnncomp
+from cnncomp._modules import resolve_device
 from cnncomp.cli_inputs import (
     check_output,
     check_runs,
@@ -24,7 +25,7 @@ from cnncomp.cli_inputs import (
     read_images,
     split,
 )
-from cnncomp.convert import ConvertedModel, resolve_device
+from cnncomp.convert import ConvertedModel
 from cnncomp.dispatch import interleaved
 from cnncomp.errors import ArgumentError, CnncompError
 from cnncomp.progress import track
@@ -132,7 +133,7 @@ def compress(
     """
     _set_threads(threads)
     check_output("--out", out)
-    where = resolve_device(device, ())
+    where = resolve_device(device)
     network = load_network(model, weights).to(where)
     pictures = read_images(images, size, channels).to(where)
     check_runs(network, pictures[:1], "--size and --channels")
@@ -170,7 +171,7 @@ def convert(
     """Convert a network as it is, e.g. one whose weights are pruned already, save it, and show what was gained."""
     _set_threads(threads)
     check_output("--out", out)
-    where = resolve_device(device, ())
+    where = resolve_device(device)
     network = load_network(model, weights).to(where)
     if images is None:
         pictures = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(where)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cnncomp._modules import resolve_device
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.dispatch.plan import Plan, load_cached, store_cached
-from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.errors import ArgumentError
 from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.nodes import cloned
@@ -68,20 +69,6 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     return inputs
 
 
-def resolve_device(device: str | torch.device | None, inputs: tuple[Any, ...]) -> torch.device:
-    if device is None:
-        return next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError("device", repr(device), "a device that torch knows") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise DeviceError("device", repr(device), "'cpu' or 'cuda'")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device", repr(device), "'cpu': torch finds no CUDA device here")
-    return resolved
-
-
 def convert(
     model: nn.Module,
     example_inputs: Any,
@@ -118,7 +105,9 @@ def convert(
     if plan is not None and not isinstance(plan, Plan):
         raise ArgumentError("plan", type(plan).__name__, "a cnncomp.Plan (Plan.from_json for one that was exported)")
     inputs = as_inputs(example_inputs)
-    where = resolve_device(device, inputs)
+    if device is None:
+        device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
+    where = resolve_device(device)
     inputs = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, inputs)
     inputs = cloned(inputs)  # the model's forward may change them
     if isinstance(model, ConvertedModel):

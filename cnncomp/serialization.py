@@ -38,8 +38,9 @@ from cnncomp._graph_json import (
     paths_of,
 )
 from cnncomp._module_json import decode_module, encode_module
+from cnncomp._modules import resolve_device
 from cnncomp._version import __version__
-from cnncomp.convert import Conversion, ConvertedModel, convert, resolve_device
+from cnncomp.convert import Conversion, ConvertedModel, convert
 from cnncomp.dispatch import CONV_CANDIDATES, LINEAR_CANDIDATES, Plan, device_key
 from cnncomp.errors import ArgumentError, DeviceError, FileFormatError, SerializationError
 from cnncomp.nn import ConvertedLayer
@@ -113,7 +114,7 @@ def load(
     model, saved_on = _parse(path, path.read_bytes())
     if device is None:
         device = "cuda" if saved_on == "cuda" and torch.cuda.is_available() else "cpu"
-    where = resolve_device(device, ())
+    where = resolve_device(device)
     model.to(where)
     if replan is True or (replan == "auto" and device_key(where) != model.plan.device):
         inputs = _inputs_like(model, where)

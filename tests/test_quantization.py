@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
+from cnncomp.errors import ArgumentError, CalibrationError, DeviceError, OverflowRiskError
 from cnncomp.models import ArticleNet, DigitsNet, mobilenet_v2
 from cnncomp.pruning import mask_of, prune, remove_masks, sparsity_of
 from cnncomp.quantization import (
@@ -350,7 +350,7 @@ def test_training_flags_and_statistics_survive() -> None:
         (3, "got int, expected batches"),
         ("abc", "got str, expected batches"),
         ({"x": torch.zeros(1, 3, 32, 32)}, "got dict, expected batches"),
-        (torch.zeros(0, 3, 32, 32), "reached none"),
+        (torch.zeros(0, 3, 32, 32), r"batch 0: got shape \(0, 3, 32, 32\), expected at least one input"),
     ],
 )
 def test_useless_calibration(batches: Any, message: str) -> None:
@@ -416,3 +416,10 @@ def test_mobilenet_quantises_without_a_warning() -> None:
         warnings.simplefilter("error")
         model = quantize(mobilenet_v2(10, width_mult=0.35).eval(), torch.randn(2, 3, 32, 32))
     assert sum(quantization_of(m) is not None for m in model.modules()) == 53
+
+
+def test_a_device_that_is_not_there() -> None:
+    model = DigitsNet().eval()
+    with pytest.raises(DeviceError, match="device: got 'abacus'"):
+        quantize(model, [torch.randn(1, 1, 8, 8)], device="abacus")
+    assert not any(len(m._forward_pre_hooks) for m in model.modules())

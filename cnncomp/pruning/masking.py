@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -188,7 +189,7 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     """
     if sparsity is None:
         return pattern.sparsity if isinstance(pattern, NM) else DEFAULT_SPARSITY
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
         raise ArgumentError("sparsity", repr(sparsity), "a number from 0 to 1 (the fraction of zeros)")
     if isinstance(pattern, NM) and abs(sparsity - pattern.sparsity) > 1e-3:
         raise ArgumentError("sparsity", sparsity, f"None or {pattern.sparsity:.4g}, which pattern '{pattern}' gives")

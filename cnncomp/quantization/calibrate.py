@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, layers_of, reduction_length, select, weight_parameter
+from cnncomp._modules import Layer, layers_of, reduction_length, resolve_device, select, weight_parameter
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
 from cnncomp.ops.library import MAX_REDUCTION
 from cnncomp.quantization.bias import correct_biases
@@ -85,6 +85,7 @@ def quantize(
         ArgumentError: an unknown method, scheme or other choice, a model that is quantised already or holds NaN or
             infinity, a pattern in ``exclude`` that matches nothing, no layer left, a mean shift for pruned weights.
         OverflowRiskError: a layer sums more than 66,311 products.
+        DeviceError: a ``device`` that is not there.
         CalibrationError: no batch, or one that is no tensor, or NaN or infinity in one or in a layer's input. The model
             is unchanged then, but for what ``equalize`` rescaled.
     """
@@ -98,7 +99,7 @@ def quantize(
         raise ArgumentError("float_budget", float_budget, "a fraction, from 0 to 1")
     layers = _layers_to_quantize(model, exclude, scheme)
     if device is not None:
-        model.to(device)
+        model.to(resolve_device(device))
     again = equalize is not None or rounding != "nearest" or correct_bias or float_budget > 0
     feed = Feed(model, calibration, again, progress)
     if equalize is not None:
