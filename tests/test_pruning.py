@@ -240,3 +240,11 @@ def test_extremes() -> None:
     assert torch.isfinite(model(torch.randn(1, 3, 32, 32))).all()
     bare = prune(nn.Linear(4, 4), 0.5, include_first_last=True)  # the model itself is a layer
     assert zeros(bare.weight) == 8
+
+
+def test_a_layer_of_which_nothing_is_left_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-6)
+    with pytest.warns(UserWarning, match=r"nothing is left of 1: lower the sparsity"):
+        prune(model, 0.8, include_first_last=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -119,7 +120,7 @@ def prune(
         example_inputs, round_to: as in :func:`cnncomp.prune_channels`, for pattern "channel" only.
 
     Returns:
-        ``model``.
+        ``model``. A layer of which nothing is left is named in a warning.
 
     Raises:
         ArgumentError: a sparsity outside 0 to 1 or below what is masked already, or not an n:m pattern's own; an unknown
@@ -148,6 +149,9 @@ def prune(
     permuted = _permute(model, targets, parsed, batches, progress) if permute else set()
     ranking = rank(targets, model, parsed, criterion, scores, batches, loss)
     masks = choose_masks(ranking, sparsity, allocation, model, batches, progress)
+    if sparsity < 1 and (emptied := [t.name for t, m in zip(targets, masks, strict=True) if not m.any()]):
+        advice = "lower the sparsity, exclude them, or take scope='layer'"
+        warnings.warn(f"nothing is left of {', '.join(emptied)}: {advice}", UserWarning, stacklevel=2)
     if not reconstruct:
         for i, mask in enumerate(masks):
             apply_mask(targets[i].layers, mask, str(parsed), _note(ranking, i, permuted))
