@@ -71,7 +71,7 @@ class Chooser:
     layers: dict[fx.Node, ConvertedLayer] = field(init=False)
     options: dict[fx.Node, list[Option]] = field(init=False)
     why_not: dict[fx.Node, str] = field(init=False)
-    _measured: dict[tuple[object, ...], float] = field(init=False, default_factory=dict)
+    _measured: dict[object, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = layer_nodes(self.gm)
@@ -133,11 +133,17 @@ class Chooser:
         shape = node.meta.get("shape")
         if src == dst or shape is None or (len(shape) != 4 and dst != Q8):
             return 0.0
-        key = (shape, src, dst, spec)
-        if key not in self._measured:
+
+        def make() -> Callable[[], object]:
             x = to_format(_noise(shape, self.device), src, None)
-            fns = {"": lambda: to_format(x, dst, spec)}
-            self._measured[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
+            return lambda: to_format(x, dst, spec)
+
+        return self._measure_once((shape, src, dst, spec), make)
+
+    def _measure_once(self, key: object, make: Callable[[], Callable[[], object]]) -> float:
+        """Seconds of the function that ``make`` returns, made and measured the first time that ``key`` is asked for."""
+        if key not in self._measured:
+            self._measured[key] = interleaved({"": make()}, budget_s=0.01, cuda=self.device.type == "cuda")[""]
         return self._measured[key]
 
     def _passing(self, node: fx.Node, fmt: str) -> float:
@@ -148,15 +154,15 @@ class Chooser:
         shape, dtype = (node.all_input_nodes[0].meta.get(key) for key in ("shape", "dtype"))
         if shape is None or len(shape) != 4 or dtype != torch.float32:
             return 0.0
-        key = (node, fmt)
-        if key not in self._measured:
+
+        def make() -> Callable[[], object]:
             module = module_at(self.gm, node)
             if fmt == Q8 and isinstance(module, nn.MaxPool2d):
                 module = QuantMaxPool2d.from_float(module)
             x = to_format(_noise(shape, self.device), fmt, QuantSpec(1.0, torch.uint8))
-            fns = {"": lambda: module(x)}
-            self._measured[key] = interleaved(fns, budget_s=0.01, cuda=self.device.type == "cuda")[""]
-        return self._measured[key]
+            return lambda: module(x)
+
+        return self._measure_once((node, fmt), make)
 
     def costs(self, assignment: Assignment) -> dict[fx.Node, float]:
         """Seconds of each layer with the conversions of its inputs, and of torch's modules between layers."""
