@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from cnncomp._graph_json import DTYPES, decode_value, encode_value
 from cnncomp.errors import SerializationError
 from cnncomp.graph.trace import base_type
-from cnncomp.nn import LAYERS, ConvertedLayer, Geometry, LayerInfo, QuantMaxPool2d, QuantSpec
+from cnncomp.nn import (
+    LAYERS,
+    ConvertedLayer,
+    Geometry,
+    LayerInfo,
+    QuantConv2d,
+    QuantLinear,
+    QuantMaxPool2d,
+    QuantSpec,
+    dequantize_weight,
+    quantize_weight,
+)
 from cnncomp.quantization import ClampChannels
 
 _CONV = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
@@ -177,6 +188,8 @@ def _from_place(tensors: dict[str, Tensor], name: str, place: str | None) -> Ten
 def _encode_layer(layer: ConvertedLayer) -> Encoded:
     info, tensors = layer.info, dict(layer.tensors())
     where = {name: _note_place(tensors, name, getattr(info, name)) for name in _INFO_TENSORS}
+    if layer.info.weight_scale is not None and tensors["weight"].is_floating_point():
+        tensors["weight"] = _integers(tensors["weight"], layer.info.weight_scale, layer.info.weight_shift)
     encoded = {
         "layer": type(layer).__name__,
         "config": layer.config(),
@@ -192,11 +205,23 @@ def _encode_layer(layer: ConvertedLayer) -> Encoded:
     return encoded, tensors
 
 
+def _integers(weight: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """The int8 weight of a quantised layer that runs in float; the float one if it is no longer what they stand for."""
+    q, step = quantize_weight(weight, scale, shift)
+    same = torch.equal(step, scale.to(step)) and torch.equal(dequantize_weight(q, step, shift), weight)
+    return q if same else weight
+
+
 def _decode_layer(encoded: dict[str, Any], tensors: dict[str, Tensor]) -> ConvertedLayer:
     cls, config, info = LAYERS[encoded["layer"]], encoded["config"], encoded["info"]
     tensors = dict(tensors)
     noted = {name: _from_place(tensors, name, info.get(name)) for name in _INFO_TENSORS}
     _check_sizes(config, tensors)
+    if not issubclass(cls, (QuantConv2d, QuantLinear)) and tensors["weight"].dtype == torch.int8:
+        scale = noted["weight_scale"]
+        if scale is None:
+            raise ValueError("an int8 weight without a scale")
+        tensors["weight"] = dequantize_weight(tensors["weight"], scale, noted["weight_shift"])
     layer = cls.build(config, tensors)
     if json.loads(json.dumps(layer.config())) != config or not set(tensors) <= _LAYER_TENSORS:
         raise ValueError(f"a {cls.__name__} with the arguments {config} and the tensors {sorted(tensors)}")

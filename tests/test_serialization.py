@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import cnncomp
@@ -18,7 +20,7 @@ from cnncomp._module_json import TORCH_MODULES, decode_module, encode_module
 from cnncomp.dispatch import device_key
 from cnncomp.errors import ArgumentError, DeviceError, SerializationError
 from cnncomp.models import DigitsNet
-from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
+from cnncomp.nn import ConvertedLayer, DenseConv2d, DenseLinear, QuantMaxPool2d
 from cnncomp.quantization import ClampChannels
 from tests.saved_networks import NETWORKS, converted
 
@@ -165,6 +167,35 @@ def test_sizes(case: str, most: float, tmp_path: Path) -> None:
     cnncomp.save(model, tmp_path / "m")
     weights = sum(p.numel() for p in DigitsNet().parameters())
     assert (tmp_path / "m").stat().st_size <= most * 4 * weights
+
+
+@pytest.mark.parametrize("case", [case for case, (_, _, quantized, _) in NETWORKS.items() if quantized])
+def test_integers_are_stored_whichever_kernel_runs_them(case: str, tmp_path: Path) -> None:
+    model, x = converted(case, device=HERE)
+    dense = [name for name, m in model.network.named_modules() if isinstance(m, (DenseConv2d, DenseLinear))]
+    cnncomp.save(model, tmp_path / "m")
+    stored = load_file(tmp_path / "m")
+    for name in dense:
+        layer = model.network.get_submodule(name)
+        assert isinstance(layer, ConvertedLayer)
+        quantized = layer.info.weight_scale is not None
+        weight = stored.get(f"{name}.weight", stored.get(f"{name}.weight:values"))
+        assert weight is not None and weight.dtype == (torch.int8 if quantized else torch.float32)
+    assert len(dense) > 1
+    loaded = cnncomp.load(tmp_path / "m", replan=False)
+    _same_layers(model, loaded)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_float_weight_off_the_grid_stays_float(tmp_path: Path) -> None:
+    model, x = converted("int8", device=HERE)
+    model = copy.deepcopy(model)
+    fc = model.network.get_submodule("fc")
+    assert isinstance(fc, DenseLinear)
+    fc.weight.data[0, 0] += 1e-3
+    cnncomp.save(model, tmp_path / "m")
+    assert load_file(tmp_path / "m")["fc.weight"].dtype == torch.float32
+    assert torch.equal(cnncomp.load(tmp_path / "m", replan=False)(x), model(x))
 
 
 def test_missing_file(tmp_path: Path) -> None:

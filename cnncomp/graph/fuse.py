@@ -15,7 +15,17 @@ from cnncomp._norms import BatchNorm, fold_batch_norm
 from cnncomp.errors import ArgumentError
 from cnncomp.graph.nodes import cloned, has_user_hooks, input_node, module_at, put_module
 from cnncomp.graph.normalize import normalize
-from cnncomp.nn import Clamp, ConvertedLayer, DenseConv2d, DenseLinear, Geometry, LayerInfo, QuantSpec
+from cnncomp.nn import (
+    Clamp,
+    ConvertedLayer,
+    DenseConv2d,
+    DenseLinear,
+    Geometry,
+    LayerInfo,
+    QuantSpec,
+    dequantize_weight,
+    quantize_weight,
+)
 from cnncomp.nn.base import INF
 from cnncomp.quantization import ClampChannels, quantization_of
 
@@ -200,6 +210,9 @@ def _fuse_layer(gm: fx.GraphModule, node: fx.Node, layer: nn.Module, name: str, 
         weight_scale = None if weight_scale is None else weight_scale * factor.abs()
         weight_shift = None if weight_shift is None else weight_shift * factor
         dead.append(node)
+    if weight_scale is not None:  # what folding rounded is put back on the grid: a file can hold the integers
+        q, weight_scale = quantize_weight(weight, weight_scale, weight_shift)
+        weight = dequantize_weight(q, weight_scale, weight_shift)
     residual = None
     if (user := _only_user(last)) is not None and (other := _residual_of(user, last)) is not None:
         residual = other

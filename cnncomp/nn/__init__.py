@@ -5,7 +5,7 @@ from __future__ import annotations
 from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.pool import QuantMaxPool2d
-from cnncomp.nn.quant import QuantConv2d, QuantLinear, quantize_weight
+from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
 
 #: Every converted layer by class name: what a saved file may name.
@@ -28,5 +28,6 @@ __all__ = [
     "QuantSpec",
     "SparseConv2d",
     "SparseLinear",
+    "dequantize_weight",
     "quantize_weight",
 ]

@@ -52,6 +52,13 @@ def quantize_weight(weight: Tensor, scale: Tensor | None = None, shift: Tensor |
     return q.to(torch.int8).reshape(weight.shape), s
 
 
+def dequantize_weight(q: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """The fp32 weight, scale·q, or scale·q + shift, that int8 ``q`` (K, ...) stands for. ``scale``, ``shift``: (K,)."""
+    shape = (-1, *[1] * (q.dim() - 1))
+    weight = q.float() * scale.reshape(shape)
+    return weight if shift is None else weight + shift.reshape(shape)
+
+
 class _QuantLayer(ConvertedLayer):
     """State and constants that the int8 conv and linear share.
 
@@ -154,10 +161,7 @@ class _QuantLayer(ConvertedLayer):
         raise NotImplementedError
 
     def _dequantized(self) -> Tensor:
-        q = self.weight_int8()
-        shape = (-1, *[1] * (q.dim() - 1))
-        weight = q.float() * self.weight_scale.reshape(shape)
-        return weight if self.weight_shift is None else weight + self.weight_shift.reshape(shape)
+        return dequantize_weight(self.weight_int8(), self.weight_scale, self.weight_shift)
 
     def _noted(self, dense: Dense) -> Dense:
         """``dense`` with this layer's quantisation in its info, so that it can be converted again."""
