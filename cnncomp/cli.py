@@ -109,7 +109,22 @@ def compress(
     out: Out,
     weights: Weights = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to make zero, without training after it.")] = 0.0,
+    pattern: Annotated[
+        str, typer.Option(help="Which weights go together: unstructured, 2:4, 1x4, block16x16, channel, ...")
+    ] = "unstructured",
+    reconstruct: Annotated[
+        bool, typer.Option(help="Solve on the images for what the weights that stay should be; takes minutes.")
+    ] = True,
     int8: Annotated[bool, typer.Option(help="Quantise weights and activations to 8 bit.")] = True,
+    method: Annotated[
+        str, typer.Option(help=f"How int8 scales are chosen: {', '.join(cnncomp.quantization.METHODS)}.")
+    ] = "mse",
+    rounding: Annotated[
+        str, typer.Option(help="Of int8 weights: nearest, or adaptive, which takes minutes.")
+    ] = "nearest",
+    float_budget: Annotated[
+        float, typer.Option(help="Keep the most sensitive layers float, up to this fraction of the multiplications.")
+    ] = 0.0,
     size: Size = 224,
     channels: Channels = 3,
     exclude: Annotated[
@@ -138,7 +153,16 @@ def compress(
     pictures = read_images(images, size, channels).to(where)
     check_runs(network, pictures[:1], "--size and --channels")
     calibration, held_out = split(pictures)
-    recipe = cnncomp.Recipe(sparsity=sparsity, int8=int8, exclude=tuple(exclude or ()))
+    recipe = cnncomp.Recipe(
+        sparsity=sparsity,
+        pattern=pattern,
+        reconstruct=reconstruct and pattern != "channel",
+        int8=int8,
+        method=method,
+        rounding=rounding,
+        float_budget=float_budget,
+        exclude=tuple(exclude or ()),
+    )
     batches = list(calibration.split(8))
     if latency is None and accuracy_drop is None:
         fast = cnncomp.compress(network, batches, recipe, example_inputs=pictures[:1], measure=measure)

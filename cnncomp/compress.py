@@ -12,6 +12,7 @@ from torch import nn
 from cnncomp.convert import ConvertedModel, convert
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning import prune
+from cnncomp.pruning.criteria import as_batches
 from cnncomp.quantization import quantize
 from cnncomp.search import SearchResult, Settings, Space, Target, search
 
@@ -21,20 +22,38 @@ class Recipe:
     """What :func:`compress` does, in this order.
 
     Args:
-        sparsity: fraction of zeros, 0 for no pruning.
+        sparsity: fraction of zeros. 0: no pruning, or with another pattern than "unstructured" what it prunes by itself.
         pattern: as in :func:`cnncomp.prune`.
+        reconstruct: solve on the data for what the weights that stay should be, as in :func:`cnncomp.prune`: takes minutes
+            and needs no training.
         finetune: called with the pruned model, to train it in place; None for none.
         int8: quantise after training.
-        method: calibration, as in :func:`cnncomp.quantize`.
+        method, equalize, rounding, correct_bias, float_budget: how, as in :func:`cnncomp.quantize`; equalised and with
+            corrected biases by default, which goes over the data three times.
         exclude: name patterns of layers that keep their weights and precision.
     """
 
     sparsity: float = 0.0
     pattern: str = "unstructured"
+    reconstruct: bool = False
     finetune: Callable[[nn.Module], object] | None = None
     int8: bool = True
     method: str = "mse"
+    equalize: str | None = "activations"
+    rounding: str = "nearest"
+    correct_bias: bool = True
+    float_budget: float = 0.0
     exclude: tuple[str, ...] = ()
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it prunes at all."""
+        return self.sparsity > 0 or self.pattern != "unstructured"
+
+    def quantization(self) -> dict[str, Any]:
+        """The arguments for :func:`cnncomp.quantize` that say how."""
+        names = ("method", "equalize", "rounding", "correct_bias", "float_budget")
+        return {name: getattr(self, name) for name in names}
 
 
 @overload
@@ -79,10 +98,10 @@ def compress(
     """The whole way in one call, by a recipe or to a target. ``model`` stays as it is.
 
     Args:
-        data: batches for calibration; needed if the recipe quantises, and for a target, which is measured on them: as
-            accuracy where they are (images, labels), else as agreement with ``model``.
-        recipe: what to do; by default int8 and no pruning. With a target, only what its ``finetune``, ``method``, ``exclude``
-            and ``int8`` say; sparsity is found.
+        data: batches for calibration, held in memory; needed if the recipe quantises or reconstructs, and for a target,
+            which is measured on them: as accuracy where they are (images, labels), else as agreement with ``model``.
+        recipe: what to do; by default int8 and no pruning. With a target, sparsity and precision are found, and layers are
+            chosen one by one: ``sparsity``, ``pattern``, ``equalize`` and ``float_budget`` don't apply.
         example_inputs: as in :func:`cnncomp.convert`.
         target: what to reach; sparsity, pattern and precision of each layer are then found from measured times and measured
             sensitivity (:mod:`cnncomp.search.run`).
@@ -104,24 +123,32 @@ def compress(
         raise ArgumentError("recipe", type(recipe).__name__, "a cnncomp.Recipe")
     if target is not None:
         return _to_target(model, data, recipe, example_inputs, target, space or Space(), held_out, progress)
-    if recipe.int8 and data is None:
-        raise ArgumentError("data", None, "batches to calibrate int8 with (or Recipe(int8=False))")
+    batches = _batches(data) if recipe.int8 or (recipe.prunes and recipe.reconstruct) else []
     model = copy.deepcopy(model)
-    if recipe.sparsity:
+    if recipe.prunes:
         prune(
             model,
-            sparsity=recipe.sparsity,
+            sparsity=recipe.sparsity or None,
             pattern=recipe.pattern,
             exclude=recipe.exclude,
+            reconstruct=recipe.reconstruct,
+            data=batches if recipe.reconstruct else None,
+            progress=progress,
             example_inputs=example_inputs,
         )
     if recipe.finetune is not None:
         recipe.finetune(model)
     model.eval()
     if recipe.int8:
-        assert data is not None
-        quantize(model, data, method=recipe.method, exclude=recipe.exclude, progress=progress)
+        quantize(model, batches, exclude=recipe.exclude, progress=progress, **recipe.quantization())
     return convert(model, example_inputs, measure=measure, progress=progress)
+
+
+def _batches(data: Iterable[Any] | None) -> list[Any]:
+    """``data``, to go over more than once."""
+    if data is None:
+        raise ArgumentError("data", None, "batches to calibrate with (or Recipe(int8=False), without reconstruct)")
+    return list(as_batches(data))
 
 
 def _to_target(
@@ -136,10 +163,10 @@ def _to_target(
 ) -> SearchResult:
     if data is None:
         raise ArgumentError("data", None, "batches to measure a target on")
-    if recipe.sparsity:
-        raise ArgumentError("recipe", f"sparsity {recipe.sparsity}", "none beside a target, which finds it")
+    if recipe.prunes:
+        got = f"sparsity {recipe.sparsity}, pattern {recipe.pattern!r}"
+        raise ArgumentError("recipe", got, "neither beside a target, which finds them")
     choices = tuple(c for c in space.choices if recipe.int8 or not c.int8)
-    settings = Settings(
-        target, replace(space, choices=choices), recipe.finetune, recipe.method, recipe.exclude, progress
-    )
+    how = {"method": recipe.method, "rounding": recipe.rounding, "correct_bias": recipe.correct_bias}
+    settings = Settings(target, replace(space, choices=choices), recipe.finetune, how, recipe.exclude, progress)
     return search(model, data, example_inputs, settings, held_out)

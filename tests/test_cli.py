@@ -127,6 +127,21 @@ def test_compress_is_the_python_function(folder: Path) -> None:
     assert f"{(folder / 'a.cnncomp').stat().st_size / 1e6:.2f} MB in a.cnncomp" in result.output
 
 
+def test_compress_takes_patterns_and_methods(folder: Path) -> None:
+    options = ("--no-measure", "--pattern", "2:4", "--method", "minmax", "--rounding", "adaptive")
+    result = run("compress", *NETWORK, "--images", "images", "--out", "a.cnncomp", *options)
+    assert result.exit_code == 0, result.output
+    x = pictures()
+    recipe = cnncomp.Recipe(pattern="2:4", reconstruct=True, method="minmax", rounding="adaptive")
+    batches = list(cli.split(x)[0].split(8))
+    expected = cnncomp.compress(trained(), batches, recipe, example_inputs=x[:1], measure=False)
+    assert torch.equal(cnncomp.load("a.cnncomp")(x), expected(x))
+    for wrong in (("--pattern", "4:2"), ("--method", "guess"), ("--rounding", "up"), ("--float-budget", "2")):
+        result = run("compress", *NETWORK, "--images", "images", "--out", "b.cnncomp", *wrong)
+        assert result.exit_code == 2 and "Error" in result.output, wrong
+        assert not (folder / "b.cnncomp").exists()
+
+
 def test_compress_prunes_and_leaves_precision(folder: Path) -> None:
     arguments = ("--images", "images", "--out", "a.cnncomp", "--no-measure", "--sparsity", 0.75, "--no-int8")
     result = run("compress", *NETWORK, *arguments)

@@ -425,6 +425,25 @@ def test_compress_is_the_whole_way() -> None:
         cnncomp.compress(model, None, example_inputs=X)
 
 
+def test_recipe_says_how_to_prune_and_quantise() -> None:
+    torch.manual_seed(0)
+    model, data = cnncomp.models.ArticleNet().eval(), [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    recipe = cnncomp.Recipe(pattern="2:4", reconstruct=True, rounding="adaptive", method="minmax")
+    fast = cnncomp.compress(model, iter(data), recipe, example_inputs=X, measure=False, progress=False)
+    by_hand = cnncomp.prune(copy.deepcopy(model), pattern="2:4", reconstruct=True, data=data, progress=False)
+    how = {"method": "minmax", "equalize": "activations", "correct_bias": True, "rounding": "adaptive"}
+    cnncomp.quantize(by_hand, data, **how, progress=False)
+    assert torch.equal(fast(X), cnncomp.convert(by_hand, X, measure=False, progress=False)(X))
+    plain = cnncomp.Recipe(pattern="2:4", equalize=None, correct_bias=False)
+    assert not torch.equal(
+        fast(X), cnncomp.compress(model, data, plain, example_inputs=X, measure=False, progress=False)(X)
+    )
+    with pytest.raises(ArgumentError, match="reconstruct"):
+        cnncomp.compress(model, None, cnncomp.Recipe(pattern="2:4", reconstruct=True, int8=False), example_inputs=X)
+    with pytest.raises(ArgumentError, match="reconstruct"):
+        cnncomp.prune(model, pattern="channel", reconstruct=True, data=data, example_inputs=X)
+
+
 class Remembers(nn.Module):
     """Traces without an error, but to a graph that is wrong: the branch depends on state that tracing freezes."""
 

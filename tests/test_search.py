@@ -286,7 +286,7 @@ def test_measured_on_this_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize("choice", [DENSE, INT8, HALF, NINE])
 def test_bytes_are_those_of_the_file(choice: Choice, tmp_path: Path) -> None:
     model = ConcatNet().eval()
-    variants = Variants(model, images(), "mse", ())
+    variants = Variants(model, images(), {}, ())
     config = {} if choice == DENSE else dict.fromkeys(variants.names, choice)
     fast = cnncomp.convert(variants.build(config), images()[0], measure=False)
     path = tmp_path / "model.cnncomp"
@@ -300,7 +300,7 @@ def test_loss_is_the_divergence_and_swapping_restores() -> None:
     model, data = ConcatNet().eval(), images()
     judge = Judge(model, data, probe=16)
     assert judge.loss(model) == pytest.approx(0, abs=1e-12)
-    other = Variants(model, data, "mse", ()).uniform(NINE)
+    other = Variants(model, data, {}, ()).uniform(NINE)
     own = model.wide
     with swapped(model, "wide", other.wide), torch.no_grad():
         p = F.softmax(judge.dense[:16].double(), 1)

@@ -132,10 +132,9 @@ def prune(
     if pattern == "channel":
         from cnncomp.structured import prune_channels  # which stands above this package
 
-        if allocation is not None or scores is not None:
-            raise ArgumentError(
-                "pattern", "'channel' with allocation or scores", "neither (scope says how to share out)"
-            )
+        if allocation is not None or scores is not None or reconstruct:
+            got = "'channel' with allocation, scores or reconstruct"
+            raise ArgumentError("pattern", got, "none of them (scope says how to share out)")
         wanted = 0.5 if sparsity is None else sparsity
         taken = dict(scope=scope, criterion=criterion, data=data, loss=loss, round_to=round_to, exclude=exclude)
         return prune_channels(model, wanted, example_inputs, **taken)  # type: ignore[arg-type]

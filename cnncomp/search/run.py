@@ -43,7 +43,7 @@ class Settings:
     target: Target
     space: Space = field(default_factory=Space)
     finetune: Callable[[nn.Module], object] | None = None
-    method: str = "mse"
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     progress: bool = True
 
@@ -133,7 +133,7 @@ class _Run:
             if settings.finetune is not None:
                 settings.finetune(base)
                 base.eval()
-        variants = Variants(base, self.judge.batches, settings.method, settings.exclude)
+        variants = Variants(base, self.judge.batches, settings.quantization, settings.exclude)
         choices = [c for c in dict.fromkeys(space.choices) if c != DENSE]
         steps = (len(choices) + 1 if channels not in self.tables else 0) + len(variants.names) * len(choices)
         with track("measuring layers", steps, show=settings.progress) as advance:

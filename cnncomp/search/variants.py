@@ -24,12 +24,14 @@ class Variants:
     Args:
         model: the network; stays as it is.
         batches: to calibrate int8 with.
-        method: of calibration, as in :func:`cnncomp.quantize`.
+        quantization: arguments for :func:`cnncomp.quantize` that say how.
         exclude: name patterns of layers that stay dense.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], method: str, exclude: Sequence[str]) -> None:
-        self.model, self.batches, self.method = model, batches, method
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Any], quantization: Mapping[str, Any], exclude: Sequence[str]
+    ) -> None:
+        self.model, self.batches, self.quantization = model, batches, quantization
         layers = layers_of(model)
         names = [name for name in layers if name]
         if not names:
@@ -38,11 +40,15 @@ class Variants:
         self.too_long = {n for n in names if reduction_length(layers[n]) > MAX_REDUCTION}
 
     def uniform(self, choice: Choice) -> nn.Module:
-        """A copy in which every layer that can has ``choice``."""
-        return self.build(dict.fromkeys(self.names, choice))
+        """A copy in which every layer that can has ``choice``. Biases and rounding make up for what other layers do: where
+        single layers will be taken, they stay as they are."""
+        return self.build(dict.fromkeys(self.names, choice), alone=True)
 
-    def build(self, config: Config, finetune: Callable[[nn.Module], object] | None = None) -> nn.Module:
-        """A copy, in eval mode, with ``config``: pruned, trained by ``finetune`` if anything was pruned, then quantised."""
+    def build(
+        self, config: Config, finetune: Callable[[nn.Module], object] | None = None, alone: bool = False
+    ) -> nn.Module:
+        """A copy, in eval mode, with ``config``: pruned, trained by ``finetune`` if anything was pruned, then quantised;
+        ``alone``: each layer without regard to the others."""
         network = copy.deepcopy(self.model)
         by_pattern: dict[tuple[str, float], set[str]] = {}
         for layer, choice in config.items():
@@ -60,7 +66,8 @@ class Variants:
             others = [escaped(name) for name in everything if name not in int8]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # layers never reached stay float, and are in no table
-                quantize(network, self.batches, method=self.method, exclude=others, progress=False)
+                how = {k: v for k, v in self.quantization.items() if k == "method" or not alone}
+                quantize(network, self.batches, exclude=others, progress=False, **how)
         return network
 
 
