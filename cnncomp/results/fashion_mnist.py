@@ -29,7 +29,7 @@ from cnncomp.training import Settings
 from cnncomp.training.batches import as_float
 
 #: Zeros in the student that is distilled, pruned and int8.
-ALL_SPARSITY = 0.9
+ALL_SPARSITY = 0.8
 #: Training images that int8 is calibrated on.
 CALIBRATION = 1024
 #: Images per call when timing.
@@ -78,9 +78,9 @@ class Experiment:
         teacher = self.teacher.model if distilled else None
         return networks.train_student(self.data, self.out, seed, teacher, self.settings(networks.STUDENT))
 
-    def pruned(self, name: str, sparsity: float | str, model: nn.Module | None = None) -> Trained:
+    def pruned(self, name: str, seed: int, sparsity: float | str, model: nn.Module | None = None) -> Trained:
         model = copy.deepcopy(self.teacher.model if model is None else model)
-        settings = self.settings(networks.PRUNED)
+        settings = replace(self.settings(networks.PRUNED), seed=seed)
         return networks.prune_and_finetune(model, self.teacher.model, self.data, self.out, name, sparsity, settings)
 
     def quantized(self, model: nn.Module) -> nn.Module:
@@ -116,52 +116,55 @@ def _teacher(e: Experiment, name: str) -> Row:
     return e.score(name, e.teacher.model, e.teacher.hours, False)
 
 
+def _int8(e: Experiment, name: str) -> Row:
+    return e.score(name, e.quantized(e.teacher.model), 0.0, True)
+
+
 def _student(e: Experiment, name: str, seed: int, distilled: bool) -> Row:
     trained = e.student(seed, distilled)
     return e.score(name, trained.model, trained.hours, False)
 
 
-def _pruned(e: Experiment, name: str, sparsity: float | str, int8: bool = False) -> Row:
+def _pruned(e: Experiment, name: str, seed: int, sparsity: float | str, int8: bool = False) -> Row:
     """int8 takes the model that the row without it trained."""
-    trained = e.pruned(name.removesuffix("-int8"), sparsity)
+    trained = e.pruned(name.replace("-int8", ""), seed, sparsity)
     model = e.quantized(trained.model) if int8 else trained.model
     return e.score(name, model, trained.hours, True)
 
 
-def _int8(e: Experiment, name: str) -> Row:
-    return e.score(name, e.quantized(e.teacher.model), 0.0, True)
+def _all_three(e: Experiment, name: str, seed: int) -> Row:
+    trained = e.pruned(name, seed, ALL_SPARSITY, e.student(seed, True).model)
+    return e.score(name, e.quantized(trained.model), trained.hours, True)
 
 
-def _all_three(e: Experiment, name: str) -> Row:
-    student = e.student(0, True)
-    trained = e.pruned(name, ALL_SPARSITY, student.model)
-    return e.score(name, e.quantized(trained.model), student.hours + trained.hours, True)
-
-
-ROWS: dict[str, Callable[[Experiment, str], Row]] = {
-    "teacher": _teacher,
-    "int8": _int8,
+_SEEDED: dict[str, Callable[..., Row]] = {
     "unstructured-90": partial(_pruned, sparsity=0.9),
     "unstructured-90-int8": partial(_pruned, sparsity=0.9, int8=True),
     "unstructured-95": partial(_pruned, sparsity=0.95),
     "2of4": partial(_pruned, sparsity="2:4"),
-    **{f"student-plain-{seed}": partial(_student, seed=seed, distilled=False) for seed in report.SEEDS},
-    **{f"student-distilled-{seed}": partial(_student, seed=seed, distilled=True) for seed in report.SEEDS},
+    "student-plain": partial(_student, distilled=False),
+    "student-distilled": partial(_student, distilled=True),
     "all": _all_three,
+}
+#: By name: one row for what has no seed, one per seed for the others, the first seed of all before the second.
+ROWS: dict[str, Callable[[Experiment, str], Row]] = {
+    "teacher": _teacher,
+    "int8": _int8,
+    **{f"{kind}-{seed}": partial(make, seed=seed) for seed in report.SEEDS for kind, make in _SEEDED.items()},
 }
 
 
 def measure(e: Experiment) -> dict[str, float]:
-    """Median ms of the teacher in torch eager, of the dense converted one, and of every compressed model that is there,
-    timed in turn."""
+    """Median ms of the teacher in torch eager, of the dense converted one, and of each kind of compressed model that is
+    there (its first seed), by the kind's name, timed in turn."""
     x = e.example()
     models: dict[str, Callable[[Tensor], Tensor]] = {"teacher": e.teacher.model}
     dense = cnncomp.convert(e.teacher.model, x, measure=not e.quick, cache=False, progress=False)
     models["dense"] = dense
-    for name in ROWS:
-        path = e.out / f"{name}.cnncomp"
-        if path.exists():
-            models[name] = cnncomp.load(path)
+    for kind in report.KINDS:
+        path = next((p for p in (e.out / f"{kind}.cnncomp", e.out / f"{kind}-0.cnncomp") if p.exists()), None)
+        if path is not None:
+            models[kind] = cnncomp.load(path, replan=not e.quick)
     return race(models, x, Options(e.out, e.quick))
 
 
@@ -189,7 +192,7 @@ def main(
                 say(f"{name}: {made.accuracy:.2%}")
         if read_row("teacher", out / "rows") is not None:
             rows = {name: row for name in ROWS if (row := read_row(name, out / "rows")) is not None}
-            text = report.text(list(ROWS), rows, measure(e))
+            text = report.text(rows, measure(e))
             typer.echo(text)
             if docs is not None:
                 report.replace_section(docs, "fashion-mnist", text)

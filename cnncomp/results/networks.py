@@ -18,7 +18,7 @@ from cnncomp.training.batches import as_float
 
 TEACHER = Settings(epochs=12, lr=0.1, precision="bf16", channels_last=True)
 PRUNED = replace(FINETUNE, epochs=3, lr=0.03, precision="bf16", channels_last=True)
-STUDENT = Settings(epochs=12, lr=0.1, weight_decay=1e-4, precision="bf16", channels_last=True)
+STUDENT = Settings(epochs=20, lr=0.1, weight_decay=1e-4, precision="bf16", channels_last=True)
 
 
 @dataclass

@@ -21,7 +21,7 @@ class Row:
         corrupted: Accuracy by corruption.
         parameters: Without pruned ones.
         megabytes: Of its file, 10⁶ bytes.
-        hours: Spent on training it.
+        hours: Spent on training it, without those of the model that it started from.
     """
 
     name: str
