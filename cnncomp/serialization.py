@@ -1,10 +1,7 @@
 """``cnncomp.save`` and ``cnncomp.load``: a converted model as one file.
 
-The file is a safetensors file. Its tensors are the layers' in machine-independent form; its metadata hold the format
-version ("cnncomp"), the network, plan and provenance as JSON ("model", or "model.zlib" where compressed and in base 85 it
-is shorter), and a checksum ("sha256", of all bytes of the
-file with 64 zeros in its own place). Nothing in it is executed: a file can only name what stands in the tables of
-``_graph_json`` and ``_module_json``.
+The file (``_container``) holds the layers' tensors in machine-independent form, and network, plan and provenance as JSON.
+Nothing in it is executed: a file can only name what stands in the tables of ``_graph_json`` and ``_module_json``.
 
 A tensor with enough zeros is stored as two: ``<name>:mask``, one bit per element in row-major order, the first in the
 lowest bit, and ``<name>:values``, the others in the same order.
@@ -12,24 +9,19 @@ lowest bit, and ``<name>:values``, the others in the same order.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
-import hashlib
-import json
 import math
 import os
-import re
 import secrets
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from cnncomp._container import Document, Tensors, seal, unseal
 from cnncomp._graph_json import (
     DTYPES,
     check_disjoint,
@@ -45,20 +37,11 @@ from cnncomp.dispatch import CONV_CANDIDATES, LINEAR_CANDIDATES, Plan, device_ke
 from cnncomp.errors import ArgumentError, DeviceError, FileFormatError, SerializationError
 from cnncomp.nn import ConvertedLayer
 
-FORMAT_VERSION = 1
-
 #: Zeros are taken out of a tensor where that makes it smaller than this fraction: int8 from 18 % zeros, fp32 from 9 %.
 BITMAP_BELOW = 0.95
 #: Bytes that one more tensor takes in a file's header, about.
 HEADER_ENTRY = 128
-#: Bytes of JSON that a file may unpack to: some thousand times a large network's.
-MAX_DOCUMENT = 2**28
-
-_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Document = dict[str, Any]
-Tensors = dict[str, Tensor]
 
 
 def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
@@ -79,13 +62,7 @@ def save(model: ConvertedModel, path: str | os.PathLike[str]) -> None:
         raise ArgumentError("model", type(model).__name__, "what cnncomp.convert returned")
     document, tensors = _encode(model)
     tensors, document["bitmaps"] = _take_out_zeros(tensors)
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    metadata = {"cnncomp": str(FORMAT_VERSION), "sha256": "0" * 64, **_pack(text)}
-    data = bytearray(safetensors.torch.save(_own_storage(tensors), metadata))
-    found = _DIGEST.search(data, 0, 8 + _header_length(data))
-    assert found is not None
-    data[found.start(1) : found.end(1)] = hashlib.sha256(data).hexdigest().encode()
-    _write_atomically(Path(path), data)
+    _write_atomically(Path(path), seal(document, _own_storage(tensors)))
 
 
 def load(
@@ -290,7 +267,7 @@ def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
         FileFormatError: for whatever is wrong with the file.
     """
     try:
-        document, tensors = _unseal(data)
+        document, tensors = unseal(data)
     except Exception as error:
         raise FileFormatError(f"{path}: {error}") from error
     try:
@@ -298,77 +275,6 @@ def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
     except Exception as error:  # a file with the right checksum that save did not write
         reason = f"{type(error).__name__}: {error}"
         raise FileFormatError(f"{path}: its contents don't make a model ({reason})") from error
-
-
-def _header_length(data: bytes | bytearray) -> int:
-    return int.from_bytes(data[:8], "little")
-
-
-def _pack(text: str) -> dict[str, str]:
-    """The document as an entry of the metadata, compressed where that is shorter: it is most of a small network's file."""
-    packed = base64.b85encode(zlib.compress(text.encode(), 9)).decode()
-    return {"model.zlib": packed} if len(packed) < len(text) else {"model": text}
-
-
-def _unpack(metadata: dict[str, str]) -> str:
-    """The inverse of :func:`_pack`.
-
-    Raises:
-        ValueError: damaged, or larger than any network's.
-    """
-    if "model" in metadata:
-        return metadata["model"]
-    engine = zlib.decompressobj()
-    try:
-        text = engine.decompress(base64.b85decode(metadata["model.zlib"]), MAX_DOCUMENT)
-    except zlib.error as error:
-        raise ValueError(f"damaged: {error}") from error
-    if not engine.eof:
-        raise ValueError(f"damaged: its description is truncated, or takes more than {MAX_DOCUMENT} bytes")
-    return text.decode()
-
-
-def _unseal(data: bytes) -> tuple[Document, Tensors]:
-    """Check format, version and checksum.
-
-    Raises:
-        ValueError: with what is wrong; also RecursionError and whatever safetensors raises for a forged file.
-    """
-    foreign = ValueError("not a file that cnncomp.save wrote")
-    length = _header_length(data)
-    if len(data) < 9 or not data[8:].startswith(b"{"):
-        raise foreign
-    if 8 + length > len(data):
-        raise ValueError(f"truncated: {len(data)} bytes, but its header alone takes {8 + length}")
-    try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = header.get("__metadata__", {})
-        version = int(metadata["cnncomp"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise foreign from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"format version {version}; this cnncomp ({__version__}) reads version {FORMAT_VERSION}: "
-            + ("upgrade cnncomp" if version > FORMAT_VERSION else "not a version that ever was")
-        )
-    ends = [int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"]
-    end = 8 + length + max(ends, default=0)
-    if len(data) < end:
-        raise ValueError(f"truncated: {len(data)} bytes of {end}")
-    _verify(data, length)
-    return json.loads(_unpack(metadata)), safetensors.torch.load(data)
-
-
-def _verify(data: bytes, header_length: int) -> None:
-    """Raise ValueError unless the checksum is right."""
-    found = _DIGEST.search(data, 0, 8 + header_length)
-    if found is None:
-        raise ValueError("damaged: it has no checksum")
-    digest = hashlib.sha256(data[: found.start(1)])
-    digest.update(b"0" * 64)
-    digest.update(memoryview(data)[found.end(1) :])
-    if digest.hexdigest().encode() != found[1]:
-        raise ValueError("damaged: its checksum does not match its contents")
 
 
 def _decode(document: Document, tensors: Tensors) -> ConvertedModel:

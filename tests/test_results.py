@@ -87,7 +87,7 @@ def test_the_command_makes_its_rows_once(folder: Path, tmp_path: Path, monkeypat
     assert "| 90 % zeros | did not finish |" in text and "over 1 seed, paired (2 of 3 seeds did not" in text
     teacher, small = rows["teacher"], rows["all-0"]
     assert teacher is not None and small is not None
-    assert teacher.parameters == 1_209_834 and small.parameters < 51_578 * 0.3 and small.hours > 0
+    assert teacher.parameters == 1_209_834 and small.parameters < 51_578 * 0.35 and small.hours > 0
     assert small.megabytes < teacher.megabytes / 50
     two = rows["2of4-0"]
     assert two is not None and two.parameters == pytest.approx(1_209_834 / 2, rel=0.03)

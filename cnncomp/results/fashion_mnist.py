@@ -29,7 +29,7 @@ from cnncomp.training import Settings
 from cnncomp.training.batches import as_float
 
 #: Zeros in the student that is distilled, pruned and int8.
-ALL_SPARSITY = 0.8
+ALL_SPARSITY = 0.75
 #: Training images that int8 is calibrated on.
 CALIBRATION = 1024
 #: Images per call when timing.

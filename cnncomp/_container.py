@@ -1,0 +1,116 @@
+"""The bytes of a saved model: a JSON document and tensors in one safetensors file with a version and a checksum.
+
+Metadata: the format version ("cnncomp"), a checksum ("sha256", of all bytes of the file with 64 zeros in its own place), and
+the document ("model"). Where it makes the file smaller by a twentieth, what the file would be without checksum is compressed
+and becomes the only tensor, "zlib", and the metadata hold its "size".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from cnncomp._version import __version__
+
+FORMAT_VERSION = 1
+
+#: Compressed from here on, as a fraction.
+PACKED_BELOW = 0.95
+
+_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+
+Document = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def seal(document: Document, tensors: Tensors) -> bytearray:
+    """The file's bytes. ``tensors`` share no memory."""
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    metadata = {"cnncomp": str(FORMAT_VERSION), "model": text}
+    plain = safetensors.torch.save(tensors, metadata)
+    packed = zlib.compress(plain)
+    if len(packed) < PACKED_BELOW * len(plain):
+        tensors = {"zlib": torch.from_numpy(np.frombuffer(bytearray(packed), dtype=np.uint8))}
+        metadata = {"cnncomp": str(FORMAT_VERSION), "size": str(len(plain))}
+    data = bytearray(safetensors.torch.save(tensors, {**metadata, "sha256": "0" * 64}))
+    found = _DIGEST.search(data, 0, _header_end(data))
+    assert found is not None
+    data[found.start(1) : found.end(1)] = hashlib.sha256(data).hexdigest().encode()
+    return data
+
+
+def unseal(data: bytes) -> tuple[Document, Tensors]:
+    """The inverse of :func:`seal`; checks format, version and checksum.
+
+    Raises:
+        ValueError: with what is wrong; also RecursionError and whatever safetensors raises for a forged file.
+    """
+    metadata = _metadata(data)
+    _verify(data)
+    try:
+        if "size" in metadata:
+            data = _unpacked(safetensors.torch.load(data)["zlib"], int(metadata["size"]))
+            metadata = _metadata(data)
+        return json.loads(metadata["model"]), safetensors.torch.load(data)
+    except KeyError as error:
+        raise ValueError(f"damaged: it has no {error}") from error
+
+
+def _header_end(data: bytes | bytearray) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    foreign = ValueError("not a file that cnncomp.save wrote")
+    end = _header_end(data)
+    if len(data) < 9 or not data[8:].startswith(b"{"):
+        raise foreign
+    if end > len(data):
+        raise ValueError(f"truncated: {len(data)} bytes, but its header alone takes {end}")
+    try:
+        header = json.loads(data[8:end])
+        metadata: dict[str, str] = header.get("__metadata__", {})
+        version = int(metadata["cnncomp"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise foreign from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"format version {version}; this cnncomp ({__version__}) reads version {FORMAT_VERSION}: "
+            + ("upgrade cnncomp" if version > FORMAT_VERSION else "not a version that ever was")
+        )
+    end += max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
+    if len(data) < end:
+        raise ValueError(f"truncated: {len(data)} bytes of {end}")
+    return metadata
+
+
+def _verify(data: bytes) -> None:
+    """Raise ValueError unless the checksum is right."""
+    found = _DIGEST.search(data, 0, _header_end(data))
+    if found is None:
+        raise ValueError("damaged: it has no checksum")
+    digest = hashlib.sha256(data[: found.start(1)])
+    digest.update(b"0" * 64)
+    digest.update(memoryview(data)[found.end(1) :])
+    if digest.hexdigest().encode() != found[1]:
+        raise ValueError("damaged: its checksum does not match its contents")
+
+
+def _unpacked(packed: Tensor, size: int) -> bytes:
+    """Never makes more than ``size`` bytes: a forged stream can't fill the memory beyond what its file says."""
+    engine = zlib.decompressobj()
+    try:
+        data = engine.decompress(packed.numpy().tobytes(), max(size, 1))  # 0 would mean no limit
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from error
+    if not engine.eof or len(data) != size:
+        raise ValueError(f"damaged: what it holds does not unpack to {size} bytes")
+    return data
