@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from cnncomp.dispatch.plan import Plan, load_cached, store_cached
 from cnncomp.errors import ArgumentError
 from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
+from cnncomp.graph.arguments import positional
 from cnncomp.graph.nodes import cloned
 from cnncomp.nn.base import keeping_dtype
 from cnncomp.progress import track
@@ -57,12 +58,16 @@ class ConvertedModel(nn.Module):
         return self.conversion.plan
 
 
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """``example_inputs`` as positional arguments.
+def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+    """``example_inputs`` as positional arguments of the model's forward; a mapping whose keys are its parameters' names holds
+    keyword arguments.
 
     Raises:
         ArgumentError: no tensor among them.
     """
+    if isinstance(example_inputs, Mapping) and isinstance(model, nn.Module):
+        called = model.network if isinstance(model, ConvertedModel) else model
+        example_inputs = positional(called, (), dict(example_inputs)) or example_inputs
     inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     if not any(isinstance(x, Tensor) for x in tree_leaves(inputs)):
         raise ArgumentError("example_inputs", type(example_inputs).__name__, "a tensor or a tuple with tensors")
@@ -89,8 +94,8 @@ def convert(
 
     Args:
         model: a trained module, pruned, quantised, both or neither; or a :class:`ConvertedModel`, to plan it again.
-        example_inputs: a tensor or a tuple of positional arguments (tensors, or lists and dictionaries of them), of the
-            size to be fast for. Any other batch or image size works too.
+        example_inputs: a tensor, a tuple of positional arguments (tensors, or lists and dictionaries of them), or a mapping
+            of arguments by name, of the size to be fast for. Any other batch or image size works too.
         device: where it will run; by default where the inputs lie.
         measure: False takes a rule of thumb instead of timing.
         plan: replay this plan instead of choosing. Layers that it does not name are chosen by the rule of thumb.
@@ -98,13 +103,13 @@ def convert(
         progress: show a bar when it takes longer than a second.
 
     Raises:
-        ArgumentError: no module or one that can't be copied, no tensor among the inputs, a plan with a kernel that
-            can't run its layer.
+        ArgumentError: no module or one that can't be copied, no tensor among the inputs, inputs that the model fails on, a
+            plan with a kernel that can't run its layer.
         DeviceError: a device that isn't there.
     """
     if plan is not None and not isinstance(plan, Plan):
         raise ArgumentError("plan", type(plan).__name__, "a cnncomp.Plan (Plan.from_json for one that was exported)")
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs, model)
     if device is None:
         device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
     where = resolve_device(device)

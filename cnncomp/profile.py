@@ -157,14 +157,14 @@ def profile(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> 
 
     Args:
         model: what :func:`cnncomp.convert` returned. A plain module is converted first, without measuring.
-        example_inputs: a tensor or a tuple of positional arguments.
+        example_inputs: as in :func:`cnncomp.convert`.
 
     Raises:
         ArgumentError: no tensor among the inputs, or no module.
     """
     from cnncomp.convert import convert
 
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs, model)
     if not isinstance(model, ConvertedModel):
         model = convert(model, inputs, measure=False, progress=progress)
     cuda = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(inputs))

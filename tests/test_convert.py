@@ -390,6 +390,10 @@ def test_bad_arguments() -> None:
         cnncomp.convert(3, X)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="example_inputs"):
         cnncomp.convert(nn.Conv2d(3, 3, 1), "x")
+    with pytest.raises(
+        ArgumentError, match=r"example_inputs: got tensors of the shapes \[\(1, 4, 8, 8\)\], on which it fails"
+    ):
+        cnncomp.convert(nn.Conv2d(3, 3, 1), torch.randn(1, 4, 8, 8))
     with pytest.raises(DeviceError, match="device"):
         cnncomp.convert(nn.Conv2d(3, 3, 1), X, device="meta")
     with pytest.raises(ArgumentError, match="plan"):

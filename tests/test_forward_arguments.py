@@ -135,3 +135,27 @@ def test_inputs_in_lists_and_dictionaries() -> None:
         with torch.no_grad():
             torch.testing.assert_close(fast(*args), model(*args), rtol=1e-4, atol=1e-5)
     assert cnncomp.profile(fast, inputs, progress=False).layers
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, image: Tensor, gain: Tensor) -> Tensor:
+        return self.conv(image) * gain
+
+
+class TakesOne(Named):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return self.conv(batch["image"]) * batch["gain"]
+
+
+@pytest.mark.parametrize("make", [Named, TakesOne])
+def test_a_mapping_names_the_arguments_or_is_one(make: type[Named]) -> None:
+    model, given = make().eval(), {"gain": torch.tensor(2.0), "image": X}
+    fast = cnncomp.convert(model, given, measure=False)
+    assert isinstance(fast.network.get_submodule("conv"), ConvertedLayer)
+    call = {"batch": given} if make is TakesOne else given
+    torch.testing.assert_close(fast(**call), model(**call))
+    assert [row.name for row in cnncomp.profile(fast, given, progress=False).layers] == ["conv"]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from cnncomp._modules import bake_weight
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, CnncompError
 from cnncomp.graph.arguments import optional_arguments, positional, trace_with_fixed
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
 from cnncomp.graph.nodes import cloned, has_user_hooks
@@ -178,7 +178,11 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
 
 
 def record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Call | None]:
-    """Every module's call in one forward; None where it ran more than once or took keywords only."""
+    """Every module's call in one forward; None where it ran more than once or took keywords only.
+
+    Raises:
+        ArgumentError: the forward fails.
+    """
     calls: dict[str, Call | None] = {}
     names = {m: name for name, m in root.named_modules(remove_duplicate=False)}
     handles = []
@@ -198,6 +202,13 @@ def record_calls(root: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     try:
         with torch.no_grad():
             root(*cloned(example_inputs))
+    except CnncompError:
+        raise
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
+        reason = (str(error).splitlines() or [""])[0]
+        got = f"tensors of the shapes {shapes}, on which it fails ({type(error).__name__}: {reason})"
+        raise ArgumentError("example_inputs", got, "what the model's forward takes") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -72,7 +72,7 @@ def search(
         ArgumentError: outputs of another form, no layer to search, ``measure=False`` without tables.
         CalibrationError: no batch, or one that can't be used.
     """
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs, model)
     missing = [c for c in {0.0, *settings.space.channels} if c not in (tables or {})]
     if not measure and missing:
         raise ArgumentError(

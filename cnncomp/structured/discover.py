@@ -43,7 +43,7 @@ def channels_of(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
     if any(isinstance(m, ConvertedLayer) for m in model.modules()):
         raise ArgumentError("model", "a converted model", "the model before cnncomp.convert")
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs, model)
     with evaluating(model), torch.no_grad():
         search = _Search(model, record_calls(model, inputs))
         search.visit(model, "")

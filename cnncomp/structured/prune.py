@@ -68,7 +68,7 @@ def prune_channels(
         CalibrationError: no batch, or one that can't be used.
     """
     _check(sparsity, scope, round_to, limit)
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs, model)
     found = channels_of(model, inputs) if graph is None else graph
     candidates = found.without(exclude)
     scores = score_groups(candidates.groups, model, criterion, data, loss)
