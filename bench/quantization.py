@@ -1,6 +1,6 @@
 """int8 after training on a pretrained MobileNetV2: each method against fp32, as a Markdown table.
 
-    python -m bench.quantization [--quick] [--json FILE]
+    python -m bench.quantization [--quick] [--only ROW] [--json FILE]
 
 Calibrated on crops of nine photographs. Scored on twenty others and their crops, and, to choose between methods without
 looking at those, on crops of three more ("validation").
@@ -92,20 +92,32 @@ def _nncf(model: nn.Module, batches: list[Tensor]) -> Callable[[Tensor], Tensor]
     return nncf.quantize(copy.deepcopy(model), nncf.Dataset(batches), subset_size=len(batches))
 
 
-def _variants(model: nn.Module, batches: list[Tensor], quick: bool) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    for name, arguments in list(VARIANTS.items())[: 2 if quick else None]:
-        changed = cnncomp.quantize(copy.deepcopy(model), batches, **arguments)
-        yield name, cnncomp.convert(changed, batches[0][:1], measure=False)
-    if not quick and (other := _nncf(model, batches)) is not None:
-        yield "NNCF, default", other
+NNCF = "NNCF, default"
+
+
+def _variants(
+    model: nn.Module, batches: list[Tensor], names: list[str]
+) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    for name in names:
+        if name != NNCF:
+            changed = cnncomp.quantize(copy.deepcopy(model), batches, **VARIANTS[name])
+            yield name, cnncomp.convert(changed, batches[0][:1], measure=False)
+        elif (other := _nncf(model, batches)) is not None:
+            yield name, other
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="Two methods on a few crops.")] = False,
     crops: Annotated[int, typer.Option(help="Crops of each photograph.")] = 16,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Rows to make; all by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Print the table."""
+    names = only or [*VARIANTS, NNCF][: 2 if quick else None]
+    if unknown := [name for name in names if name not in (*VARIANTS, NNCF)]:
+        raise typer.BadParameter(
+            f"no row {unknown[0]!r}; there are {', '.join([*VARIANTS, NNCF])}", param_hint="--only"
+        )
     torch.set_num_threads(1)
     crops = 2 if quick else crops
     model, photos, others = pretrained(), data.imagenet_photos(), data.calibration_photos()
@@ -124,7 +136,7 @@ def main(
     print("| | logit cosine | KL | top-1 as fp32 | 95 % | KL, validation | calibration s |")
     print("|---|---:|---:|---:|---|---:|---:|")
     rows, start = [], time.monotonic()
-    for name, changed in _variants(model, batches(calibration, 8), quick):
+    for name, changed in _variants(model, batches(calibration, 8), names):
         seconds = time.monotonic() - start
         row = scores(expected, forward(changed, images), len(photos))
         row["kl_validation"] = scores(expected_validation, forward(changed, validation), len(held_out))["kl"]
