@@ -96,6 +96,21 @@ def test_the_command_makes_its_rows_once(folder: Path, tmp_path: Path, monkeypat
     assert second.exit_code == 0, second.output
 
 
+def test_the_search_writes_a_table_and_a_picture(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from cnncomp.results import search
+
+    monkeypatch.setattr("cnncomp.search.run.EXTRA_RUNGS", 2)
+    app, docs = typer.Typer(), tmp_path / "results.md"
+    app.command()(search.main)
+    arguments = ["--out", str(tmp_path / "out"), "--data", str(folder), "--docs", str(docs), "--quick"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "0.5 of the dense latency |" in docs.read_text() and docs.read_text().count("<!-- search -->") == 1
+    assert (tmp_path / "results-search.png").stat().st_size > 10_000
+
+
 def typer_app() -> object:
     import typer
 
