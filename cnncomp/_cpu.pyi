@@ -113,6 +113,39 @@ def conv2d_sparse(
 ) -> None:
     """float32 convolution with packed sparse weights. ``x`` (n, c, h, w), ``residual`` and ``out`` (n, k, p, q)."""
 
+def conv2d_sparse_int8(
+    x: int,
+    x_signed: bool,
+    n: int,
+    h: int,
+    w: int,
+    c: int,
+    values: int,
+    index: int,
+    row_ptr: int,
+    block: int,
+    k: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    groups: int,
+    constants: int,
+    residual: int,
+    residual_dtype: int,
+    residual_scale: float,
+    lo: float,
+    out: int,
+    out_dtype: int,
+    num_threads: int,
+) -> None:
+    """8-bit convolution with packed sparse weights, otherwise as :func:`conv2d_int8`; ``constants`` (3, k). ValueError for
+    sizes that give no convolution."""
+
 def linear_sparse(
     x: int,
     m: int,

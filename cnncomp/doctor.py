@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,18 @@ from cnncomp import _cpu, kernels
 from cnncomp.data import PACKAGES
 from cnncomp.dispatch import cpu_name
 from cnncomp.dispatch.plan import cache_dir
-from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, SparseConv2d, SparseLinear, quantize_weight
+from cnncomp.nn import (
+    Clamp,
+    Geometry,
+    QuantConv2d,
+    QuantLinear,
+    QuantSpec,
+    SparseConv2d,
+    SparseLinear,
+    SparseQuantConv2d,
+    SparseQuantLinear,
+    quantize_weight,
+)
 from cnncomp.ops import cuda as cuda_ops
 from cnncomp.ops import reference
 from cnncomp.ops._openmp import attach
@@ -125,22 +137,22 @@ def _storage() -> list[Finding]:
 Check = Callable[[torch.device], bool]
 
 
-def _conv_int8(device: torch.device) -> bool:
+def _conv_int8(device: torch.device, cls: type[QuantConv2d] = QuantConv2d) -> bool:
     geometry = Geometry(24, 40, (3, 3), padding=(1, 1))
-    weight, scale = quantize_weight(torch.randn(40, 24, 3, 3))
-    layer = QuantConv2d(geometry, weight, scale, torch.randn(40), QuantSpec(0.02, torch.uint8), Clamp(0.0))
+    weight, scale = quantize_weight(torch.randn(40, 24, 3, 3) * (torch.rand(40, 24, 3, 3) < 0.2))
+    layer = cls(geometry, weight, scale, torch.randn(40), QuantSpec(0.02, torch.uint8), Clamp(0.0))
     x = torch.randint(0, 256, (1, 24, 9, 11), dtype=torch.uint8)
     stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
     expected = reference.conv2d_int8(
-        x, layer.weight_int8(), layer.constants, None, 1.0, layer.lo, stride, padding, dilation, 1, torch.float32
+        x, weight, layer.constants, None, 1.0, layer.lo, stride, padding, dilation, 1, torch.float32
     )
     return torch.equal(layer.to(device)(x.to(device)).cpu(), expected)
 
 
-def _linear_int8(device: torch.device) -> bool:
-    weight, scale = quantize_weight(torch.randn(40, 72))
+def _linear_int8(device: torch.device, cls: type[QuantLinear] = QuantLinear) -> bool:
+    weight, scale = quantize_weight(torch.randn(40, 72) * (torch.rand(40, 72) < 0.2))
     bias, step = torch.randn(40), 0.02
-    layer = QuantLinear(weight, scale, bias, QuantSpec(step, torch.uint8))
+    layer = cls(weight, scale, bias, QuantSpec(step, torch.uint8))
     x = torch.randint(0, 256, (5, 72), dtype=torch.uint8)
     expected = F.linear(x.double() * step, weight.double() * scale.double()[:, None], bias.double())
     return _close(layer.to(device)(x.to(device)), expected)
@@ -169,6 +181,8 @@ CHECKS: dict[str, Check] = {
     "linear_int8": _linear_int8,
     "conv2d_sparse": _conv_sparse,
     "linear_sparse": _linear_sparse,
+    "conv2d_sparse_int8": partial(_conv_int8, cls=SparseQuantConv2d),
+    "linear_sparse_int8": partial(_linear_int8, cls=SparseQuantLinear),
 }
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +17,20 @@ from torch import Tensor
 import cnncomp.ops  # noqa: F401  (gives the kernels torch's threads)
 from cnncomp import _cpu
 from cnncomp.ops._openmp import attach
-
-U8, S8, F32 = torch.uint8, torch.int8, torch.float32
-CODE = {U8: 0, S8: 1, F32: 2}
-PROT_NONE = 0
-RANGE = {U8: (0.0, 255.0), S8: (-128.0, 127.0), F32: (-3.0, 6.0)}
+from tests.int8_convs import (
+    CODE,
+    F32,
+    RANGE,
+    S8,
+    U8,
+    Conv,
+    Guarded,
+    Operands,
+    nhwc,
+    random_operands,
+    random_tensor,
+    reference,
+)
 
 
 @pytest.fixture(params=_cpu.isa_available())
@@ -32,88 +39,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.set_isa(request.param)
     yield request.param
     _cpu.set_isa(before)
-
-
-@dataclass(frozen=True)
-class Conv:
-    """One call of the kernel. ``residual`` and ``out`` are dtypes."""
-
-    c: int
-    k: int
-    n: int = 1
-    h: int = 1
-    w: int = 1
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int] = (0, 0)
-    dil: tuple[int, int] = (1, 1)
-    groups: int = 1
-    x: torch.dtype = U8
-    residual: torch.dtype | None = None
-    out: torch.dtype = U8
-    threads: int = 1
-    shift: bool = False
-
-    @property
-    def depthwise(self) -> bool:
-        return 1 < self.groups == self.c == self.k
-
-    @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        size = [
-            (s + 2 * p - d * (r - 1) - 1) // t + 1
-            for s, p, d, r, t in zip((self.h, self.w), self.pad, self.dil, self.kernel, self.stride, strict=True)
-        ]
-        return self.n, self.k, size[0], size[1]
-
-
-@dataclass
-class Operands:
-    x: Tensor  # (n, c, h, w)
-    weight: Tensor  # (k, c / groups, r, s)
-    constants: Tensor  # (3, k), (4, k) with a shift
-    residual: Tensor | None  # (n, k, p, q)
-    residual_scale: float
-    lo: float
-
-
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if dtype == F32:
-        return torch.randn(shape)
-    return torch.randint(0, 256, shape, dtype=U8) if dtype == U8 else torch.randint(-128, 128, shape, dtype=S8)
-
-
-def random_operands(conv: Conv) -> Operands:
-    taps = conv.c // conv.groups * math.prod(conv.kernel)
-    lo, hi = RANGE[conv.out]
-    # Most outputs inside the range, and enough of them at half-way points and beyond both ends.
-    scale = (0.25 + torch.rand(conv.k)) * (hi - lo) / (180 * 73 * math.sqrt(taps))
-    bias = (torch.rand(conv.k) - 0.2) * (hi - lo) / 2
-    bias[::3] = bias[::3].round() + 0.5
-    scale[::5] = 0.0
-    constants = torch.stack([scale, bias, torch.full((conv.k,), hi)])
-    constants[2, ::4] -= 0.25 * (hi - lo)
-    if conv.shift:  # of the size of the other term
-        shift = torch.randn(conv.k) * (hi - lo) / (200 * taps)
-        constants = torch.cat([constants, shift[None]])
-    residual = None if conv.residual is None else random_tensor(conv.out_shape, conv.residual)
-    weight = torch.randint(-127, 128, (conv.k, conv.c // conv.groups, *conv.kernel), dtype=S8)
-    return Operands(random_tensor((conv.n, conv.c, conv.h, conv.w), conv.x), weight, constants, residual, 0.37, lo)
-
-
-def reference(conv: Conv, o: Operands) -> Tensor:
-    """The convolution in float64, where it is exact, then the epilogue's steps one by one."""
-    where = (None, conv.stride, conv.pad, conv.dil, conv.groups)
-    acc = F.conv2d(o.x.double(), o.weight.double(), *where)
-    scale, bias, hi, *shift = (row.reshape(1, -1, 1, 1) for row in o.constants)
-    t = acc.to(torch.int32).float() * scale
-    t = t + bias
-    if shift:
-        t = t + shift[0] * F.conv2d(o.x.double(), torch.ones_like(o.weight).double(), *where).float()
-    if o.residual is not None:
-        t = t + o.residual.float() * torch.tensor(o.residual_scale)
-    t = torch.minimum(torch.maximum(t, torch.tensor(o.lo)), hi)
-    return t if conv.out == F32 else torch.round(t).to(conv.out)
 
 
 def pack(weight: Tensor, groups: int, depthwise: bool) -> Tensor:
@@ -127,30 +52,6 @@ def pack(weight: Tensor, groups: int, depthwise: bool) -> Tensor:
     packed = torch.zeros(groups, kb * 16, cq * 4, r * s, dtype=S8)
     packed[:, :kg, :cg] = weight.reshape(groups, kg, cg, r * s)
     return packed.reshape(groups, kb, 16, cq, 4, r * s).permute(0, 1, 5, 3, 2, 4).contiguous()
-
-
-def nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-class Guarded:
-    """Copies of tensors that end where a page ends that must not be touched."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[mmap.mmap, object]] = []
-
-    def __call__(self, x: Tensor) -> Tensor:
-        size = x.numel() * x.element_size()
-        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-        buffer = (ctypes.c_char * len(memory)).from_buffer(memory)
-        end = ctypes.addressof(buffer) + pages
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, PROT_NONE) == 0
-        self.kept.append((memory, buffer))
-        if size == 0:
-            return x
-        copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).reshape(x.shape)
-        return copy.copy_(x)
 
 
 def run(conv: Conv, o: Operands) -> Tensor:

@@ -18,8 +18,11 @@ from cnncomp.nn import (
     QuantLinear,
     SparseConv2d,
     SparseLinear,
+    SparseQuantConv2d,
+    SparseQuantLinear,
     quantize_weight,
 )
+from cnncomp.ops.packing import quad_sparsity
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
@@ -43,6 +46,11 @@ def count_nonzero(layer: ConvertedLayer) -> int:
 def sparsity_of_weight(layer: ConvertedLayer) -> float:
     """Fraction of zeros in a dense layer's weight."""
     return 1 - count_nonzero(layer) / max(1, _weight(layer).numel())
+
+
+def empty_quads(layer: ConvertedLayer) -> float:
+    """Fraction of a dense layer's quads of four input channels that hold zeros alone."""
+    return quad_sparsity(_weight(layer))
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,19 @@ def _is_sparse(layer: ConvertedLayer) -> str | None:
     return None if zeros >= MIN_SPARSITY else f"{zeros:.0%} zeros: sparse kernels need {MIN_SPARSITY:.0%}"
 
 
+def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
+    if layer.info.input is None:
+        return "not quantised"
+    if layer.info.weight_shift is not None:
+        return "mean-shift weights have no zeros"
+    if isinstance(layer, DenseConv2d) and layer.geometry.depthwise:
+        return "sparse int8 kernels have no depthwise convolution"
+    empty = empty_quads(layer)
+    if empty >= MIN_SPARSITY:
+        return None
+    return f"{empty:.0%} of the quads of input channels are zero: sparse int8 kernels need {MIN_SPARSITY:.0%}"
+
+
 def _dense_conv(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     def build(layer: ConvertedLayer) -> ConvertedLayer:
         assert isinstance(layer, DenseConv2d)
@@ -103,16 +124,22 @@ def _int8_weight(weight: Tensor, info: LayerInfo) -> tuple[Tensor, Tensor, Tenso
     return *quantize_weight(weight, info.weight_scale, info.weight_shift), info.weight_shift
 
 
-def _quant_conv(layer: ConvertedLayer) -> ConvertedLayer:
-    assert isinstance(layer, DenseConv2d) and layer.info.input is not None
-    q, scale, shift = _int8_weight(layer.weight, layer.info)
-    return QuantConv2d(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
+def _quant_conv(cls: type[QuantConv2d]) -> Callable[[ConvertedLayer], ConvertedLayer]:
+    def build(layer: ConvertedLayer) -> ConvertedLayer:
+        assert isinstance(layer, DenseConv2d) and layer.info.input is not None
+        q, scale, shift = _int8_weight(layer.weight, layer.info)
+        return cls(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
+
+    return build
 
 
-def _quant_linear(layer: ConvertedLayer) -> ConvertedLayer:
-    assert isinstance(layer, DenseLinear) and layer.info.input is not None
-    q, scale, shift = _int8_weight(layer.weight, layer.info)
-    return QuantLinear(q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
+def _quant_linear(cls: type[QuantLinear]) -> Callable[[ConvertedLayer], ConvertedLayer]:
+    def build(layer: ConvertedLayer) -> ConvertedLayer:
+        assert isinstance(layer, DenseLinear) and layer.info.input is not None
+        q, scale, shift = _int8_weight(layer.weight, layer.info)
+        return cls(q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
+
+    return build
 
 
 def _sparse_conv(layer: ConvertedLayer) -> ConvertedLayer:
@@ -130,12 +157,14 @@ CONV_CANDIDATES = (
     Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense_conv("dense.nchw")),
     Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense_conv("dense.channels_last")),
     Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense_conv("dense.fused")),
-    Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv),
+    Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
+    Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
     Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
-    Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear),
+    Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
+    Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
 )
 
@@ -174,8 +203,10 @@ def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
 
 
 def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
-    """The choice without measurement: int8 where quantised, sparse from 60 % zeros, else dense."""
+    """The choice without measurement: int8 where quantised, sparse from 60 % zeros (of the quads, in int8), else dense."""
     by_name = {o.candidate.kernel: o for o in options}
+    if "conv2d_sparse_int8" in by_name and empty_quads(layer) >= HEURISTIC_SPARSITY:
+        return by_name["conv2d_sparse_int8"]
     for name in ("conv2d_int8", "linear_int8"):
         if name in by_name:
             return by_name[name]

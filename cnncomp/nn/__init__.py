@@ -7,10 +7,21 @@ from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.pool import QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
+from cnncomp.nn.sparse_quant import SparseQuantConv2d, SparseQuantLinear
 
 #: Every converted layer by class name: what a saved file may name.
 LAYERS: dict[str, type[ConvertedLayer]] = {
-    cls.__name__: cls for cls in (DenseConv2d, DenseLinear, QuantConv2d, QuantLinear, SparseConv2d, SparseLinear)
+    cls.__name__: cls
+    for cls in (
+        DenseConv2d,
+        DenseLinear,
+        QuantConv2d,
+        QuantLinear,
+        SparseConv2d,
+        SparseLinear,
+        SparseQuantConv2d,
+        SparseQuantLinear,
+    )
 }
 
 __all__ = [
@@ -28,6 +39,8 @@ __all__ = [
     "QuantSpec",
     "SparseConv2d",
     "SparseLinear",
+    "SparseQuantConv2d",
+    "SparseQuantLinear",
     "dequantize_weight",
     "quantize_weight",
 ]

@@ -34,9 +34,10 @@ LINEAR_SCHEMA = (
 )
 
 
-def _check(
+def check_operands(
     x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: Sequence[int], out_dtype: torch.dtype
 ) -> None:
+    """Check the operands that the dense and the sparse int8 operators share; ``shape``: the output's."""
     check_dtype("x", x, torch.uint8, torch.int8)
     check_dtype("weight", weight, torch.int8)
     check_dtype("constants", constants, torch.float32)
@@ -103,7 +104,7 @@ def _conv_cpu(
     from cnncomp import _cpu
 
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
-    _check(x, weight, constants, residual, shape, out_dtype)
+    check_operands(x, weight, constants, residual, shape, out_dtype)
     n, c, h, w = x.shape
     k = shape[1]
     depthwise = _check_packed(weight, c, k, kernel_size, groups)
@@ -140,7 +141,7 @@ def _conv_cuda(
     from cnncomp.ops import cuda
 
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
-    _check(x, weight, constants, residual, shape, out_dtype)
+    check_operands(x, weight, constants, residual, shape, out_dtype)
     return cuda.conv2d_int8(
         x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype
     )
@@ -173,7 +174,7 @@ def _linear_cpu(
     from cnncomp import _cpu
 
     shape = (*x.shape[:-1], constants.shape[1])
-    _check(x, weight, constants, residual, shape, out_dtype)
+    check_operands(x, weight, constants, residual, shape, out_dtype)
     c, k = x.shape[-1], shape[-1]
     _check_packed(weight, c, k, (1, 1), 1)
     out = torch.empty(shape, dtype=out_dtype)
@@ -203,7 +204,7 @@ def _linear_cuda(
 ) -> Tensor:
     from cnncomp.ops import cuda
 
-    _check(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype)
+    check_operands(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype)
     return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype)
 
 

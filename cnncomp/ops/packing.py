@@ -60,7 +60,8 @@ def unpack_int8(
 
 
 class PackedSparse(NamedTuple):
-    """A sparse weight: ``values`` float32 (nnz,), ``positions`` int16 holding uint16 (nnz,), ``row_ptr`` int32, ``block``."""
+    """A sparse weight: ``values`` float32 (nnz,) or int8 (nnz, 4), ``positions`` int16 holding uint16 (nnz,), ``row_ptr``
+    int32, ``block``."""
 
     values: Tensor
     positions: Tensor
@@ -78,39 +79,110 @@ def default_block(kernel_size: tuple[int, int], channels_per_group: int, linear:
     return max(1, min(block, channels_per_group, 65536 // taps))
 
 
+def _by_block(weight: Tensor, groups: int, block: int) -> Tensor:
+    """``weight`` (K, C', R, S) as rows (G·NB·K/G, block·R·S): by group, block of C' and output channel, padded with zeros.
+
+    Raises:
+        ArgumentError: a block whose positions do not fit 16 bits.
+    """
+    k, c, r, s = weight.shape
+    if block < 1 or block * r * s > 65536:
+        raise ArgumentError("block", block, f"1 <= block and block*R*S <= 65536 (R*S = {r * s})")
+    w = _pad_to(weight.reshape(groups, k // groups, c, r * s), 2, block)
+    blocks = w.shape[2] // block
+    w = w.reshape(groups, k // groups, blocks, block * r * s).transpose(1, 2)  # (G, NB, K/G, block*R*S)
+    return w.reshape(groups * blocks * (k // groups), block * r * s)
+
+
+def _from_blocks(
+    rows: Tensor, in_channels: int, out_channels: int, kernel_size: tuple[int, int], groups: int, block: int
+) -> Tensor:
+    """The inverse of :func:`_by_block`; ``in_channels``: C' of a group."""
+    (r, s), kg = kernel_size, out_channels // groups
+    blocks = -(-in_channels // block)
+    w = rows.reshape(groups, blocks, kg, block, r * s).transpose(1, 2)
+    w = w.reshape(groups, kg, blocks * block, r, s)[:, :, :in_channels]
+    return w.reshape(out_channels, in_channels, r, s).contiguous()
+
+
+def _pack_rows(rows: Tensor, block: int) -> PackedSparse:
+    """The non-zeros of :func:`_by_block`'s rows."""
+    row, position = rows.nonzero(as_tuple=True)
+    row_ptr = torch.zeros(rows.shape[0] + 1, dtype=torch.int32)
+    row_ptr[1:] = torch.bincount(row, minlength=rows.shape[0]).cumsum(0)
+    index = torch.where(position >= 32768, position - 65536, position).to(torch.int16)
+    return PackedSparse(rows[row, position].contiguous(), index, row_ptr, block)
+
+
+def _unpack_rows(packed: PackedSparse, width: int) -> Tensor:
+    """The inverse of :func:`_pack_rows` for rows of ``width``."""
+    row_ptr = packed.row_ptr.long()
+    row = torch.repeat_interleave(torch.arange(row_ptr.numel() - 1, device=row_ptr.device), row_ptr.diff())
+    rows = packed.values.new_zeros(row_ptr.numel() - 1, width)
+    rows[row, packed.positions.long() & 0xFFFF] = packed.values
+    return rows
+
+
 def pack_sparse(weight: Tensor, groups: int = 1, block: int | None = None) -> PackedSparse:
     """Pack the non-zeros of a float32 weight ``(K, C/G, R, S)`` for the sparse CPU kernels.
 
     Raises:
         ArgumentError: a block whose positions do not fit 16 bits.
     """
-    k, cg, r, s = weight.shape
+    _, cg, r, s = weight.shape
     block = default_block((r, s), cg) if block is None else block
-    if block < 1 or block * r * s > 65536:
-        raise ArgumentError("block", block, f"1 <= block and block*R*S <= 65536 (R*S = {r * s})")
-    w = _pad_to(weight.detach().float().reshape(groups, k // groups, cg, r * s), 2, block)
-    blocks = w.shape[2] // block
-    w = w.reshape(groups, k // groups, blocks, block * r * s).transpose(1, 2)  # (G, NB, K/G, block*R*S)
-    w = w.reshape(groups * blocks * (k // groups), block * r * s)
-    rows, positions = w.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=w.shape[0])
-    row_ptr = torch.zeros(w.shape[0] + 1, dtype=torch.int32)
-    row_ptr[1:] = counts.cumsum(0)
-    index = torch.where(positions >= 32768, positions - 65536, positions).to(torch.int16)
-    return PackedSparse(w[rows, positions].contiguous(), index, row_ptr, block)
+    return _pack_rows(_by_block(weight.detach().float(), groups, block), block)
 
 
 def unpack_sparse(
     packed: PackedSparse, in_channels: int, out_channels: int, kernel_size: tuple[int, int], groups: int = 1
 ) -> Tensor:
     """The inverse of :func:`pack_sparse`: ``(K, C/G, R, S)`` float32."""
-    (r, s), cg, kg = kernel_size, in_channels // groups, out_channels // groups
-    blocks = -(-cg // packed.block)
-    width = packed.block * r * s
-    row_ptr = packed.row_ptr.long()
-    rows = torch.repeat_interleave(torch.arange(row_ptr.numel() - 1, device=row_ptr.device), row_ptr.diff())
-    w = packed.values.new_zeros(groups * blocks * kg, width)
-    w[rows, packed.positions.long() & 0xFFFF] = packed.values
-    w = w.reshape(groups, blocks, kg, packed.block, r * s).transpose(1, 2)
-    w = w.reshape(groups, kg, blocks * packed.block, r, s)[:, :, :cg]
-    return w.reshape(out_channels, cg, r, s).contiguous()
+    rows = _unpack_rows(packed, packed.block * kernel_size[0] * kernel_size[1])
+    return _from_blocks(rows, in_channels // groups, out_channels, kernel_size, groups, packed.block)
+
+
+def default_quad_block(kernel_size: tuple[int, int], quads: int) -> int:
+    """Quads of input channels per block of a sparse int8 weight, so that what a tile of pixels reads of a block stays in the
+    first-level cache. Measured on a Zen 4 core (32 KiB) over ResNet-50's layers at 75 and 90 % zeros."""
+    return max(1, min(128 // (kernel_size[0] * kernel_size[1]), quads))
+
+
+def _quads(weight: Tensor) -> Tensor:
+    """An int8 weight (K, C/G, R, S) as int32 (K, CQ, R, S): four input channels each, the first in the lowest byte."""
+    w = _pad_to(weight, 1, QUAD)
+    w = w.reshape(w.shape[0], -1, QUAD, *w.shape[2:]).permute(0, 1, 3, 4, 2)
+    # A copy, for 32-bit views need bytes from a multiple of four on.
+    return w.clone(memory_format=torch.contiguous_format).flatten().view(torch.int32).reshape(w.shape[:-1])
+
+
+def quad_sparsity(weight: Tensor) -> float:
+    """Fraction of quads of input channels without a non-zero, of a weight (K, C/G, ...) of any dtype."""
+    filled = _pad_to(weight != 0, 1, QUAD).unflatten(1, (-1, QUAD)).any(2)
+    return 1 - int(torch.count_nonzero(filled)) / max(1, filled.numel())
+
+
+def pack_sparse_int8(weight: Tensor, groups: int = 1, block: int | None = None) -> PackedSparse:
+    """Pack an int8 weight ``(K, C/G, R, S)`` for the sparse int8 CPU kernels: every quad of four input channels with any
+    non-zero is kept. ``values`` is int8 (T, 4), ``block`` counts quads.
+
+    Raises:
+        ArgumentError: a block whose positions do not fit 16 bits.
+    """
+    quads = _quads(weight)
+    _, cq, r, s = quads.shape
+    block = default_quad_block((r, s), cq) if block is None else block
+    packed = _pack_rows(_by_block(quads, groups, block), block)
+    return packed._replace(values=packed.values.view(torch.int8).reshape(-1, QUAD))
+
+
+def unpack_sparse_int8(
+    packed: PackedSparse, in_channels: int, out_channels: int, kernel_size: tuple[int, int], groups: int = 1
+) -> Tensor:
+    """The inverse of :func:`pack_sparse_int8`: ``(K, C/G, R, S)`` int8."""
+    cg, k = in_channels // groups, out_channels
+    words = packed._replace(values=packed.values.flatten().view(torch.int32))
+    rows = _unpack_rows(words, packed.block * kernel_size[0] * kernel_size[1])
+    quads = _from_blocks(rows, -(-cg // QUAD), k, kernel_size, groups, packed.block)
+    w = quads.flatten().view(torch.int8).reshape(*quads.shape, QUAD).permute(0, 1, 4, 2, 3)
+    return w.reshape(k, -1, *kernel_size)[:, :cg].contiguous()

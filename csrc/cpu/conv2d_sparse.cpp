@@ -13,29 +13,6 @@
 namespace cnncomp {
 namespace {
 
-// How one axis of the image is laid out in the packed copy: element j of a plane is the input at
-// start[plane] + j * stride, and output o meets tap t at element o + shift[t] of plane[t].
-struct Axis {
-  std::vector<int64_t> start, plane, shift;
-  int64_t span;  // the greatest shift
-
-  // by_tap: a plane for each tap and no shifts. Otherwise a plane for each residue of the stride that a tap has.
-  void lay_out(int64_t taps, int64_t stride, int64_t dilation, int64_t pad, bool by_tap) {
-    start.clear();
-    plane.clear();
-    shift.clear();
-    span = 0;
-    for (int64_t t = 0; t < taps; t++) {
-      const int64_t at = (by_tap ? t * dilation : t * dilation % stride) - pad;
-      plane.push_back(std::find(start.begin(), start.end(), at) - start.begin());
-      if (plane.back() == planes()) start.push_back(at);
-      shift.push_back(by_tap ? 0 : t * dilation / stride);
-      span = std::max(span, shift.back());
-    }
-  }
-  int64_t planes() const { return static_cast<int64_t>(start.size()); }
-};
-
 // Output pixels are counted on grids whose rows are `pitch` apart, so that a tap is one offset for all of them. Pixels in
 // columns q and up are computed for nothing. Where no tap shifts anything, all images are one grid without such columns.
 struct Plan {
@@ -54,10 +31,6 @@ struct Scratch {
   std::vector<SparseRun> runs;
   std::vector<SparseSegment> segments;
 };
-
-int64_t output_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
-}
 
 void check(const Conv2dSparseArgs& a) {
   if (a.groups < 1 || a.c % a.groups != 0 || a.k % a.groups != 0) {

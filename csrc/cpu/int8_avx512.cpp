@@ -2,6 +2,7 @@
 #include "simd512.h"
 
 #include "conv2d_int8_kernel.h"
+#include "conv2d_sparse_int8_kernel.h"
 #include "depthwise_int8_kernel.h"
 #include "quantize_kernel.h"
 
@@ -35,6 +36,7 @@ const Int8Kernels kInt8Avx512{4,
                            quantize_flat<Vec512>,
                            quantize_planes<Vec512>,
                            max_rows<uint8_t>,
-                           max_rows<int8_t>};
+                           max_rows<int8_t>,
+                           sparse_int8_kernels<Vec512, 14>()};
 
 }  // namespace cnncomp

@@ -2,6 +2,7 @@
 #include "simd256.h"
 
 #include "conv2d_int8_kernel.h"
+#include "conv2d_sparse_int8_kernel.h"
 #include "depthwise_int8_kernel.h"
 #include "quantize_kernel.h"
 
@@ -24,6 +25,7 @@ const Int8Kernels kInt8AvxVnni{1,
                            quantize_flat<Vec256>,
                            quantize_planes<Vec256>,
                            max_rows<uint8_t>,
-                           max_rows<int8_t>};
+                           max_rows<int8_t>,
+                           sparse_int8_kernels<Vec256, 12>()};
 
 }  // namespace cnncomp

@@ -2,6 +2,7 @@
 #include "simd128.h"
 
 #include "conv2d_int8_kernel.h"
+#include "conv2d_sparse_int8_kernel.h"
 #include "depthwise_int8_kernel.h"
 #include "quantize_kernel.h"
 
@@ -23,6 +24,7 @@ const Int8Kernels kInt8Baseline{1,
                                 quantize_flat<Vec128>,
                                 quantize_planes<Vec128>,
                                 max_rows<uint8_t>,
-                                max_rows<int8_t>};
+                                max_rows<int8_t>,
+                                sparse_int8_kernels<Vec128, 8>()};
 
 }  // namespace cnncomp

@@ -50,6 +50,56 @@ struct DepthwisePanel {
   Int8Epilogue epilogue;
 };
 
+constexpr int kSparseInt8MaxTile = 14;  // vectors of pixels
+
+// Copies the channels of some pixels to planes of quads: dst (quads, quad_stride bytes).
+struct SparseInt8Gather {
+  const uint8_t* const* rows;  // where the channels of each pixel begin; 16 bytes can be read from any of them
+  int64_t pixels;              // a multiple of the vector's lanes
+  int64_t channel, quads;      // the first channel, and how many quads from there
+  bool x_signed;
+  uint8_t* dst;
+  int64_t quad_stride;
+};
+
+// One tile of output pixels, one block of input channels, a range of output channels.
+struct SparseInt8Tile {
+  const int8_t* values;
+  const uint16_t* index;
+  const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
+  int64_t k_begin, k_end;
+  const uint8_t* x;       // of this block
+  const int32_t* offset;  // bytes from x, for each index
+  const int32_t* init;    // of channel 0: what the sums start from
+  int32_t* sums;          // (k_end - k_begin, tile): over the blocks so far
+  bool first_block;
+};
+
+// Pixels of a tile that are consecutive in the output, too.
+struct SparseInt8Segment {
+  int64_t tile_begin, length;
+  int64_t out_begin;  // output pixel
+};
+
+// 16 output channels of one tile, from sums to outputs.
+struct SparseInt8Finish {
+  const int32_t* sums;  // (16, tile)
+  int64_t tile;         // pixels, a multiple of 4
+  int32_t* turned;      // scratch: (tile, 16)
+  const SparseInt8Segment* segments;
+  int64_t num_segments, channel;
+  Int8Epilogue epilogue;  // its pointers are of output pixel 0 and channel 0 of the group
+};
+
+struct SparseInt8Kernels {
+  int lanes;     // pixels in a vector
+  int max_tile;  // vectors in a tile
+  void (*tile[kSparseInt8MaxTile])(const SparseInt8Tile&);  // tile[T - 1]: T vectors of pixels
+  void (*gather)(const SparseInt8Gather&);
+  void (*finish)(const SparseInt8Finish&);
+  int32_t (*sum_quads)(const int8_t* values, int64_t count);
+};
+
 struct QuantizeRange {
   float inv_scale, lo, hi;
 };
@@ -71,6 +121,7 @@ struct Int8Kernels {
   // out[i] = max over rows[0..count) of row[i]; count >= 1.
   void (*max_rows_u8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   void (*max_rows_s8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
+  SparseInt8Kernels sparse;
 };
 
 extern const Int8Kernels kInt8Baseline;

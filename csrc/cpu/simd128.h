@@ -4,7 +4,8 @@
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): 8-bit values of the lanes, the order of zip undone.
-// store_bytes: the lanes' 8-bit values in order. max(a, b) and min(a, b) give b where either is NaN.
+// load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits. store_bytes: the lanes' 8-bit values in
+// order. max(a, b) and min(a, b) give b where either is NaN.
 #pragma once
 
 #include <cstdint>
@@ -64,6 +65,11 @@ struct Vec128 {
   static Int zip8_hi(Int a, Int b) { return _mm_unpackhi_epi8(a, b); }
   static Int zip16_lo(Int a, Int b) { return _mm_unpacklo_epi16(a, b); }
   static Int zip16_hi(Int a, Int b) { return _mm_unpackhi_epi16(a, b); }
+  static Int zip32_lo(Int a, Int b) { return _mm_unpacklo_epi32(a, b); }
+  static Int zip32_hi(Int a, Int b) { return _mm_unpackhi_epi32(a, b); }
+  static Int zip64_lo(Int a, Int b) { return _mm_unpacklo_epi64(a, b); }
+  static Int zip64_hi(Int a, Int b) { return _mm_unpackhi_epi64(a, b); }
+  static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm_packs_epi32(a, b), cd = _mm_packs_epi32(c, d);

@@ -52,6 +52,13 @@ struct Vec256 {
   static Int zip8_hi(Int a, Int b) { return _mm256_unpackhi_epi8(a, b); }
   static Int zip16_lo(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
   static Int zip16_hi(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
+  static Int zip32_lo(Int a, Int b) { return _mm256_unpacklo_epi32(a, b); }
+  static Int zip32_hi(Int a, Int b) { return _mm256_unpackhi_epi32(a, b); }
+  static Int zip64_lo(Int a, Int b) { return _mm256_unpacklo_epi64(a, b); }
+  static Int zip64_hi(Int a, Int b) { return _mm256_unpackhi_epi64(a, b); }
+  static Int load_rows(const uint8_t* const* rows, int64_t at) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(Vec128::load(rows[0] + at)), Vec128::load(rows[4] + at), 1);
+  }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);

@@ -48,6 +48,16 @@ struct Vec512 {
   static Int zip8_hi(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
   static Int zip16_lo(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
   static Int zip16_hi(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
+  static Int zip32_lo(Int a, Int b) { return _mm512_unpacklo_epi32(a, b); }
+  static Int zip32_hi(Int a, Int b) { return _mm512_unpackhi_epi32(a, b); }
+  static Int zip64_lo(Int a, Int b) { return _mm512_unpacklo_epi64(a, b); }
+  static Int zip64_hi(Int a, Int b) { return _mm512_unpackhi_epi64(a, b); }
+  static Int load_rows(const uint8_t* const* rows, int64_t at) {
+    Int v = _mm512_castsi128_si512(Vec128::load(rows[0] + at));
+    v = _mm512_inserti32x4(v, Vec128::load(rows[4] + at), 1);
+    v = _mm512_inserti32x4(v, Vec128::load(rows[8] + at), 2);
+    return _mm512_inserti32x4(v, Vec128::load(rows[12] + at), 3);
+  }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);

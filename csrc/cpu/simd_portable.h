@@ -55,6 +55,11 @@ struct Vec128 {
   static Int zip16_hi(Int a, Int b) {
     return Int(__builtin_shufflevector(Words(a), Words(b), 4, 12, 5, 13, 6, 14, 7, 15));
   }
+  static Int zip32_lo(Int a, Int b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+  static Int zip32_hi(Int a, Int b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+  static Int zip64_lo(Int a, Int b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
+  static Int zip64_hi(Int a, Int b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
+  static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Words ab = __builtin_shufflevector(Words(a), Words(b), 0, 2, 4, 6, 8, 10, 12, 14);

@@ -1,0 +1,112 @@
+"""int8 layers with sparse weights: drop-in for :class:`QuantConv2d` and :class:`QuantLinear`, the same bits, on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnncomp.errors import ArgumentError
+from cnncomp.nn.quant import QuantConv2d, QuantLinear
+from cnncomp.ops.packing import PackedSparse, pack_sparse_int8, unpack_sparse_int8
+
+
+def _check_shift(shift: Tensor | None) -> None:
+    if shift is not None:
+        raise ArgumentError("weight_shift", "mean-shift weights", "None: weights that are all shifted have no zeros")
+
+
+class _SparseQuant:
+    """The packed weight: ``weight`` holds the quads with any non-zero, and where they belong is in two more buffers. On a GPU,
+    which has no kernel for it, the layer keeps the dense int8 weight and runs as the dense int8 layer."""
+
+    weight: Tensor
+    index: Tensor
+    row_ptr: Tensor
+    block: int
+
+    def _store(self, weight: Tensor, groups: int) -> Tensor:
+        """What becomes ``weight``, for an unpacked int8 one (K, C/G, R, S) on a CPU."""
+        packed = pack_sparse_int8(weight, groups)
+        self._place(packed.positions, packed.row_ptr, packed.block)
+        return packed.values
+
+    def _place(self, index: Tensor, row_ptr: Tensor, block: int) -> None:
+        assert isinstance(self, torch.nn.Module)
+        self.register_buffer("index", index)
+        self.register_buffer("row_ptr", row_ptr)
+        self.block = block
+
+    def _no_place(self, weight: Tensor) -> None:
+        empty = torch.empty(0, dtype=torch.int32, device=weight.device)
+        self._place(empty.to(torch.int16), empty, 1)
+
+    def _packed(self) -> PackedSparse:
+        return PackedSparse(self.weight, self.index, self.row_ptr, self.block)
+
+
+class SparseQuantConv2d(_SparseQuant, QuantConv2d):
+    """int8 convolution that leaves out the quads of four input channels whose weights are all zero.
+
+    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it.
+
+    Raises:
+        ArgumentError: mean-shift weights.
+    """
+
+    kernel = "conv2d_sparse_int8"
+
+    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
+        _check_shift(weight_shift)
+        super().__init__(*args, **kwargs)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        if weight.device.type == "cpu":
+            return self._store(weight, self.groups)
+        self._no_place(weight)
+        return super()._pack(weight)
+
+    def weight_int8(self) -> Tensor:
+        g = self.geometry
+        if self.weight.device.type != "cpu":
+            return super().weight_int8()
+        return unpack_sparse_int8(self._packed(), g.in_channels, g.out_channels, g.kernel_size, g.groups)
+
+    def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
+        if x.device.type != "cpu":
+            return super()._image(x, residual, clamped)
+        g = self.geometry
+        constants, lo, dtype = self._constants(clamped)
+        return torch.ops.cnncomp.conv2d_sparse_int8(
+            self._input(x), *self._packed(), constants, residual, self.residual_scale, lo,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype,
+        )  # fmt: skip
+
+
+class SparseQuantLinear(_SparseQuant, QuantLinear):
+    """int8 linear that leaves out the quads of four inputs whose weights are all zero. See :class:`SparseQuantConv2d`."""
+
+    kernel = "linear_sparse_int8"
+
+    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
+        _check_shift(weight_shift)
+        super().__init__(*args, **kwargs)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        if weight.device.type == "cpu":
+            return self._store(weight.reshape(*weight.shape, 1, 1), 1)
+        self._no_place(weight)
+        return super()._pack(weight)
+
+    def weight_int8(self) -> Tensor:
+        if self.weight.device.type != "cpu":
+            return super().weight_int8()
+        return unpack_sparse_int8(self._packed(), self.in_features, self.out_features, (1, 1)).flatten(1)
+
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        if x.device.type != "cpu":
+            return super()._run(x, residual, clamped)
+        constants, lo, dtype = self._constants(clamped)
+        args = (self._input(x), *self._packed(), constants, residual, self.residual_scale, lo, dtype)
+        return torch.ops.cnncomp.linear_sparse_int8(*args)

@@ -1,0 +1,286 @@
+#include "conv2d_sparse_int8.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv2d_sparse_scratch.h"
+#include "parallel.h"
+
+namespace cnncomp {
+namespace {
+
+constexpr int64_t kQuad = 4;      // channels in a lane
+constexpr int64_t kRowRead = 16;  // bytes that are read from a row at a time
+
+// Output pixels are counted on grids whose rows are `pitch` apart, so that a tap is one offset for all of them. Pixels in
+// columns q and up are computed for nothing. Where no tap shifts anything, all images are one grid without such columns.
+struct Plan {
+  int64_t p, q, pitch;
+  Axis rows, columns;
+  bool one_grid;
+  int64_t grids, pixels;  // pixels of each grid
+  int64_t tile_vectors, tile, tiles, plane_length;
+  int64_t group_c, group_k, blocks, k_ranges;
+  int64_t quads, block_quads;       // of a group, of a block
+  std::vector<int32_t> offset;      // bytes into the planes of a block, by index
+  std::vector<uint8_t> zeros, tail; // rows outside the image; the last rows of the input, which may be read past their end
+  int64_t tail_begin;               // offset in the input of the first row that is read from `tail`
+  std::vector<float> constants;     // (3, groups, padded_k)
+  std::vector<int32_t> init;        // (groups, padded_k)
+  int64_t padded_k;
+
+  int64_t planes() const { return rows.planes() * columns.planes(); }
+  int64_t quad_stride() const { return plane_length * kQuad; }  // bytes
+};
+
+struct Scratch {
+  AlignedArray<uint8_t> planes;
+  AlignedArray<int32_t> sums, turned;
+  std::vector<const uint8_t*> pointers;
+  std::vector<SparseInt8Segment> segments;
+};
+
+void check(const Conv2dSparseInt8Args& a) {
+  const auto fail = [](const std::string& what) { throw std::invalid_argument("conv2d_sparse_int8: " + what); };
+  if (a.groups < 1 || a.c % a.groups != 0 || a.k % a.groups != 0) {
+    fail("c = " + std::to_string(a.c) + " and k = " + std::to_string(a.k) + " must be multiples of groups = " +
+         std::to_string(a.groups));
+  }
+  if (std::min({a.r, a.s, a.stride_h, a.stride_w, a.dil_h, a.dil_w}) < 1 || a.pad_h < 0 || a.pad_w < 0) {
+    fail("kernel, stride and dilation must be at least 1, padding at least 0");
+  }
+  if (a.weights.block < 1 || a.weights.block * a.r * a.s > 65536) {
+    fail("block = " + std::to_string(a.weights.block) + ", but 1 <= block and block * " + std::to_string(a.r * a.s) +
+         " taps <= 65536 are needed");
+  }
+  if (a.h + 2 * a.pad_h <= a.dil_h * (a.r - 1) || a.w + 2 * a.pad_w <= a.dil_w * (a.s - 1)) {
+    fail("the kernel is larger than the padded image");
+  }
+}
+
+// Loads that split no cache line are twice as fast: a plane for each tap of a row, and rows that begin at whole vectors, or
+// else a plane for each row of taps, too.
+void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
+  plan.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+  plan.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  const int64_t aligned = ceil_div(plan.q, lanes) * lanes;
+  const bool worth = 7 * aligned <= 8 * plan.q;
+  plan.columns.lay_out(a.s, a.stride_w, a.dil_w, a.pad_w, true);
+  plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, !worth);
+  plan.one_grid = plan.rows.span == 0;
+  plan.pitch = plan.one_grid ? plan.q : aligned;
+  plan.grids = plan.one_grid ? 1 : a.n;
+  plan.pixels = plan.one_grid ? a.n * plan.p * plan.q : (plan.p - 1) * plan.pitch + plan.q;
+}
+
+// Tiles of one size, such that what a tile reads of a block of input channels stays in the first-level cache.
+void choose_tile(const SparseInt8Kernels& kernels, Plan& plan) {
+  constexpr int64_t kCache = 28 << 10;
+  const int64_t fits = kCache / (kQuad * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
+  const int64_t most = std::clamp<int64_t>(fits / kernels.lanes, 4, kernels.max_tile);
+  const int64_t vectors = ceil_div(plan.pixels, kernels.lanes);
+  plan.tile_vectors = ceil_div(vectors, ceil_div(vectors, most));
+  plan.tile = plan.tile_vectors * kernels.lanes;
+  plan.tiles = ceil_div(plan.pixels, plan.tile);
+  plan.plane_length = ceil_div(plan.tile + plan.rows.span * plan.pitch, kBlock) * kBlock;
+}
+
+void make_offsets(const Conv2dSparseInt8Args& a, Plan& plan) {
+  if (plan.block_quads * plan.planes() * plan.quad_stride() > INT32_MAX) {
+    throw std::invalid_argument("conv2d_sparse_int8: a block of " + std::to_string(plan.block_quads) +
+                                " quads of channels is too large for this image");
+  }
+  plan.offset.clear();
+  // The planes of one kind lie together: (planes, quads of the block, plane_length).
+  for (int64_t quad = 0; quad < plan.block_quads; quad++) {
+    for (int64_t r = 0; r < a.r; r++) {
+      for (int64_t s = 0; s < a.s; s++) {
+        const int64_t plane = plan.rows.plane[r] * plan.columns.planes() + plan.columns.plane[s];
+        const int64_t at = (plane * plan.block_quads + quad) * plan.plane_length + plan.rows.shift[r] * plan.pitch;
+        plan.offset.push_back(static_cast<int32_t>(at * kQuad));
+      }
+    }
+  }
+}
+
+// No row is read past the tensor: the last pixels' rows lie in a copy that zeros follow.
+void guard_rows(const Conv2dSparseInt8Args& a, Plan& plan) {
+  const int64_t size = a.n * a.h * a.w * a.c, read = ceil_div(a.c, kRowRead) * kRowRead + kRowRead;
+  plan.zeros.assign(read, 0);
+  const int64_t guarded = std::min(a.n * a.h * a.w, ceil_div(read, a.c)) * a.c;
+  plan.tail_begin = size - guarded;
+  plan.tail.assign(guarded + read, 0);
+  if (guarded > 0) std::memcpy(plan.tail.data(), a.x + plan.tail_begin, guarded);
+}
+
+// Constants of each group padded to whole blocks of output channels, and what the sums start from.
+void pad_constants(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
+  plan.padded_k = ceil_div(plan.group_k, kBlock) * kBlock;
+  const int64_t size = a.groups * plan.padded_k;
+  plan.constants.assign(3 * size, 0.0f);
+  plan.init.assign(size, 0);
+  for (int64_t row = 0; row < 3; row++)
+    for (int64_t g = 0; g < a.groups; g++)
+      std::copy_n(a.constants + row * a.k + g * plan.group_k, plan.group_k,
+                  plan.constants.data() + row * size + g * plan.padded_k);
+  if (!a.x_signed) return;
+  // The kernels see x + 128.
+  for (int64_t g = 0; g < a.groups; g++) {
+    int32_t* init = plan.init.data() + g * plan.padded_k;
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      const int32_t* row_ptr = a.weights.row_ptr + (g * plan.blocks + b) * plan.group_k;
+      for (int64_t k = 0; k < plan.group_k; k++)
+        init[k] -= 128 * kernels.sum_quads(a.weights.values + kQuad * row_ptr[k], row_ptr[k + 1] - row_ptr[k]);
+    }
+  }
+}
+
+void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
+  plan.group_c = a.c / a.groups;
+  plan.group_k = a.k / a.groups;
+  plan.quads = ceil_div(plan.group_c, kQuad);
+  plan.block_quads = std::min(a.weights.block, plan.quads);
+  plan.blocks = ceil_div(plan.quads, a.weights.block);
+  choose_layout(a, kernels.lanes, plan);
+  choose_tile(kernels, plan);
+  make_offsets(a, plan);
+  guard_rows(a, plan);
+  pad_constants(a, kernels, plan);
+  plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, ceil_div(plan.group_k, kBlock));
+}
+
+// For each pixel of a plane, from grid pixel `begin` on: where its channels begin.
+void point(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t grid, int64_t begin, int64_t row_start,
+           int64_t column_start, const uint8_t** pointers) {
+  const int64_t image_rows = plan.one_grid ? plan.p : INT64_MAX;
+  int64_t column = begin % plan.pitch, row = begin / plan.pitch;
+  int64_t image = grid + row / image_rows;
+  row %= image_rows;
+  for (int64_t i = 0; i < plan.plane_length; i++) {
+    const int64_t h = row_start + row * a.stride_h, w = column_start + column * a.stride_w;
+    if (image < a.n && h >= 0 && h < a.h && w >= 0 && w < a.w) {
+      const int64_t at = ((image * a.h + h) * a.w + w) * a.c;
+      pointers[i] = at < plan.tail_begin ? a.x + at : plan.tail.data() + (at - plan.tail_begin);
+    } else {
+      pointers[i] = plan.zeros.data();
+    }
+    if (++column == plan.pitch) column = 0, ++row;
+    if (row == image_rows) row = 0, ++image;
+  }
+}
+
+// Copies all that a tile reads of a group: for each block of input channels (planes, quads of a block, plane_length).
+const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t grid,
+                           int64_t begin, int64_t group, Scratch& scratch) {
+  const int64_t block_bytes = plan.planes() * plan.block_quads * plan.quad_stride();
+  uint8_t* const planes = scratch.planes.get(plan.blocks * block_bytes);
+  scratch.pointers.resize(plan.plane_length);
+  for (int64_t i = 0; i < plan.planes(); i++) {
+    const int64_t row_start = plan.rows.start[i / plan.columns.planes()];
+    point(a, plan, grid, begin, row_start, plan.columns.start[i % plan.columns.planes()], scratch.pointers.data());
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      const int64_t quad = b * plan.block_quads;
+      kernels.gather({scratch.pointers.data(), plan.plane_length, group * plan.group_c + quad * kQuad,
+                      std::min(plan.block_quads, plan.quads - quad), a.x_signed,
+                      planes + b * block_bytes + i * plan.block_quads * plan.quad_stride(), plan.quad_stride()});
+    }
+  }
+  return planes;
+}
+
+// The stretches of output that the grid pixels [begin, end) are.
+void make_segments(const Plan& plan, int64_t grid, int64_t begin, int64_t end, std::vector<SparseInt8Segment>& segments) {
+  segments.clear();
+  if (plan.one_grid) {
+    segments.push_back({0, end - begin, begin});
+    return;
+  }
+  for (int64_t i = begin; i < end;) {
+    const int64_t column = i % plan.pitch, row = i / plan.pitch;
+    if (column < plan.q) {
+      segments.push_back({i - begin, std::min(plan.q - column, end - i), (grid * plan.p + row) * plan.q + column});
+    }
+    i += plan.pitch - column;
+  }
+}
+
+Int8Epilogue make_epilogue(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t group) {
+  const float* constants = plan.constants.data() + group * plan.padded_k;
+  const int64_t size = a.groups * plan.padded_k, k = group * plan.group_k;
+  const auto bytes = [](Dtype dtype) { return dtype == kF32 ? 4 : 1; };
+  return {constants,
+          constants + size,
+          constants + 2 * size,
+          a.lo,
+          a.residual_scale,
+          a.residual_dtype,
+          a.out_dtype,
+          a.residual == nullptr ? nullptr : a.residual + k * bytes(a.residual_dtype),
+          a.out + k * bytes(a.out_dtype),
+          a.k,
+          plan.group_k,
+          nullptr,
+          nullptr,
+          false};
+}
+
+void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t task) {
+  static thread_local Scratch scratch;
+  const int64_t k_range = task % plan.k_ranges;
+  const int64_t tile = task / plan.k_ranges % plan.tiles;
+  const int64_t group = task / plan.k_ranges / plan.tiles % a.groups;
+  const int64_t grid = task / plan.k_ranges / plan.tiles / a.groups;
+  const int64_t begin = tile * plan.tile, end = std::min(plan.pixels, begin + plan.tile);
+  const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+  const auto boundary = [&](int64_t i) {
+    if (i == plan.k_ranges) return plan.group_k;
+    return k_range_begin(row_ptr, plan.blocks, plan.group_k, i, plan.k_ranges) / kBlock * kBlock;
+  };
+  const int64_t k_begin = boundary(k_range), k_end = boundary(k_range + 1);
+  if (k_begin == k_end) return;
+
+  const uint8_t* const planes = copy_planes(a, plan, kernels, grid, begin, group, scratch);
+  make_segments(plan, grid, begin, end, scratch.segments);
+  constexpr int64_t kChannels = 64;  // whose sums stay in cache while the blocks of input channels go by
+  int32_t* const sums = scratch.sums.get(kChannels * plan.tile);
+  SparseInt8Tile t;
+  t.values = a.weights.values;
+  t.index = a.weights.index;
+  t.offset = plan.offset.data();
+  t.init = plan.init.data() + group * plan.padded_k;
+  t.sums = sums;
+  SparseInt8Finish f{sums, plan.tile, scratch.turned.get(plan.tile * kBlock), scratch.segments.data(),
+                     static_cast<int64_t>(scratch.segments.size()), 0, make_epilogue(a, plan, group)};
+  for (int64_t k = k_begin; k < k_end; k += kChannels) {
+    t.k_begin = k;
+    t.k_end = std::min(k + kChannels, k_end);
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      t.x = planes + b * plan.planes() * plan.block_quads * plan.quad_stride();
+      t.row_ptr = row_ptr + b * plan.group_k;
+      t.first_block = b == 0;
+      kernels.tile[plan.tile_vectors - 1](t);
+    }
+    for (f.channel = k; f.channel < t.k_end; f.channel += kBlock) {
+      f.sums = sums + (f.channel - k) * plan.tile;
+      kernels.finish(f);
+    }
+  }
+}
+
+}  // namespace
+
+void conv2d_sparse_int8(const Conv2dSparseInt8Args& args) {
+  static thread_local Plan plan;
+  check(args);
+  if (args.n == 0 || args.k == 0) return;
+  const SparseInt8Kernels& kernels = int8_kernels().sparse;
+  make_plan(args, kernels, plan);
+  const Plan& p = plan;  // the one of this thread, for all threads
+  parallel_for(args.num_threads, p.grids * args.groups * p.tiles * p.k_ranges,
+               [&](int64_t task) { run_task(args, p, kernels, task); });
+}
+
+}  // namespace cnncomp
