@@ -28,3 +28,11 @@ def measure(folder: Path) -> dict[str, float] | str:
     except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [""]
         return f"the core's limits are not measured: {lines[0]}"
+
+
+def texts(found: dict[str, float]) -> list[str]:
+    """What :func:`measure` found, in words."""
+    units = {"gmacs": "GMAC/s", "gbs": "GB/s"}
+    return [
+        f"{name} {value:.0f} {units[unit]}" for key, value in found.items() for name, _, unit in [key.rpartition("_")]
+    ]
