@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
 	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-full lint format bench bench-gpu-model gpu-check clean
+.PHONY: help demo test test-gpu-full lint format bench bench-cpu bench-gpu-model gpu-check clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,8 +42,12 @@ format: $(VENV)/.dev  ## put the style right
 
 bench: $(VENV)/.test  ## kernels and networks against torch, into build/bench
 	mkdir -p build/bench
-	$(BIN)/pytest bench --benchmark-json=build/bench/cpu.json $(ARGS)
-	$(BIN)/python bench/plot.py build/bench/cpu.json
+	$(BIN)/pytest bench --benchmark-json=build/bench/kernels.json $(ARGS)
+	$(BIN)/python bench/plot.py build/bench/kernels.json
+
+bench-cpu: $(VENV)/.test  ## CPU engines side by side, peers in environments of their own, into build/bench
+	$(BIN)/python -m bench.peers.environments
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 bench-gpu-model: $(VENV)/.test  ## time of the CUDA kernels on GPUs, modelled from the emulator's counts
 	$(BIN)/python -m bench.gpu_model $(ARGS)

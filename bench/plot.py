@@ -1,4 +1,4 @@
-"""Results of the benches as a picture: ``python bench/plot.py build/bench/cpu.json [-o cpu.png]``.
+"""Results of the benches as a picture: ``python bench/plot.py build/bench/kernels.json [-o kernels.png]``.
 
 One row of bars per bench and network: how many times as fast as torch's best, layer by layer.
 """
