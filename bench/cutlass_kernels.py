@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.cuda_emulated import NVCC, ROOT
-from tests.ptx import Checks, GlobalMemory, Result, emulate, load
+from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
 from tests.ptx.cute import headers
 from tests.ptx.lower import Program
 
@@ -26,7 +26,10 @@ TYPES = {"int8": "int8_t", "int32": "int32_t", "fp16": "cutlass::half_t", "fp32"
 
 @dataclass(frozen=True)
 class Tile:
-    """A thread block's tile and a warp's, in elements of the output; ``k`` elements of the reduction per stage."""
+    """A thread block's tile and a warp's, in elements of the output; ``k`` elements of the reduction per stage.
+
+    With ``warp_k`` less than ``k``, warps share the reduction.
+    """
 
     m: int
     n: int
@@ -34,6 +37,7 @@ class Tile:
     stages: int
     warp_m: int
     warp_n: int
+    warp_k: int = 0
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}_{self.k}x{self.stages}"
@@ -74,17 +78,22 @@ class Variant:
         kind = "spgemm" if self.sparse else self.source
         return f"cutlass_{kind}_{self.dtype}_{self.tile}" + ("" if self.iterator == "kOptimized" else "_few")
 
+    @property
+    def vector(self) -> int:
+        """Elements that a thread writes at once, which the channels must be a multiple of; a narrow int8 tile has no rows for 16."""
+        return {"int8": 16 if self.tile.n >= 128 else 8, "fp16": 8}.get(self.output, 4)
+
     def text(self) -> str:
         """The program that nvcc compiles."""
         old, int8 = self.arch == "75", self.dtype == "int8"
         instruction = ((8, 8, 16) if int8 else (16, 8, 8)) if old else (16, 8, (32 if int8 else 16) * (2 if self.sparse else 1))
         tile = self.tile
         values = {
-            "TILE": f"{tile.m},{tile.n},{tile.k}", "WARP": f"{tile.warp_m},{tile.warp_n},{tile.k}",
+            "TILE": f"{tile.m},{tile.n},{tile.k}", "WARP": f"{tile.warp_m},{tile.warp_n},{tile.warp_k or tile.k}",
             "INSTRUCTION": ",".join(map(str, instruction)), "ARCH": f"Sm{self.arch}", "STAGES": tile.stages,
             "ELEMENT": TYPES[self.dtype], "OUTPUT": TYPES[self.output], "ACCUMULATOR": TYPES[self.accumulator],
             "OPERATION": "OpMultiplyAddSaturate" if int8 else "OpMultiplyAdd", "ITERATOR": self.iterator,
-            "ALIGNMENT": self.alignment, "RELU": int(self.relu), "SPARSE": int(self.sparse), 
+            "ALIGNMENT": self.alignment, "VECTOR": self.vector, "RELU": int(self.relu), "SPARSE": int(self.sparse), 
             "ALPHA": f"ACCUMULATOR({self.alpha})" if not self.relu else f"{float(self.alpha)}f",
         }  # fmt: skip
         return "".join(f"#define {k} {v}\n" for k, v in values.items()) + f'#include "{self.source}.cu"\n'
@@ -165,10 +174,11 @@ def plan(variant: Variant, sizes: Sequence[int], pointers: Sequence[int]) -> Pla
 
 
 def launch(
-    variant: Variant, planned: Planned, memory: GlobalMemory, blocks: list[int] | None = None, checks: Checks = Checks()
-) -> Result:
+    variant: Variant, planned: Planned, memory: GlobalMemory, blocks: list[int] | None = None, checks: Checks = Checks(),
+    caches: Caches = Caches(),
+) -> Result:  # fmt: skip
     """Run a planned launch in the emulator."""
     return emulate(
         build(variant).program, planned.grid, planned.threads, [planned.parameter], shared=planned.shared, memory=memory,
-        blocks=blocks, checks=checks,
+        blocks=blocks, checks=checks, caches=caches,
     )  # fmt: skip

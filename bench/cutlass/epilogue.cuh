@@ -14,14 +14,13 @@ using Tile = cutlass::gemm::GemmShape<TILE>;
 using Warp = cutlass::gemm::GemmShape<WARP>;
 using Instruction = cutlass::gemm::GemmShape<INSTRUCTION>;
 using Arch = cutlass::arch::ARCH;
-constexpr int kVector = 128 / cutlass::sizeof_bits<OUTPUT>::value;
 
 #if RELU  // one scale, a bias per channel that is read as a matrix whose rows are all the same, ReLU
 constexpr auto kScale = cutlass::epilogue::thread::ScaleType::NoBetaScaling;
-using Epilogue = cutlass::epilogue::thread::LinearCombinationRelu<OUTPUT, kVector, ACCUMULATOR, float, kScale>;
+using Epilogue = cutlass::epilogue::thread::LinearCombinationRelu<OUTPUT, VECTOR, ACCUMULATOR, float, kScale>;
 #else  // alpha times the sums, as the CUTLASS profiler's kernels with beta 0
 using Compute = ACCUMULATOR;
-using Epilogue = cutlass::epilogue::thread::LinearCombination<OUTPUT, kVector, ACCUMULATOR, Compute>;
+using Epilogue = cutlass::epilogue::thread::LinearCombination<OUTPUT, VECTOR, ACCUMULATOR, Compute>;
 #endif
 
 inline unsigned long long address(const char* text) { return std::strtoull(text, nullptr, 10); }
