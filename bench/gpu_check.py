@@ -100,8 +100,8 @@ def modelled(shape: ConvShape, batch: int, device: torch.device) -> float | None
         return None
     from bench.gpu_layers import run_layer
 
-    result, launch, _ = run_layer(shape, batch, "75" if arch == "75" else "80", gpu)
-    return float(model(result, launch, gpu)["us"])
+    (counts, launch), _ = run_layer(shape, batch, "75" if arch == "75" else "80", gpu)
+    return float(model(counts, launch, gpu)["us"])
 
 
 def sanitize() -> dict[str, Any] | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from typing import Any
 
 import torch
 
+from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import Gpu
-from bench.gpu_model import Launch, sample_of
+from bench.gpu_model import L1, Launch, sample_of, touched
 from bench.layers import ConvShape
 from cnncomp import _cuda
 from tests import cuda_emulated as emulated
 from tests import cuda_gate
-from tests.ptx import Checks, GlobalMemory, Result, emulate, load
+from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
+
+BLOCKS = 16  # of a large grid that are run
 
 
 def _registers(kernel: str, arch: str) -> int:
@@ -22,37 +26,38 @@ def _registers(kernel: str, arch: str) -> int:
     return next(row.registers for row in cuda_gate.rows(source, arch) if row.kernel == wanted)
 
 
-@cache
-def _run(shape: ConvShape, batch: int, arch: str, sms: int) -> tuple[Result, int, int, int, str]:
+def out_size(shape: ConvShape) -> tuple[int, int]:
+    """Rows and columns of a convolution's output."""
     g = shape.geometry
-    out_sizes = [
+    p, q = (
         (size + 2 * pad - d * (kernel - 1) - 1) // stride + 1
         for size, pad, d, kernel, stride in zip(
             (shape.h, shape.w), g.padding, g.dilation, g.kernel_size, g.stride, strict=True
         )
-    ]
-    x = torch.randint(0, 256, (batch * shape.h * shape.w * shape.c,), dtype=torch.uint8)
-    weight = torch.randint(-127, 128, (shape.k * g.reduction,), dtype=torch.int8)
-    out = torch.empty(batch * out_sizes[0] * out_sizes[1] * shape.k, dtype=torch.uint8)
+    )
+    return p, q
+
+
+def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple[dict[str, Any], Launch]:
+    """What would be launched, on tensors of zeros: the values change no count."""
+    g = shape.geometry
+    x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=torch.uint8)
+    weight = torch.zeros(shape.k * g.reduction, dtype=torch.int8)
+    out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=torch.uint8)
     constants = torch.ones(3, shape.k)
-    memory = GlobalMemory()
     place = memory.pointer
     plan = _cuda.plan_conv2d_int8(
         sms, place(x), False, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s, *g.stride, *g.padding,
         *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0,
     )  # fmt: skip
-    source = plan["kernel"].split("_int8")[0] + "_int8"
-    ptx = emulated.ptx_of(source, arch)
-    blocks = plan["grid"][0] * plan["grid"][1] * plan["grid"][2]
-    result = emulate(
-        load(ptx, emulated.entry_of(plan["kernel"], ptx)), plan["grid"], plan["block"], [plan["params"]], memory=memory,
-        blocks=sample_of(blocks), checks=Checks(races=False, initialised=False, blocks=False),
-    )  # fmt: skip
-    least = sum(t.numel() * t.element_size() for t in (x, weight, out, constants))
-    return result, blocks, plan["block"], least, plan["kernel"]
+    share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
+    read = int(share * x.nbytes)
+    grid = plan["grid"]
+    least = read + weight.nbytes + out.nbytes + constants.nbytes
+    return plan, Launch(math.prod(grid), plan["block"], 0, least, "int8", read, grid[1] * grid[2])
 
 
-def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Result, Launch, str]:
+def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counted, str]:
     """Counts of a layer with u8 input and output, no residual; how it was launched; the kernel's name.
 
     Args:
@@ -61,5 +66,20 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Result
         arch: "75" or "80": whose code runs.
         gpu: Whose number of multiprocessors the plan is made for.
     """
-    result, blocks, threads, least, kernel = _run(shape, batch, arch, gpu.sms)
-    return result, Launch(blocks, threads, _registers(kernel, arch), least), kernel
+    memory = GlobalMemory()
+    plan, launch = _plan(shape, batch, gpu.sms, memory)
+    kernel = plan["kernel"]
+    source = kernel.split("_int8")[0] + "_int8"
+    ptx = emulated.ptx_of(source, arch)
+
+    def run() -> tuple[Result, Launch]:
+        result = emulate(
+            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]], memory=memory,
+            blocks=sample_of(launch.grid, BLOCKS), checks=Checks(races=False, initialised=False, blocks=False),
+            caches=Caches(l1=L1),
+        )  # fmt: skip
+        registers = _registers(kernel, arch)
+        return result, Launch(**{**vars(launch), "registers": registers})
+
+    key = (emulated._digest(), arch, kernel, plan["grid"], batch, shape, BLOCKS, L1)
+    return counted(key, run), kernel

@@ -1,20 +1,25 @@
 """What a kernel would take on a GPU that isn't here: counts from the emulator, turned into bounds on time.
 
-*Modelled, not measured.* The numbers are for comparing kernels that went through the same emulator and model. They have not
-been fitted to or checked against measurements, so a ratio between two of them says more than either.
+*Modelled, not measured.* Fitted to half of the published times of bench/published and checked against the other half
+(``python -m bench.gpu_validation``).
 
     python -m bench.gpu_model --network resnet50 --batch 1 --batch 8
 
-The time is the largest of the bounds below, for the multiprocessor with the most blocks, plus the fill of its pipeline for each
-wave of blocks, plus a launch:
+Each resource takes some time at least, on the multiprocessor with the most blocks:
 
 - ``tensor``: tensor operations at the peak rate, with all tile waste, as the instructions compute it;
 - ``issue``: warp instructions, four a clock. They are counted in PTX, of which machine code has more or less;
 - ``shared``: passes over the banks, one a clock;
-- ``l2``: bytes that the L1 model did not hold; ``dram``: bytes that the L2 model did not hold either, or what must be moved at
-  least where only a sample of the grid was run;
+- ``l2``: bytes that the L1 model did not hold, over the whole chip; ``fill``: the same over the port of one multiprocessor;
+- ``dram``: bytes that the L2 model did not hold either; where only a sample of the grid was run, what must be moved at least, and
+  the input once more for each sweep of the blocks over it if it is larger than the L2;
 - ``latency``: bytes that the blocks on a multiprocessor have under way at once, by Little's law; none for kernels without
-  barriers, of which it is not known.
+  barriers, of which it is not known;
+- ``steps``: from one barrier to the next a block needs some time, however little it does; blocks on a multiprocessor overlap.
+
+No resource is used at its peak, and they overlap in part only: the time is the p-norm of the bounds, each divided by the
+fraction of its peak that is reached, plus a launch (:class:`Calibration`). The fill of a block's pipeline is in its steps; a term
+of its own for each wave of blocks was fitted to nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +37,8 @@ from tests.ptx import Result
 
 OUT = Path("build/bench/gpu_model.json")
 LABEL = "modelled, not measured"
+L1 = 28 << 10  # bytes left beside the shared memory of kernels that use most of it, on all these architectures
+FILL = 64  # bytes that a multiprocessor takes from the L2 per clock
 ISSUE_SLOTS = 4  # warp instructions of a multiprocessor per clock: one of each of its four parts
 #: Assumptions, the same for all GPUs: round trips to DRAM and to L2, and from one kernel's end to the next one's start.
 DRAM_LATENCY = 500e-9
@@ -47,37 +55,79 @@ class Launch:
         threads: Of a block.
         registers: Of a thread.
         least_bytes: Inputs, weights and outputs, each moved once.
+        dtype: Of the tensor cores' operands, "int8" or "fp16" (with fp32 sums).
+        input_bytes: What each sweep of the blocks reads.
+        sweeps: How often the blocks, in the order of their numbers, go over the input from its start to its end.
     """
 
     grid: int
     threads: int
     registers: int
     least_bytes: int
+    dtype: str = "int8"
+    input_bytes: int = 0
+    sweeps: int = 1
 
 
-def bounds(result: Result, launch: Launch, gpu: Gpu) -> dict[str, float]:
-    """Seconds that each resource takes at least; of a sample of blocks, scaled to the grid."""
-    totals = result.summary()
-    each = 1 / result.blocks
+@dataclass(frozen=True)
+class Calibration:
+    """How far kernels stay from the bounds; the same for all GPUs.
+
+    Attributes:
+        chip: Fraction of the peak that tensor cores, issue slots and shared memory reach.
+        l2, dram: The same of the cache with the ports to it, and of the memory.
+        norm: p of the norm that joins the bounds: infinite where all overlaps, 1 where nothing does.
+        step: Seconds from one barrier of a block to the next.
+    """
+
+    chip: float
+    l2: float
+    dram: float
+    norm: float
+    step: float
+
+
+#: Fitted by ``python -m bench.gpu_validation`` and frozen: whoever changes one reports every table again that was made with it.
+CALIBRATION = Calibration(chip=0.98, l2=0.98, dram=0.90, norm=3.14, step=0.175e-6)
+_PART = {"tensor": "chip", "issue": "chip", "shared": "chip", "l2": "l2", "fill": "l2", "dram": "dram"}
+
+
+def bounds(counts: Mapping[str, Any], launch: Launch, gpu: Gpu, step: float = CALIBRATION.step) -> dict[str, float]:
+    """Seconds that each resource takes at least; of a sample of blocks, scaled to the grid.
+
+    Args:
+        counts: A :meth:`Result.summary`.
+        launch: What was launched.
+        gpu: On which.
+        step: Seconds from one barrier of a block to the next.
+    """
+    each = 1 / counts["blocks"]
     load = math.ceil(launch.grid / gpu.sms)  # blocks of the busiest multiprocessor
     clock = gpu.clock * 1e9
-    scale = launch.grid / result.blocks
-    sampled = result.blocks < launch.grid
-    l2 = totals["l2_bytes"] * scale
-    dram = launch.least_bytes if sampled else totals["dram_bytes"]
+    scale = launch.grid / counts["blocks"]
+    sampled = counts["blocks"] < launch.grid
+    l2 = counts["l2_bytes"] * scale
+    together = max(1, min(resident(launch, gpu, counts["shared_bytes"]), load))
+    dram = counts["dram_bytes"]
+    if sampled:
+        again = min(launch.sweeps, math.ceil(load / together)) - 1 if launch.input_bytes > gpu.l2 else 0
+        dram = min(launch.least_bytes + again * launch.input_bytes, max(l2, launch.least_bytes))
+    barriers = counts["classes"].get("barrier", 0) * each / counts["warps"]
+    rate = gpu.int8_ops if launch.dtype == "int8" else gpu.fp16_ops
     found = {
-        "tensor": totals["tensor_ops"] * each * load / gpu.int8_ops / clock,
-        "issue": totals["instructions"] * each * load / ISSUE_SLOTS / clock,
-        "shared": totals["wavefronts"] * each * load / clock,
+        "tensor": counts["tensor_ops"] * each * load / rate / clock,
+        "issue": counts["instructions"] * each * load / ISSUE_SLOTS / clock,
+        "shared": counts["wavefronts"] * each * load / clock,
         "l2": l2 / (gpu.l2_bytes_per_clock * clock),
+        "fill": counts["l2_bytes"] * each * load / FILL / clock,
         "dram": dram / gpu.dram,
+        "steps": barriers * math.ceil(load / together) * step,
     }
-    together = min(resident(launch, gpu, result.shared_bytes), load)
-    in_flight = totals["bytes_in_flight"] * together
+    in_flight = counts["bytes_in_flight"] * together
     if in_flight:
         missed = min(1.0, dram / l2) if l2 else 0.0
         trip = L2_LATENCY + missed * (DRAM_LATENCY - L2_LATENCY)
-        found["latency"] = totals["l2_bytes"] * each * load / in_flight * trip
+        found["latency"] = counts["l2_bytes"] * each * load / in_flight * trip
     return found
 
 
@@ -86,13 +136,21 @@ def resident(launch: Launch, gpu: Gpu, shared: int) -> int:
     return blocks_per_sm(gpu, launch.threads, launch.registers, shared)
 
 
-def model(result: Result, launch: Launch, gpu: Gpu) -> dict[str, Any]:
+def model(
+    result: Result | Mapping[str, Any], launch: Launch, gpu: Gpu, calibration: Calibration = CALIBRATION
+) -> dict[str, Any]:
     """Time in microseconds, the resource that binds, all bounds, blocks on an SM and waves. Modelled, not measured."""
-    limits = bounds(result, launch, gpu)
+    counts = result.summary() if isinstance(result, Result) else result
+    limits = {
+        name: value / getattr(calibration, _PART[name]) if name in _PART else value
+        for name, value in bounds(counts, launch, gpu, calibration.step).items()
+    }
     binding = max(limits, key=lambda name: limits[name])
-    together = resident(launch, gpu, result.shared_bytes)
+    together = resident(launch, gpu, counts["shared_bytes"])
     waves = math.ceil(launch.grid / (gpu.sms * together)) if together else 0
-    seconds = limits[binding] + waves * DRAM_LATENCY + LAUNCH
+    largest = limits[binding]
+    joined = largest * sum((value / largest) ** calibration.norm for value in limits.values()) ** (1 / calibration.norm)
+    seconds = joined + LAUNCH
     return {
         "us": seconds * 1e6,
         "bound": binding,
@@ -100,6 +158,11 @@ def model(result: Result, launch: Launch, gpu: Gpu) -> dict[str, Any]:
         "blocks_per_sm": together,
         "waves": waves,
     }
+
+
+def touched(size: int, kernel: int, stride: int) -> float:
+    """Fraction of an input's rows (or columns) that a convolution reads: a stride may step over some."""
+    return min(1.0, kernel / stride) if size > 1 else 1.0
 
 
 def sample_of(grid: int, most: int = 48) -> list[int] | None:
@@ -110,46 +173,54 @@ def sample_of(grid: int, most: int = 48) -> list[int] | None:
     return sorted({start + i for start in starts for i in range(8)})
 
 
-def records(network: str, batch: int) -> list[dict[str, Any]]:
-    """One record per layer of a network and GPU, for the CUDA kernels of the package."""
+def _record(shape: Any, batch: int, gpu: Gpu, **rest: Any) -> dict[str, Any]:
+    return {
+        "network": shape.network, "layer": shape.name, "count": shape.count, "shape": asdict(shape), "batch": batch,
+        "macs": batch * shape.macs, "arch": gpu.arch, "gpu": gpu.name, "label": LABEL, **rest,
+    }  # fmt: skip
+
+
+def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[str]) -> list[dict[str, Any]]:
+    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4."""
+    from bench import gpu_peers
+
+    groups = [(dtype, "dense", list(gpu_peers.conv_candidates(shape, batch, arch, dtype))) for dtype in dtypes]
+    if arch != "75" and "int8" in dtypes:
+        groups.append(("int8", "2:4", list(gpu_peers.sparse_candidates(shape, batch))))
+    found = []
+    for dtype, pattern, candidates in groups:
+        timed = [(model(c.counted[0], c.counted[1], gpu), c.kernel, c.counted[0]) for c in candidates]
+        if timed and gpu.arch == "sm_90" and pattern == "dense":
+            timed.append((gpu_peers.wgmma_bound(shape, batch, gpu, dtype), "bound: 75 % of the wgmma peak", {}))
+        if timed:
+            answer, kernel, counts = min(timed, key=lambda t: float(t[0]["us"]))
+            about = {"kernel": kernel, "peer": "cutlass", "dtype": dtype, "pattern": pattern}
+            found.append(_record(shape, batch, gpu, **about, sparsity=0.5 if pattern == "2:4" else 0.0, **answer, counters=counts))
+    return found
+
+
+def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One record per layer of a network, GPU and kernel: the CUDA kernels of the package, and peers of these dtypes."""
     from bench.gpu_layers import run_layer
-    from bench.layers import conv_shapes
+    from bench.layers import gpu_shapes
 
     found = []
-    for shape in conv_shapes(network):
+    for shape in gpu_shapes(network):
         for arch, gpus in (("75", GPUS[:1]), ("80", GPUS[1:])):
             for gpu in gpus:
-                result, launch, kernel = run_layer(shape, batch, arch, gpu)
-                answer = model(result, launch, gpu)
-                found.append(
-                    {
-                        "network": network,
-                        "layer": shape.name,
-                        "count": shape.count,
-                        "shape": asdict(shape),
-                        "batch": batch,
-                        "macs": batch * shape.macs,
-                        "arch": gpu.arch,
-                        "gpu": gpu.name,
-                        "kernel": kernel,
-                        "peer": None,
-                        "dtype": "int8",
-                        "pattern": "dense",
-                        "sparsity": 0.0,
-                        **answer,
-                        "counters": result.summary(),
-                        "label": LABEL,
-                    }  # fmt: skip
-                )
+                (counts, launch), kernel = run_layer(shape, batch, arch, gpu)
+                about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
+                found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
+                found += peer_records(shape, batch, arch, gpu, dtypes)
     return found
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """A table: time per network, batch and GPU, and how often each resource binds."""
+    """A table: time per network, batch and GPU of the package's kernels, and how often each resource binds."""
     lines = [f"{'network':14} {'batch':>5} {'GPU':10} {'ms':>8} {'of int8 peak':>12}  bound by  ({LABEL})"]
-    keys = sorted({(r["network"], r["batch"], r["gpu"]) for r in rows})
-    for network, batch, name in keys:
-        mine = [r for r in rows if (r["network"], r["batch"], r["gpu"]) == (network, batch, name)]
+    ours = [r for r in rows if r["peer"] is None]
+    for network, batch, name in sorted({(r["network"], r["batch"], r["gpu"]) for r in ours}):
+        mine = [r for r in ours if (r["network"], r["batch"], r["gpu"]) == (network, batch, name)]
         gpu = next(g for g in GPUS if g.name == name)
         seconds = sum(r["us"] * r["count"] for r in mine) * 1e-6
         useful = sum(2 * r["macs"] * r["count"] for r in mine)
@@ -161,23 +232,55 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", action="append", help="resnet50, mobilenet_v2; all by default")
-    parser.add_argument("--batch", action="append", type=int, help="1, 8 by default")
-    arguments = parser.parse_args()
-    from bench.layers import NETWORKS
+Ratios = dict[tuple[str, str, int, str], dict[str, float]]
 
-    rows = [
-        r
-        for network in arguments.network or NETWORKS
-        for batch in arguments.batch or (1, 8)
-        for r in records(network, batch)
-    ]
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=1))
-    print(report(rows))
+
+def ratios(rows: list[dict[str, Any]]) -> Ratios:
+    """By network, GPU, batch and peer ("cutlass int8 dense"): per layer, how many times as fast as the peer the package's kernel is."""
+    ours = {(r["network"], r["gpu"], r["batch"], r["layer"]): r["us"] for r in rows if r["peer"] is None}
+    found: Ratios = {}
+    for r in rows:
+        mine = ours.get((r["network"], r["gpu"], r["batch"], r["layer"]))
+        if r["peer"] and mine:
+            key = (r["network"], r["gpu"], r["batch"], f"{r['peer']} {r['dtype']} {r['pattern']}")
+            found.setdefault(key, {})[r["layer"]] = r["us"] / mine
+    return found
+
+
+def compare(rows: list[dict[str, Any]]) -> str:
+    """A table: geometric mean and least of the ratios over the distinct layers that the peer has a kernel for."""
+    lines = [f"{'network':14} {'GPU':10} {'batch':>5} {'peer':22} {'layers':>6} {'times as fast':>14} {'worst':>6}  ({LABEL})"]
+    for (network, gpu, batch, peer), values in sorted(ratios(rows).items()):
+        mean = math.exp(sum(math.log(v) for v in values.values()) / len(values))
+        lines.append(f"{network:14} {gpu:10} {batch:5d} {peer:22} {len(values):6d} {mean:14.2f} {min(values.values()):6.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from bench.layers import GPU_NETWORKS
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
+    parser.add_argument("--batch", action="append", type=int, help="1, 8, 64 by default")
+    parser.add_argument("--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed")
+    arguments = parser.parse_args()
+    dtypes = arguments.peers
+    if dtypes is None:
+        from tests.ptx.cute import headers
+
+        dtypes = ["int8", "fp16"] if headers() else []
+    rows: list[dict[str, Any]] = []
+    for network in arguments.network or GPU_NETWORKS:
+        for batch in arguments.batch or (1, 8, 64):
+            rows += records(network, batch, dtypes)
+            OUT.parent.mkdir(parents=True, exist_ok=True)
+            OUT.write_text(json.dumps(rows, indent=1))
+    print(report(rows), compare(rows), sep="\n\n")
     print(f"{OUT}: {len(rows)} records")
+    if dtypes:
+        from bench.plot import plot_gpu
+
+        print(plot_gpu(ratios(rows), OUT.with_suffix(".png")))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from cnncomp.nn import Clamp, DenseConv2d, Geometry, QuantSpec
 
 FOLDER = Path(__file__).parent / "shapes"
 NETWORKS = tuple(sorted(path.stem for path in FOLDER.glob("*.csv")))
+GPU_FOLDER = FOLDER / "gpu"  # layers that only the model of GPUs takes: they are large
+GPU_NETWORKS = tuple(sorted({*NETWORKS, *(path.stem for path in GPU_FOLDER.glob("*.csv"))}))
 
 #: How the input of a quantised layer is quantised: the step does not change the time, the sign may.
 INPUT = QuantSpec(0.02, torch.uint8)
@@ -55,12 +57,22 @@ class ConvShape:
         return f"{self.network}-{self.name}"
 
 
-def conv_shapes(network: str) -> list[ConvShape]:
-    """The distinct convolutions of a network, in order."""
-    with (FOLDER / f"{network}.csv").open(newline="") as f:
+def _read(path: Path) -> list[ConvShape]:
+    with path.open(newline="") as f:
         rows = list(csv.DictReader(f))
     texts = {"name"}
-    return [ConvShape(network, **{k: v if k in texts else int(v) for k, v in row.items()}) for row in rows]  # type: ignore[arg-type]
+    return [ConvShape(path.stem, **{k: v if k in texts else int(v) for k, v in row.items()}) for row in rows]  # type: ignore[arg-type]
+
+
+def conv_shapes(network: str) -> list[ConvShape]:
+    """The distinct convolutions of a network, in order."""
+    return _read(FOLDER / f"{network}.csv")
+
+
+def gpu_shapes(network: str) -> list[ConvShape]:
+    """The distinct convolutions of a network and its linear layers, as convolutions of one pixel, for the model of GPUs."""
+    paths = [FOLDER / f"{network}.csv", GPU_FOLDER / f"{network}.csv"]
+    return [shape for path in paths if path.exists() for shape in _read(path)]
 
 
 def random_layer(shape: ConvShape, zeros: float = 0.0, quantized: bool = False) -> tuple[DenseConv2d, Tensor]:

@@ -350,14 +350,18 @@ def test_atomic_gives_the_old_value():
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
-def test_matrix_load_and_store(trans):
-    """9.7.14.5.15 ldmatrix, 9.7.14.5.16 stmatrix: the one undoes the other; .trans swaps rows and columns of 16 bits."""
+@pytest.mark.parametrize("size", [".m8n8.x4", ".x4.m8n8"])
+def test_matrix_load_and_store(size, trans):
+    """9.7.14.5.15 ldmatrix, 9.7.14.5.16 stmatrix: the one undoes the other; .trans swaps rows and columns of 16 bits.
+
+    Sizes in the order of the ISA and in CUTLASS's.
+    """
     data = np.arange(256, dtype=np.int16)
     body = f"""
       shl.b32 %r5, %r0, 4; mov.u32 %r6, tile; add.s32 %r6, %r6, %r5;
       mul.wide.u32 %rd9, %r0, 16; add.s64 %rd9, %rd0, %rd9;
       ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd9]; st.shared.v4.u32 [%r6], {{%r1, %r2, %r3, %r4}}; bar.sync 0;
-      ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r11, %r12, %r13, %r14}}, [%r6];
+      ldmatrix.sync.aligned{size}{trans}.shared.b16 {{%r11, %r12, %r13, %r14}}, [%r6];
       bar.sync 0; stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r6+1024], {{%r11, %r12, %r13, %r14}}; bar.sync 0;
       ld.shared.v4.u32 {{%r1, %r2, %r3, %r4}}, [%r6+1024];
       add.s64 %rd9, %rd3, %rd9; sub.s64 %rd9, %rd9, %rd0; st.global.v4.u32 [%rd9], {{%r1, %r2, %r3, %r4}};

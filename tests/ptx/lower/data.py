@@ -145,11 +145,12 @@ def atomic(low: Lowering, ins: Instruction) -> Lowered:
 
 @lowers("ldmatrix", "stmatrix")
 def matrix(low: Lowering, ins: Instruction) -> Lowered:
-    if ins.opcode[1:4] != ("sync", "aligned", "m8n8") or ins.type != "b16":
-        raise UnsupportedInstruction(f"kind of {ins.base}")
     loading = ins.base == "ldmatrix"
     address, registers = (ins.operands[1], ins.operands[0]) if loading else ins.operands
     slots = low.registers(registers, 32)
+    sizes = {"m8n8", f"x{len(slots)}"}  # CUTLASS writes .x4.m8n8, which ptxas takes too
+    if ins.opcode[1:3] != ("sync", "aligned") or {*ins.opcode[3:5]} != sizes or ins.type != "b16":
+        raise UnsupportedInstruction(f"kind of {ins.base}")
     at = low.address(address)
     ints = [int("trans" in ins.opcode), len(slots), _space(low, ins, address)]
     return Lowered(ins.base, [*slots, at] if loading else [at, *slots], ints)

@@ -1,0 +1,45 @@
+"""Counts of kernels on layers, kept in build/bench/counts by content: of the emulator, of the kernel and of the layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_model import Launch
+from tests.ptx import Result
+
+CACHE = Path("build/bench/counts")
+EMULATOR = Path(__file__).parent.parent / "tests" / "ptx"
+
+Counted = tuple[dict[str, Any], Launch]
+
+
+@cache
+def _emulator() -> str:
+    h = hashlib.sha256()
+    for path in sorted(p for p in EMULATOR.rglob("*") if p.suffix in (".py", ".cpp", ".h") and "test_" not in p.name):
+        h.update(path.read_bytes())
+    return h.hexdigest()
+
+
+def counted(key: object, run: Callable[[], tuple[Result, Launch]]) -> Counted:
+    """Counts and launch of a kernel, run only if they aren't known.
+
+    Args:
+        key: All that decides them beside the emulator; its text is what counts.
+        run: Runs the kernel.
+    """
+    path = CACHE / (hashlib.sha256(f"{_emulator()} {key}".encode()).hexdigest()[:24] + ".json")
+    if not path.exists():
+        result, launch = run()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"counts": result.summary(), "launch": asdict(launch)}))
+        partial.rename(path)
+    known = json.loads(path.read_text())
+    return known["counts"], Launch(**known["launch"])

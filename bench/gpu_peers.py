@@ -1,0 +1,88 @@
+"""What stands beside this project's kernels in the model: CUTLASS's tiles, and a bound where Hopper's instructions would be used.
+
+CUTLASS gets a lighter epilogue than ours: one scale instead of one per channel. Channels are rounded up to what its vectors take,
+and the rounding costs it nothing. It has no int8 kernel for depthwise convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from bench.cutlass_kernels import Tile, Variant, _digest
+from bench.gpu_counts import Counted, counted
+from bench.gpu_hardware import Gpu
+from bench.gpu_layers import BLOCKS, out_size
+from bench.gpu_model import L1, LAUNCH, touched
+from bench.layers import ConvShape
+from bench.peers_cutlass import run_conv, run_gemm
+
+#: m, n, stages, warp m, warp n. The only list of CUTLASS's tiles: the best is taken for each layer, GPU and batch.
+TILES = ((128, 128, 4, 64, 64), (256, 64, 4, 64, 64), (128, 64, 5, 64, 32), (64, 128, 5, 32, 64), (64, 64, 5, 32, 32))
+SPARSE_TILES = ((128, 128, 3, 64, 64), (128, 64, 3, 64, 32))  # of the 2:4 GEMM
+STEP = {"int8": 64, "fp16": 32}  # elements of the reduction per stage
+VECTOR = {"int8": 16, "fp16": 8}
+SUMS = {"int8": "int32", "fp16": "fp32"}
+FEW = 4  # channels that the iterators for few channels read: the stem's three and a zero
+WGMMA_SHARE = 0.75  # of Hopper's peak, where no kernel is counted that uses its instructions
+
+
+class Candidate(NamedTuple):
+    """A peer's kernel on a layer."""
+
+    kernel: str
+    peer: str
+    dtype: str
+    pattern: str
+    counted: Counted
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _variant(dtype: str, tile: tuple[int, ...], arch: str, c: int) -> Variant:
+    m, n, stages, warp_m, warp_n = tile
+    few = c < 8
+    return Variant(
+        "conv", dtype, Tile(m, n, STEP[dtype], 2 if arch == "75" else stages, warp_m, warp_n), dtype, SUMS[dtype],
+        iterator="kFixedChannels" if few else "kOptimized", alignment=FEW if few else VECTOR[dtype], arch=arch,
+    )  # fmt: skip
+
+
+def conv_candidates(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iterator[Candidate]:
+    """CUTLASS's convolution with each tile; none for a depthwise or grouped layer."""
+    if shape.groups > 1:
+        return
+    c = FEW if shape.c < 8 else _up(shape.c, VECTOR[dtype])
+    for tile in TILES:
+        variant = _variant(dtype, tile, arch, c)
+        sizes = (batch, (shape.h, shape.w), c, _up(shape.k, variant.vector), (shape.r, shape.s), shape.padding, shape.stride)
+        key = (_digest(), variant, sizes, BLOCKS, L1)
+        found = counted(key, lambda v=variant, s=sizes: run_conv(v, *s, most=BLOCKS))  # type: ignore[misc]
+        yield Candidate(variant.name, "cutlass", dtype, "dense", found)
+
+
+def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
+    """CUTLASS's 2:4 GEMM (int8, sm_80) where a layer is a matrix product: the filters are its sparse left side."""
+    if (shape.r, shape.s, shape.stride, shape.groups) != (1, 1, 1, 1):
+        return
+    for m, n, stages, warp_m, warp_n in SPARSE_TILES:
+        variant = Variant("gemm", "int8", Tile(m, n, 128, stages, warp_m, warp_n), "int8", "int32", sparse=True)
+        sizes = (_up(shape.k, 32), _up(batch * shape.h * shape.w, 16), _up(shape.c, 128))
+        found = counted((_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS))  # type: ignore[misc]
+        yield Candidate(variant.name, "cutlass", "int8", "2:4", found)
+
+
+def wgmma_bound(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str, Any]:
+    """A time that no kernel has been counted for: so much of Hopper's peak, or of its memory; nothing of tiles is wasted."""
+    size = 1 if dtype == "int8" else 2
+    rate = gpu.int8_ops if dtype == "int8" else gpu.fp16_ops
+    tensor = 2 * batch * shape.macs / (WGMMA_SHARE * rate * gpu.sms * gpu.clock * 1e9)
+    share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
+    moved = share * batch * shape.h * shape.w * shape.c + shape.k * shape.geometry.reduction
+    dram = size * (moved + batch * math.prod(out_size(shape)) * shape.k) / gpu.dram
+    limits = {"tensor": tensor, "dram": dram}
+    binding = max(limits, key=lambda name: limits[name])
+    return {"us": (limits[binding] + LAUNCH) * 1e6, "bound": binding, "bounds_us": {k: v * 1e6 for k, v in limits.items()}}
