@@ -26,6 +26,7 @@ TOLERANCE = 1e-5
 INF = math.inf
 ISAS = [name for name in _cpu.isa_available() if name in ("baseline", "avx2", "avx512")]
 MAX_TILE = 14  # vectors
+MAX_TILE_PIXELS = 112  # of a convolution
 LANES = (4, 8, 16)
 
 _openmp.attach()
@@ -162,7 +163,7 @@ def check_conv(conv: Conv, num_threads: int = 1) -> Tensor:
 
 
 def tile_edges() -> list[int]:
-    edges = {1, 2, 3}
+    edges = {1, 2, 3} | {i * MAX_TILE_PIXELS + d for i in (1, 2) for d in (-1, 0, 1)}
     for lanes in LANES:
         edges |= {lanes - 1, lanes, lanes + 1, 3 * lanes + 1}
         edges |= {MAX_TILE * lanes + d for d in (-1, 0, 1)} | {2 * MAX_TILE * lanes + 1}
@@ -195,6 +196,7 @@ GRID = {
     "stride 2, small": Conv(h=14, w=14, stride=(2, 2), n=2),
     "stride 2, 1x1": Conv(h=13, w=12, kernel=(1, 1), padding=(0, 0), stride=(2, 2), n=2),
     "stride 2, 1x1, padded": Conv(h=13, w=12, kernel=(1, 1), padding=(1, 2), stride=(2, 2), n=2),
+    "stride 2, long rows": Conv(h=6, w=131, stride=(2, 2), n=2),
     "stride 3": Conv(h=40, w=41, stride=(3, 3)),
     "stride beyond the kernel": Conv(h=40, w=41, stride=(5, 4), kernel=(2, 2)),
     "strides differ": Conv(h=20, w=40, stride=(1, 2), padding=(0, 1)),
@@ -209,7 +211,9 @@ GRID = {
     "padding beyond the kernel": Conv(h=5, w=40, padding=(4, 5)),
     "padding beyond the image": Conv(h=1, w=2, padding=(9, 40)),
     "no padding": Conv(h=20, w=50, padding=(0, 0)),
+    "kernel 5x5": Conv(h=30, w=33, kernel=(5, 5), padding=(2, 2)),
     "groups": Conv(c=12, k=9, groups=3, h=20, w=20),
+    "many outputs per input": Conv(k=300, h=8, w=28, kernel=(1, 1), padding=(0, 0), sparsity=0.9),
     "depthwise": Conv(c=10, k=10, groups=10, h=20, w=20, block=1),
     "depthwise, multiplier 2": Conv(c=5, k=10, groups=5, h=20, w=20, block=4),
     "block 1": Conv(block=1),

@@ -1,6 +1,7 @@
 #include "conv2d_sparse.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,21 +17,52 @@ namespace {
 // Output pixels are counted on grids whose rows are `pitch` apart, so that a tap is one offset for all of them. Pixels in
 // columns q and up are computed for nothing. Where no tap shifts anything, all images are one grid without such columns.
 struct Plan {
+  int64_t call;  // a number of its own for each call
   int64_t p, q, pitch;
   Axis rows, columns;
   bool one_grid;
   int64_t grids, pixels;  // pixels of each grid
-  int64_t tile_vectors, tile, tiles, plane_length;
+  int64_t lanes, vectors, tiles, plane_length;
   int64_t group_c, group_k, blocks, k_ranges;
-  std::vector<int32_t> offset;         // bytes into the packed planes, by index
-  std::vector<int32_t> direct_offset;  // bytes into the input, for tiles that can do without a copy; or empty
+  bool linear;                  // every tap has a plane: input i is i planes away
+  bool direct;                  // the input may serve as its own copy
+  std::vector<int32_t> offset;  // otherwise: bytes into the packed planes, by index
+
+  // The first pixel of a tile: all tiles have the same number of vectors, or one more.
+  int64_t tile_begin(int64_t tile) const { return tile * vectors / tiles * lanes; }
+};
+
+// For each non-zero of a group, the bytes that its input lies behind the packed planes; kept from tile to tile.
+class Offsets {
+ public:
+  // To be indexed like the weights' values.
+  const int32_t* get(const Conv2dSparseArgs& a, const Plan& plan, int64_t group) {
+    const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+    const int64_t begin = row_ptr[0], end = row_ptr[plan.blocks * plan.group_k];
+    if (call_ != plan.call || group_ != group) {
+      offsets_.resize(std::max<size_t>(end - begin, offsets_.size()));
+      for (int64_t i = begin; i < end; i++) offsets_[i - begin] = plan.offset[a.weights.index[i]];
+      call_ = plan.call;
+      group_ = group;
+    }
+    return offsets_.data() - begin;
+  }
+
+ private:
+  std::vector<int32_t> offsets_;
+  int64_t call_ = 0, group_ = 0;
 };
 
 struct Scratch {
   AlignedBuffer planes, partial;
+  Offsets offsets;
   std::vector<SparseRun> runs;
   std::vector<SparseSegment> segments;
 };
+
+bool is_pointwise(const Conv2dSparseArgs& a) {
+  return a.r * a.s * a.stride_h * a.stride_w == 1 && a.pad_h + a.pad_w == 0;
+}
 
 void check(const Conv2dSparseArgs& a) {
   if (a.groups < 1 || a.c % a.groups != 0 || a.k % a.groups != 0) {
@@ -54,15 +86,15 @@ void check(const Conv2dSparseArgs& a) {
 void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
   plan.q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
-  // Shifts cost `span` columns in each row; a plane per tap costs S copies.
+  // Shifts cost `span` columns in each row and loads that cross cache lines; a plane per tap costs S copies.
   plan.columns.lay_out(a.s, a.stride_w, a.dil_w, a.pad_w, false);
-  const bool column_by_tap = plan.columns.span * 8 > plan.q;
+  const bool column_by_tap = a.s <= 3 || plan.columns.span * 8 > plan.q;
   if (column_by_tap) plan.columns.lay_out(a.s, a.stride_w, a.dil_w, a.pad_w, true);
   plan.pitch = plan.q + plan.columns.span;
-  // Shifts of rows cost cache, and no two images can share a tile.
+  // Shifts of rows cost a halo and no two images can share a tile; a plane per tap costs R copies.
   plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, false);
   const bool far = plan.rows.span * plan.pitch > a.r * max_tile;
-  const bool small = plan.p * plan.q <= 16;
+  const bool small = plan.p * plan.q <= 64;
   if (far || small) plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, true);
   plan.one_grid = plan.rows.span == 0 && plan.columns.span == 0;
   plan.grids = plan.one_grid ? 1 : a.n;
@@ -72,14 +104,17 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.pixels = plan.one_grid ? a.n * plan.p * plan.q : (plan.p - 1) * plan.pitch + plan.q;
 }
 
-// The fewest tiles, all of one size.
-void choose_tile(int64_t lanes, Plan& plan) {
-  const int64_t vectors = ceil_div(plan.pixels, lanes);
-  const int64_t tiles = ceil_div(vectors, kSparseMaxTile);
-  plan.tile_vectors = ceil_div(vectors, tiles);
-  plan.tile = plan.tile_vectors * lanes;
-  plan.tiles = ceil_div(plan.pixels, plan.tile);
-  const int64_t reach = plan.tile + plan.rows.span * plan.pitch + plan.columns.span;
+// As few tiles as the first-level cache allows: while a tile is computed, all of its inputs in a block of channels are read
+// again and again. Tiles of more than kPixels gain nothing; those of fewer than kVectors are short of sums to work on.
+void choose_tile(const Conv2dSparseArgs& a, int64_t lanes, Plan& plan) {
+  constexpr int64_t kBytes = 49152, kPixels = 112, kVectors = 4;
+  const int64_t planes = plan.rows.planes() * plan.columns.planes();
+  const int64_t bytes = std::min(a.weights.block, plan.group_c) * planes * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::clamp(std::min(kPixels, kBytes / bytes) / lanes, kVectors, int64_t{kSparseMaxTile});
+  plan.lanes = lanes;
+  plan.vectors = ceil_div(plan.pixels, lanes);
+  plan.tiles = ceil_div(plan.vectors, most);
+  const int64_t reach = ceil_div(plan.vectors, plan.tiles) * lanes + plan.rows.span * plan.pitch + plan.columns.span;
   plan.plane_length = ceil_div(reach, kSparseMaxLanes) * kSparseMaxLanes;
 }
 
@@ -90,7 +125,11 @@ void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
     throw std::invalid_argument("conv2d_sparse: a block of " + std::to_string(block) +
                                 " input channels is too large for this image");
   }
+  plan.linear = plan.rows.span == 0 && plan.columns.span == 0 && planes == a.r * a.s;
+  // A copy is aligned and lies closer together: it pays where each input is read often.
+  plan.direct = is_pointwise(a) && plan.group_k <= 256 && a.h * a.w % kSparseMaxLanes == 0;
   plan.offset.clear();
+  if (plan.linear) return;
   for (int64_t c = 0; c < block; c++) {
     for (int64_t r = 0; r < a.r; r++) {
       for (int64_t s = 0; s < a.s; s++) {
@@ -100,18 +139,16 @@ void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
       }
     }
   }
-  plan.direct_offset.clear();
-  const bool same = a.r * a.s * a.stride_h * a.stride_w == 1 && a.pad_h + a.pad_w == 0;
-  if (!same || block * a.h * a.w > INT32_MAX / 4) return;
-  for (int64_t c = 0; c < block; c++) plan.direct_offset.push_back(static_cast<int32_t>(c * a.h * a.w * 4));
 }
 
 void make_plan(const Conv2dSparseArgs& a, const SparseKernels& kernels, Plan& plan) {
+  static std::atomic<int64_t> calls = 0;
+  plan.call = ++calls;
   plan.group_c = a.c / a.groups;
   plan.group_k = a.k / a.groups;
   plan.blocks = ceil_div(plan.group_c, a.weights.block);
   choose_layout(a, kernels.lanes * kSparseMaxTile, plan);
-  choose_tile(kernels.lanes, plan);
+  choose_tile(a, kernels.lanes, plan);
   make_offsets(a, plan);
   plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, plan.group_k);
 }
@@ -134,6 +171,10 @@ void make_runs(const Conv2dSparseArgs& a, const Plan& plan, int64_t grid, int64_
     }
     i += length;
   }
+  // The rest is only for lanes that are thrown away: not to meet stale denormals.
+  for (size_t p = 0; end < begin + plan.plane_length && p < plan.columns.start.size(); p++) {
+    runs.push_back({begin + plan.plane_length - end, 0, 0, 0, 0, 0});
+  }
 }
 
 // The stretches of output that the grid pixels [begin, end) are.
@@ -153,12 +194,15 @@ void make_segments(const Conv2dSparseArgs& a, const Plan& plan, int64_t grid, in
 }
 
 // All blocks of input channels for one tile of one group; t holds what does not depend on the block.
-void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t group, const float* direct,
-                Scratch& scratch, SparseTile& t) {
+void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t group, int64_t tile_vectors,
+                const float* direct, Scratch& scratch, SparseTile& t) {
   const int64_t planes = plan.rows.planes() * plan.columns.planes();
   const int64_t block = std::min(a.weights.block, plan.group_c);
-  float* packed = direct != nullptr ? nullptr : scratch.planes.get(block * planes * plan.plane_length + kSparseMaxLanes);
-  t.offset = direct != nullptr ? plan.direct_offset.data() : plan.offset.data();
+  float* packed = direct != nullptr ? nullptr : scratch.planes.get(block * planes * plan.plane_length);
+  constexpr int64_t kFloat = sizeof(float);
+  t.step = direct != nullptr ? a.h * a.w * kFloat : plan.linear ? plan.plane_length * kFloat : 0;
+  const SparseTileKernel* const tiles = t.step != 0 ? kernels.tile_steps : kernels.tile_offsets;
+  if (t.step == 0) t.offset = scratch.offsets.get(a, plan, group);
   for (int64_t b = 0; b < plan.blocks; b++) {
     const int64_t c = group * plan.group_c + b * block, channels = std::min(block, plan.group_c - b * block);
     t.x = direct != nullptr ? direct + c * a.h * a.w : packed;
@@ -170,7 +214,7 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
     t.row_ptr = a.weights.row_ptr + (group * plan.blocks + b) * plan.group_k;
     t.first_block = b == 0;
     t.last_block = b + 1 == plan.blocks;
-    kernels.tile[plan.tile_vectors - 1](t);
+    tiles[tile_vectors - 1](t);
   }
 }
 
@@ -180,13 +224,14 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   const int64_t tile = task / plan.k_ranges % plan.tiles;
   const int64_t group = task / plan.k_ranges / plan.tiles % a.groups;
   const int64_t grid = task / plan.k_ranges / plan.tiles / a.groups;
-  const int64_t begin = tile * plan.tile, end = std::min(plan.pixels, begin + plan.tile);
+  const int64_t begin = plan.tile_begin(tile), full = plan.tile_begin(tile + 1) - begin;
+  const int64_t end = std::min(plan.pixels, begin + full);
   const int64_t image_pixels = plan.p * plan.q, k = group * plan.group_k;
   const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
 
   make_segments(a, plan, grid, begin, end, scratch.segments);
   // The input itself serves as the copy where a whole tile of it is there to be read.
-  const bool direct = !plan.direct_offset.empty() && end - begin == plan.tile && scratch.segments.size() == 1;
+  const bool direct = plan.direct && end - begin == full && scratch.segments.size() == 1;
   const int64_t image = begin / image_pixels, pixel = begin % image_pixels;
   if (!direct) make_runs(a, plan, grid, begin, scratch.runs);
   SparseTile t;
@@ -194,7 +239,7 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.index = a.weights.index;
   t.k_begin = k_range_begin(row_ptr, plan.blocks, plan.group_k, k_range, plan.k_ranges);
   t.k_end = k_range_begin(row_ptr, plan.blocks, plan.group_k, k_range + 1, plan.k_ranges);
-  t.partial = plan.blocks > 1 ? scratch.partial.get((t.k_end - t.k_begin) * plan.tile) : nullptr;
+  t.partial = plan.blocks > 1 ? scratch.partial.get((t.k_end - t.k_begin) * full) : nullptr;
   t.bias = a.bias != nullptr ? a.bias + k : nullptr;
   t.residual = a.residual != nullptr ? a.residual + k * image_pixels : nullptr;
   t.out = a.out + k * image_pixels;
@@ -203,7 +248,7 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.num_segments = static_cast<int64_t>(scratch.segments.size());
   t.lo = a.lo;
   t.hi = a.hi;
-  run_blocks(a, plan, kernels, group, direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr, scratch, t);
+  run_blocks(a, plan, kernels, group, full / plan.lanes, direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr, scratch, t);
 }
 
 }  // namespace
@@ -252,7 +297,7 @@ void conv2d_sparse(const Conv2dSparseArgs& given) {
   Conv2dSparseArgs args = given;
   check(args);
   if (args.n == 0 || args.k == 0) return;
-  if (args.r * args.s * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0) {
+  if (is_pointwise(args)) {
     args.w *= args.h;  // no tap looks at another row: an image is one long row
     args.h = 1;
   }

@@ -10,11 +10,15 @@ namespace {
 struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
+  static constexpr int kChains = 8;  // multiply-adds in flight
 
   static Vec broadcast(float v) { return _mm256_set1_ps(v); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-  static Vec load_first(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  // Lanes [first, last), zero elsewhere; nothing else is read.
+  static Vec load_between(const float* p, int first, int last) {
+    return _mm256_maskload_ps(p, _mm256_andnot_si256(mask(first), mask(last)));
+  }
   static void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }

@@ -11,11 +11,15 @@ namespace {
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
+  static constexpr int kChains = 4;  // multiply-adds in flight
 
   static Vec broadcast(float v) { return _mm512_set1_ps(v); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-  static Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  // Lanes [first, last), zero elsewhere; nothing else is read.
+  static Vec load_between(const float* p, int first, int last) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask(last) & ~mask(first)), p);
+  }
   static void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -28,7 +32,9 @@ struct Avx512 {
   }
 
  private:
-  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static __mmask16 mask(int n) {  // of the first n lanes
+    return static_cast<__mmask16>(n <= 0 ? 0u : n >= kLanes ? 0xffffu : (1u << n) - 1);
+  }
 };
 
 }  // namespace

@@ -6,15 +6,19 @@ namespace {
 
 struct Baseline {
   static constexpr int kLanes = 4;
+  static constexpr int kChains = 8;  // multiply-adds in flight
   typedef float Vec __attribute__((vector_size(16)));
   typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
   static Vec broadcast(float v) { return Vec{v, v, v, v}; }
   static Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  static Vec load_first(const float* p, int n) {
+  // Lanes [first, last), zero elsewhere; nothing else is read.
+  static Vec load_between(const float* p, int first, int last) {
     Vec v = {};
-    for (int i = 0; i < n; i++) v[i] = p[i];
+    for (int i = 0; i < kLanes; i++) {
+      if (first <= i && i < last) v[i] = p[i];
+    }
     return v;
   }
   static void store_first(float* p, Vec v, int n) {

@@ -21,8 +21,9 @@ struct SparseTile {
   const uint16_t* index;
   const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
   int64_t k_begin, k_end;
-  const float* x;         // of this block
-  const int32_t* offset;  // bytes from x, for each index
+  const float* x;         // of this block; a non-zero's inputs are either
+  int64_t step;           // index * step bytes from it, or
+  const int32_t* offset;  // as many bytes as is said here for each non-zero of the weights
   float* partial;         // (k_end - k_begin, tile): the sums over the blocks before this one
   bool first_block, last_block;
   const float* bias;      // of output channel 0, or null
@@ -49,12 +50,15 @@ struct SparsePack {
   int64_t row_planes, column_planes, plane_length;
   const SparseRun* runs;  // (num_runs, column planes)
   int64_t num_runs;
-  float* dst;  // followed by kSparseMaxLanes floats that may be written, too
+  float* dst;
 };
 
+using SparseTileKernel = void (*)(const SparseTile&);
+
 struct SparseKernels {
-  int lanes;                                        // floats in a vector
-  void (*tile[kSparseMaxTile])(const SparseTile&);  // tile[T - 1]: T vectors of pixels
+  int lanes;  // floats in a vector
+  // [T - 1]: T vectors of pixels
+  SparseTileKernel tile_steps[kSparseMaxTile], tile_offsets[kSparseMaxTile];
   void (*pack)(const SparsePack&);
 };
 

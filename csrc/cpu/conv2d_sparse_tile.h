@@ -8,6 +8,8 @@
 // namespace.
 #pragma once
 
+#include <utility>
+
 #include "conv2d_sparse_kernel.h"
 
 namespace cnncomp {
@@ -50,30 +52,42 @@ struct Accumulators {
   }
 };
 
+// Where the inputs of a block's non-zeros are: index * step bytes from x, or as far as a list says.
+struct Steps {
+  const char* x;
+  const uint16_t* index;
+  int64_t step;
+  explicit Steps(const SparseTile& a) : x(reinterpret_cast<const char*>(a.x)), index(a.index), step(a.step) {}
+  const float* operator[](int32_t i) const { return reinterpret_cast<const float*>(x + index[i] * step); }
+};
+
+struct Offsets {
+  const char* x;
+  const int32_t* offset;
+  explicit Offsets(const SparseTile& a) : x(reinterpret_cast<const char*>(a.x)), offset(a.offset) {}
+  const float* operator[](int32_t i) const { return reinterpret_cast<const float*>(x + offset[i]); }
+};
+
 // acc += the non-zeros [begin, end). A short tile has too few sums to fill the latency of the multiply-add: there, every
 // second or fourth non-zero goes to a set of sums of its own.
-template <class V, int T>
-inline __attribute__((always_inline)) void add_row(const SparseTile& a, int32_t begin, int32_t end,
+template <class V, int T, class Inputs>
+inline __attribute__((always_inline)) void add_row(const float* values, const Inputs& input, int32_t begin, int32_t end,
                                                    Accumulators<V, T>& acc) {
-  constexpr int kSets = T >= 8 ? 1 : T >= 4 ? 2 : 4;
-  const char* const x = reinterpret_cast<const char*>(a.x);
-  const float* const values = a.values;
-  const uint16_t* const index = a.index;
-  const int32_t* const offset = a.offset;
+  constexpr int kSets = T >= V::kChains ? 1 : 2 * T >= V::kChains ? 2 : 4;
   int32_t i = begin;
   if constexpr (kSets > 1) {
     Accumulators<V, T> more[kSets - 1];
 #pragma GCC unroll 4
     for (int s = 0; s + 1 < kSets; s++) more[s].fill(0.0f);
     for (; i + kSets <= end; i += kSets) {
-      acc.fma(values[i], reinterpret_cast<const float*>(x + offset[index[i]]));
+      acc.fma(values[i], input[i]);
 #pragma GCC unroll 4
-      for (int s = 1; s < kSets; s++) more[s - 1].fma(values[i + s], reinterpret_cast<const float*>(x + offset[index[i + s]]));
+      for (int s = 1; s < kSets; s++) more[s - 1].fma(values[i + s], input[i + s]);
     }
 #pragma GCC unroll 4
     for (int s = 0; s + 1 < kSets; s++) acc.add(more[s]);
   }
-  for (; i < end; i++) acc.fma(values[i], reinterpret_cast<const float*>(x + offset[index[i]]));
+  for (; i < end; i++) acc.fma(values[i], input[i]);
 }
 
 // out = clamp(sum + residual), for `length` floats.
@@ -88,15 +102,43 @@ void finish(float* out, const float* sum, const float* residual, int64_t length,
   }
   if (i == length) return;
   const int rest = static_cast<int>(length - i);
-  typename V::Vec y = V::load_first(sum + i, rest);
-  if (residual != nullptr) y = V::add(y, V::load_first(residual + i, rest));
+  typename V::Vec y = V::load_between(sum + i, 0, rest);
+  if (residual != nullptr) y = V::add(y, V::load_between(residual + i, 0, rest));
   V::store_first(out + i, V::clamp(y, vlo, vhi), rest);
 }
 
+// out = clamp(acc + residual), for the first `length` floats.
 template <class V, int T>
+inline __attribute__((always_inline)) void finish(const Accumulators<V, T>& acc, float* out, const float* residual,
+                                                  int64_t length, float lo, float hi) {
+  const typename V::Vec vlo = V::broadcast(lo), vhi = V::broadcast(hi);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t++) {
+    const int64_t at = t * V::kLanes, rest = length - at;
+    typename V::Vec y = acc.v[t];
+    if (rest >= V::kLanes) {
+      if (residual != nullptr) y = V::add(y, V::load(residual + at));
+      V::store(out + at, V::clamp(y, vlo, vhi));
+    } else if (rest > 0) {
+      if (residual != nullptr) y = V::add(y, V::load_between(residual + at, 0, static_cast<int>(rest)));
+      V::store_first(out + at, V::clamp(y, vlo, vhi), static_cast<int>(rest));
+    }
+  }
+}
+
+// Brings `floats` floats into the cache.
+template <int floats, int write>
+inline __attribute__((always_inline)) void fetch(const float* p) {
+#pragma GCC unroll 16
+  for (int i = 0; i < floats; i += 16) __builtin_prefetch(p + i, write);
+}
+
+template <class V, int T, class Inputs>
 void tile(const SparseTile& a) {
   constexpr int kTile = T * V::kLanes;
+  constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
   alignas(64) float last[kTile];
+  const Inputs input(a);
   for (int64_t k = a.k_begin; k < a.k_end; k++) {
     const int64_t partial = (k - a.k_begin) * kTile;
     Accumulators<V, T> acc;
@@ -105,16 +147,19 @@ void tile(const SparseTile& a) {
     } else {
       acc.load(a.partial + partial);
     }
-    add_row(a, a.row_ptr[k], a.row_ptr[k + 1], acc);
+    if (a.last_block && a.num_segments == 1 && k + kAhead < a.k_end) {
+      const int64_t at = a.segments[0].out_begin + (k + kAhead) * a.out_stride_k;
+      fetch<kTile, 1>(a.out + at);
+      if (a.residual != nullptr) fetch<kTile, 0>(a.residual + at);
+    }
+    add_row(a.values, input, a.row_ptr[k], a.row_ptr[k + 1], acc);
     if (!a.last_block) {
       acc.store(a.partial + partial);
       continue;
     }
-    if (a.num_segments == 1 && a.segments[0].length == kTile) {
+    if (a.num_segments == 1) {
       const int64_t at = a.segments[0].out_begin + k * a.out_stride_k;
-      if (a.residual != nullptr) acc.add(a.residual + at);
-      acc.clamp(a.lo, a.hi);
-      acc.store(a.out + at);
+      finish(acc, a.out + at, a.residual != nullptr ? a.residual + at : nullptr, a.segments[0].length, a.lo, a.hi);
       continue;
     }
     acc.store(last);
@@ -126,65 +171,72 @@ void tile(const SparseTile& a) {
   }
 }
 
-// The three below may write up to a vector past the end, which is written again afterwards; they never read past it.
-
+// One vector of a run, for all channels: dst[i] = src[i * stride] for first <= i < last, 0 elsewhere.
 template <class V>
-void zero(float* dst, int64_t length) {
-  if (length <= 0) return;
-  const typename V::Vec z = V::broadcast(0.0f);
-  V::store(dst, z);  // mostly all there is to do: apart, or the compiler calls memset for it
-  for (int64_t i = V::kLanes; i < length; i += V::kLanes) V::store(dst + i, z);
-}
-
-// dst[i] = src[i * stride], 0 <= i < length.
-template <class V>
-void copy(float* dst, const float* src, int64_t length, int64_t stride) {
-  int64_t i = 0;
-  if (stride == 1) {
-    for (; i + V::kLanes <= length; i += V::kLanes) V::store(dst + i, V::load(src + i));
-    if (i < length) V::store(dst + i, V::load_first(src + i, static_cast<int>(length - i)));
-    return;
-  }
-  if (stride == 2) {  // one element more must follow: of a pair, only the first is sure to be there
-    for (; i + V::kLanes < length; i += V::kLanes) {
-      V::store(dst + i, V::even(V::load(src + 2 * i), V::load(src + 2 * i + V::kLanes)));
+void pack_vector(const SparsePack& a, float* dst, const float* src, int first, int last, int keep) {
+  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.h * a.w;
+  const auto put = [&](auto load) {
+    for (int64_t c = 0; c < a.channels; c++, dst += dst_stride, src += src_stride) {
+      const typename V::Vec v = load(src);
+      keep >= V::kLanes ? V::store(dst, v) : V::store_first(dst, v, keep);
     }
+  };
+  if (first >= last) {
+    put([](const float*) { return V::broadcast(0.0f); });
+  } else if (a.stride_w == 1) {
+    if (first <= 0 && last >= V::kLanes) {
+      put([](const float* p) { return V::load(p); });
+    } else {
+      put([=](const float* p) { return V::load_between(p, first, last); });
+    }
+  } else if (a.stride_w == 2) {
+    // Of the last pair only the first is sure to be there.
+    const int low = 2 * first, high = 2 * last - 1;
+    put([=](const float* p) {
+      return V::even(V::load_between(p, low, high), V::load_between(p + V::kLanes, low - V::kLanes, high - V::kLanes));
+    });
+  } else {
+    put([=, stride = a.stride_w](const float* p) {
+      alignas(64) float v[V::kLanes] = {};
+      for (int i = first > 0 ? first : 0; i < last && i < V::kLanes; i++) v[i] = p[i * stride];
+      return V::load(v);
+    });
   }
-  for (; i < length; i++) dst[i] = src[i * stride];
 }
 
+// Runs in order: what a run's last vector writes past its end, the next run writes again.
 template <class V>
 void pack(const SparsePack& a) {
-  float* dst = a.dst;
-  for (int64_t c = 0; c < a.channels; c++) {
-    const float* x = a.x + c * a.h * a.w;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < a.num_runs; begin += a.runs[i++ * a.column_planes].length) {
     for (int64_t plane = 0; plane < a.row_planes * a.column_planes; plane++) {
-      const SparseRun* run = a.runs + plane % a.column_planes;
-      const int64_t row_start = a.row_start[plane / a.column_planes];
-      float* const end = dst + a.plane_length;
-      for (int64_t i = 0; i < a.num_runs; i++, run += a.column_planes) {
-        const int64_t row = row_start + run->row * a.stride_h;
-        if (row < 0 || row >= a.h) {
-          zero<V>(dst, run->length);
-        } else {
-          zero<V>(dst, run->first);
-          copy<V>(dst + run->first, x + run->image + row * a.w + run->column, run->last - run->first, a.stride_w);
-          zero<V>(dst + run->last, run->length - run->last);
-        }
-        dst += run->length;
+      const SparseRun& run = a.runs[i * a.column_planes + plane % a.column_planes];
+      const int64_t row = a.row_start[plane / a.column_planes] + run.row * a.stride_h;
+      const bool outside = row < 0 || row >= a.h;
+      const int64_t first = outside ? 0 : run.first, last = outside ? 0 : run.last;
+      float* const dst = a.dst + plane * a.plane_length + begin;
+      const float* const src = a.x + run.image + row * a.w + run.column - run.first * a.stride_w;
+      for (int64_t j = 0; j < run.length; j += V::kLanes) {
+        const int64_t left = a.plane_length - begin - j;
+        pack_vector<V>(a, dst + j, src + j * a.stride_w, static_cast<int>(first - j), static_cast<int>(last - j),
+                       static_cast<int>(left < V::kLanes ? left : V::kLanes));
       }
-      zero<V>(dst, end - dst);  // only for lanes that are thrown away: not to meet stale denormals
-      dst = end;
     }
   }
+}
+
+template <class V, class Inputs, int... T>
+constexpr void set_tiles(SparseTileKernel* kernel, std::integer_sequence<int, T...>) {
+  ((kernel[T] = tile<V, T + 1, Inputs>), ...);
 }
 
 template <class V>
 constexpr SparseKernels sparse_kernels_of() {
-  return {V::kLanes,
-          {tile<V, 1>, tile<V, 2>, tile<V, 3>, tile<V, 4>, tile<V, 5>, tile<V, 6>, tile<V, 7>, tile<V, 8>, tile<V, 9>,
-           tile<V, 10>, tile<V, 11>, tile<V, 12>, tile<V, 13>, tile<V, 14>},
-          pack<V>};
+  constexpr auto all = std::make_integer_sequence<int, kSparseMaxTile>();
+  SparseKernels kernels{V::kLanes, {}, {}, pack<V>};
+  set_tiles<V, Steps>(kernels.tile_steps, all);
+  set_tiles<V, Offsets>(kernels.tile_offsets, all);
+  return kernels;
 }
 
 }  // namespace

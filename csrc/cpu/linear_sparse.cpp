@@ -4,7 +4,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "conv2d_sparse_kernel.h"
 #include "conv2d_sparse_scratch.h"
@@ -17,7 +16,6 @@ namespace {
 // for one row, too: gathering the inputs of each output instead won a fifth there, and lost from two rows on (Zen 4).
 struct Plan {
   int64_t tile_vectors, tile, tiles, blocks, k_ranges;
-  std::vector<int32_t> offset;
 };
 
 struct Scratch {
@@ -59,8 +57,6 @@ void make_plan(const LinearSparseArgs& a, const SparseKernels& kernels, Plan& pl
   plan.tiles = ceil_div(a.m, plan.tile);
   plan.blocks = ceil_div(a.c, a.weights.block);
   plan.k_ranges = count_k_ranges(plan.tiles, a.num_threads, a.k);
-  plan.offset.clear();
-  for (int64_t c = 0; c < std::min(a.weights.block, a.c); c++) plan.offset.push_back(static_cast<int32_t>(c * plan.tile * 4));
 }
 
 void run_task(const LinearSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t task) {
@@ -76,7 +72,8 @@ void run_task(const LinearSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.k_end = k_range_begin(a.weights.row_ptr, plan.blocks, a.k, k_range + 1, plan.k_ranges);
   float* const x = scratch.x.get(block * plan.tile);
   t.x = x;
-  t.offset = plan.offset.data();
+  t.step = plan.tile * static_cast<int64_t>(sizeof(float));
+  t.offset = nullptr;
   t.partial = scratch.partial.get((t.k_end - t.k_begin) * plan.tile);
   t.bias = a.bias;
   t.residual = nullptr;
@@ -91,7 +88,7 @@ void run_task(const LinearSparseArgs& a, const Plan& plan, const SparseKernels& 
     t.row_ptr = a.weights.row_ptr + b * a.k;
     t.first_block = b == 0;
     t.last_block = b + 1 == plan.blocks;
-    kernels.tile[plan.tile_vectors - 1](t);
+    kernels.tile_steps[plan.tile_vectors - 1](t);
   }
   finish(a, t.out, plan.tile, begin, begin + rows, t.k_begin, t.k_end);
 }
