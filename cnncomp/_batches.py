@@ -1,19 +1,15 @@
-"""What calibrating functions share: batches of any usual form, eval mode for a while, a bar over batches."""
+"""What calibrating functions share: batches of any usual form, eval mode for a while."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnncomp.errors import CalibrationError
-
-T = TypeVar("T")
 
 
 def inputs_of(batch: Any, index: int, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:
@@ -44,26 +40,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-def with_progress(batches: Iterable[T], description: str, after: float = 1.0) -> Iterator[T]:
-    """Pass ``batches`` on; show a bar on a terminal once ``after`` seconds have gone by."""
-    if not sys.stderr.isatty():
-        yield from batches
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    total = len(batches) if isinstance(batches, Sized) else None
-    bar = Progress(console=Console(stderr=True), transient=True)
-    start, task = time.monotonic(), None
-    try:
-        for i, batch in enumerate(batches):
-            if task is None and time.monotonic() - start > after:
-                bar.start()
-                task = bar.add_task(description, total=total)
-            if task is not None:
-                bar.update(task, completed=i)
-            yield batch
-    finally:
-        bar.stop()

@@ -13,8 +13,9 @@ _PATIENCE_S = 1.0
 
 
 @contextmanager
-def track(title: str, total: int, show: bool = True) -> Iterator[Advance]:
-    """Yield ``advance(label)``, to be called once per step. The bar appears after a second, if stderr is a terminal."""
+def track(title: str, total: int | None, show: bool = True) -> Iterator[Advance]:
+    """Yield ``advance(label)``, to be called once per step; ``total`` None: nobody knows how many. The bar appears after a
+    second, if stderr is a terminal."""
     if not show or not sys.stderr.isatty():
         yield lambda label: None
         return

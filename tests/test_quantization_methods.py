@@ -20,7 +20,7 @@ from cnncomp.models import ArticleNet, ConcatNet, DigitsNet, mobilenet_v2, resne
 from cnncomp.pruning import mask_of, prune
 from cnncomp.quantization import ClampChannels, integer_weight, quantization_of, quantize
 from cnncomp.quantization.equalize import equalize
-from cnncomp.quantization.links import Link, graph_of, links_of
+from cnncomp.quantization.links import Link, layer_graph, links_of
 from cnncomp.quantization.qat import fold_norms
 from cnncomp.quantization.rounding import DAMPING, choose_rounding, columns_of
 from cnncomp.quantization.scales import RangeObserver
@@ -133,7 +133,7 @@ def test_equalised_nets_compute_the_same(name: str, by: str) -> None:
 
 def test_what_is_between_links() -> None:
     model = Chain()
-    a, b, c, d = links_of(model, graph_of(model))
+    a, b, c, d = links_of(model, layer_graph(model))
     assert a == Link({"a": None}, {"b": 1}, ["six"], pooled=True)
     assert b == Link({"b": "norm"}, {"c": 1}, ["act"])
     assert c == Link({"c": None}, {"d": 4}, pooled=True)
@@ -142,7 +142,7 @@ def test_what_is_between_links() -> None:
 
 def test_layers_that_are_added_share_a_link() -> None:
     model = mobilenet_v2(10, 0.35)
-    links = links_of(model, graph_of(model))
+    links = links_of(model, layer_graph(model))
     stream = next(k for k in links if "features.4.conv.2" in k.firsts)
     assert set(stream.firsts) == {f"features.{i}.conv.2" for i in (4, 5, 6)}
     assert set(stream.seconds) == {f"features.{i}.conv.0.0" for i in (5, 6, 7)}
@@ -166,14 +166,14 @@ def test_no_link_through_what_minds_a_factor() -> None:
         nn.LocalResponseNorm(2),
     ):
         net = Net(between).eval()
-        assert links_of(net, graph_of(net)) == [], between
+        assert links_of(net, layer_graph(net)) == [], between
 
     class Twice(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x)) + self.a(x).sum()
 
     net = Twice(nn.Identity())
-    assert links_of(net, graph_of(net)) == []
+    assert links_of(net, layer_graph(net)) == []
 
 
 @pytest.mark.parametrize("by", ["activations", "weights"])

@@ -23,7 +23,7 @@ from cnncomp.quantization.fake import (
     remove_layer_quantization,
 )
 from cnncomp.quantization.feed import Feed
-from cnncomp.quantization.links import graph_of, norm_after
+from cnncomp.quantization.links import layer_graph, norm_after
 from cnncomp.quantization.qat import TrainedWeight, fold_norms, trained_input
 from cnncomp.quantization.rounding import round_adaptively
 from cnncomp.quantization.scales import METHODS, RangeObserver, weight_scales
@@ -118,7 +118,7 @@ def quantize(
         if skipped:
             warnings.warn(f"layers too large for adaptive rounding: {', '.join(skipped)}", UserWarning, stacklevel=2)
     if correct_bias:
-        norms = {name: model.get_submodule(norm) for name, norm in norm_after(model, graph_of(model)).items()}
+        norms = {name: model.get_submodule(norm) for name, norm in norm_after(model, layer_graph(model)).items()}
         correct_biases(layers, weights, norms, feed)
     return model
 

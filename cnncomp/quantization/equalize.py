@@ -21,7 +21,7 @@ from cnncomp._modules import groups_of, is_depthwise, layers_of, weight_paramete
 from cnncomp._norms import BatchNorm
 from cnncomp.errors import ArgumentError, CalibrationError
 from cnncomp.quantization.clamp import ClampChannels
-from cnncomp.quantization.links import NORMS, Link, graph_of, links_of
+from cnncomp.quantization.links import NORMS, Link, layer_graph, links_of
 
 CRITERIA = ("activations", "weights")
 #: No channel is rescaled by more than this: beyond, it is as good as dead.
@@ -49,7 +49,7 @@ def equalize(model: nn.Module, run: Callable[[], None], by: str = "activations")
     """
     if by not in CRITERIA:
         raise ArgumentError("equalize", repr(by), f"one of {', '.join(map(repr, CRITERIA))}, or None")
-    links = links_of(model, graph_of(model))
+    links = links_of(model, layer_graph(model))
     if by == "activations":
         with _watching(model, links) as ranges:
             run()

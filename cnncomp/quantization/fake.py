@@ -19,7 +19,6 @@ from cnncomp._modules import (
 )
 
 WEIGHT_MAX = 127
-QRANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 
 def fake_quantize(x: Tensor, scale: Tensor, lo: Any, hi: Any) -> Tensor:

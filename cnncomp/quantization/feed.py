@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnncomp._batches import evaluating, inputs_of, with_progress
+from cnncomp._batches import evaluating, inputs_of
 from cnncomp.errors import CalibrationError
+from cnncomp.progress import track
 
 
 class Feed:
@@ -37,14 +38,16 @@ class Feed:
     def __call__(self, title: str = "calibrating", each: Callable[[Any], None] | None = None) -> None:
         """Run all batches; ``each`` gets what the model returns."""
         self.index = -1
-        with evaluating(self.model), torch.no_grad():
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        with evaluating(self.model), torch.no_grad(), track(title, total, self.progress) as advance:
             device = next(self.model.parameters()).device
-            for batch in with_progress(self.batches, title) if self.progress else self.batches:
+            for batch in self.batches:
                 self.index += 1
                 args, kwargs = inputs_of(batch, self.index, device)
                 result = self.model(*args, **kwargs)
                 if each is not None:
                     each(result)
+                advance("")
         if self.index < 0:
             raise CalibrationError(
                 "calibration: got no batches, expected at least one (was an iterator used up before?)"

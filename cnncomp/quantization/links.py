@@ -57,7 +57,7 @@ class Link:
     pooled: bool = False
 
 
-def graph_of(model: nn.Module) -> fx.Graph | None:
+def layer_graph(model: nn.Module) -> fx.Graph | None:
     """The graph of the model's forward, torch's own layers as its leaves; None, with a warning, if it can't be traced."""
     try:
         return _Tracer().trace(model)

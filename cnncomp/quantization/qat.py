@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnncomp._modules import Layer, layers_of, weight_parameter
 from cnncomp._norms import fold_batch_norm
 from cnncomp.quantization.fake import WEIGHT_MAX, FakeQuantizeInput, FakeQuantizeWeight
-from cnncomp.quantization.links import graph_of, norm_after
+from cnncomp.quantization.links import layer_graph, norm_after
 from cnncomp.quantization.scales import MIN_SCALE, RangeObserver
 
 #: How much of a batch's range goes into the moving average.
@@ -88,7 +88,7 @@ def fold_norms(model: nn.Module) -> list[str]:
     Returns:
         The names of the norms that are gone.
     """
-    found = norm_after(model, graph_of(model))
+    found = norm_after(model, layer_graph(model))
     layers: dict[str, Layer] = layers_of(model)
     for name, norm_name in found.items():
         layer, norm = layers[name], model.get_submodule(norm_name)
