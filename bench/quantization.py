@@ -92,17 +92,36 @@ def _nncf(model: nn.Module, batches: list[Tensor]) -> Callable[[Tensor], Tensor]
     return nncf.quantize(copy.deepcopy(model), nncf.Dataset(batches), subset_size=len(batches))
 
 
-NNCF = "NNCF, default"
+def _torchao(model: nn.Module, batches: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """torchao's static int8 for CPUs (its graph with quantise and dequantise steps, which inductor would fuse), or None
+    where it is not installed."""
+    try:
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    except ImportError:
+        print("torchao is not installed: its row is left out (pip install torchao)")
+        return None
+    exported = torch.export.export(model, (batches[0],), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(exported.module(), quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            prepared(batch)
+    return convert_pt2e(prepared)
+
+
+#: Other packages, by the names of their rows.
+PEERS = {"NNCF, default": _nncf, "torchao, default": _torchao}
 
 
 def _variants(
     model: nn.Module, batches: list[Tensor], names: list[str]
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     for name in names:
-        if name != NNCF:
+        if name in VARIANTS:
             changed = cnncomp.quantize(copy.deepcopy(model), batches, **VARIANTS[name])
             yield name, cnncomp.convert(changed, batches[0][:1], measure=False)
-        elif (other := _nncf(model, batches)) is not None:
+        elif (other := PEERS[name](model, batches)) is not None:
             yield name, other
 
 
@@ -113,11 +132,10 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Print the table."""
-    names = only or [*VARIANTS, NNCF][: 2 if quick else None]
-    if unknown := [name for name in names if name not in (*VARIANTS, NNCF)]:
-        raise typer.BadParameter(
-            f"no row {unknown[0]!r}; there are {', '.join([*VARIANTS, NNCF])}", param_hint="--only"
-        )
+    known = [*VARIANTS, *PEERS]
+    names = only or known[: 2 if quick else None]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"no row {unknown[0]!r}; there are {', '.join(known)}", param_hint="--only")
     torch.set_num_threads(1)
     crops = 2 if quick else crops
     model, photos, others = pretrained(), data.imagenet_photos(), data.calibration_photos()
