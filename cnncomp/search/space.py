@@ -74,7 +74,11 @@ class Space:
         round_to: as in :func:`cnncomp.prune_channels`.
     """
 
-    choices: tuple[Choice, ...] = (*(Choice(s) for s in (0.5, 0.6, 0.7, 0.8, 0.9)), Choice(int8=True))
+    choices: tuple[Choice, ...] = (
+        *(Choice(s) for s in (0.5, 0.6, 0.7, 0.8, 0.9)),
+        Choice(int8=True),
+        *(Choice(s, "1x4", int8=True) for s in (0.5, 0.75)),
+    )
     channels: tuple[float, ...] = (0.0,)
     round_to: int = 8
 

@@ -88,8 +88,8 @@ def swapped(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
 
 
 def weight_bytes(model: nn.Module, config: Mapping[str, Choice]) -> int:
-    """Bytes of the parameters and buffers in the form that :func:`cnncomp.save` writes: int8 weights with one float step per
-    output channel, sparse ones as their non-zeros and a bitmap, all else as it is."""
+    """Bytes of the parameters and buffers in the form that :func:`cnncomp.save` writes, before it compresses them: int8
+    weights with one float step per output channel, sparse ones as their non-zeros and a bitmap, all else as it is."""
     layers = layers_of(model)
     total = 0
     for name, module in model.named_modules():
