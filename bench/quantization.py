@@ -22,6 +22,7 @@ import typer
 from torch import Tensor, nn
 
 import cnncomp
+from bench.torchao_int8 import torchao_int8
 from cnncomp import data
 from cnncomp.demo.common import batches, forward, machine_line
 from cnncomp.demo.mobilenet import pretrained
@@ -93,21 +94,12 @@ def _nncf(model: nn.Module, batches: list[Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def _torchao(model: nn.Module, batches: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
-    """torchao's static int8 for CPUs (its graph with quantise and dequantise steps, which inductor would fuse), or None
-    where it is not installed."""
+    """torchao's static int8, or None where it is not installed."""
     try:
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+        return torchao_int8(model, batches)
     except ImportError:
         print("torchao is not installed: its row is left out (pip install torchao)")
         return None
-    exported = torch.export.export(model, (batches[0],), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(exported.module(), quantizer)
-    with torch.no_grad():
-        for batch in batches:
-            prepared(batch)
-    return convert_pt2e(prepared)
 
 
 #: Other packages, by the names of their rows.
