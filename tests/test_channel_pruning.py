@@ -451,15 +451,6 @@ def test_prune_takes_the_pattern() -> None:
         cnncomp.prune(model, 0.5, pattern="channel", example_inputs=x, allocation="uniform")
 
 
-def test_compress_takes_the_pattern() -> None:
-    model, x = ConcatNet(), torch.randn(1, 3, 8, 8)
-    recipe = cnncomp.Recipe(sparsity=0.5, pattern="channel", int8=False)
-    fast = cnncomp.compress(model, None, recipe, example_inputs=x, measure=False)
-    assert model.stem.out_channels == 16
-    smaller = prune_channels(copy.deepcopy(model), 0.5, x).eval()
-    assert torch.allclose(fast(x), smaller(x), atol=1e-5)
-
-
 def test_groups_print_themselves() -> None:
     model, x = FlattenNet().eval(), torch.randn(1, 3, 8, 8)
     prune_channels(model, 0.5, x, scope="layer")

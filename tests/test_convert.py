@@ -413,41 +413,6 @@ def test_profile_reports_every_layer(tmp_path) -> None:
         report.save(tmp_path / "report.txt")
 
 
-def test_compress_is_the_whole_way() -> None:
-    model = cnncomp.models.ArticleNet()
-    trained = []
-    recipe = cnncomp.Recipe(sparsity=0.5, finetune=trained.append, exclude=("features.0",))
-    fast = cnncomp.compress(model, [X], recipe, example_inputs=X, measure=False, progress=False)
-    kinds = {name: type(m).__name__ for name, m in _layers(fast).items()}
-    assert kinds == {"features.0": "DenseConv2d", "features.3": "QuantConv2d", "classifier": "QuantLinear"}
-    assert len(trained) == 1
-    zeros = (
-        1 - torch.count_nonzero(_layers(fast)["features.3"].weight_int8()) / _layers(fast)["features.3"].weight.numel()
-    )
-    assert zeros >= 0.49
-    with pytest.raises(ArgumentError, match="data"):
-        cnncomp.compress(model, None, example_inputs=X)
-
-
-def test_recipe_says_how_to_prune_and_quantise() -> None:
-    torch.manual_seed(0)
-    model, data = cnncomp.models.ArticleNet().eval(), [torch.randn(8, 3, 32, 32) for _ in range(2)]
-    recipe = cnncomp.Recipe(pattern="2:4", reconstruct=True, rounding="adaptive", method="minmax")
-    fast = cnncomp.compress(model, iter(data), recipe, example_inputs=X, measure=False, progress=False)
-    by_hand = cnncomp.prune(copy.deepcopy(model), pattern="2:4", reconstruct=True, data=data, progress=False)
-    how = {"method": "minmax", "equalize": "activations", "correct_bias": True, "rounding": "adaptive"}
-    cnncomp.quantize(by_hand, data, **how, progress=False)
-    assert torch.equal(fast(X), cnncomp.convert(by_hand, X, measure=False, progress=False)(X))
-    plain = cnncomp.Recipe(pattern="2:4", equalize=None, correct_bias=False)
-    assert not torch.equal(
-        fast(X), cnncomp.compress(model, data, plain, example_inputs=X, measure=False, progress=False)(X)
-    )
-    with pytest.raises(ArgumentError, match="reconstruct"):
-        cnncomp.compress(model, None, cnncomp.Recipe(pattern="2:4", reconstruct=True, int8=False), example_inputs=X)
-    with pytest.raises(ArgumentError, match="reconstruct"):
-        cnncomp.prune(model, pattern="channel", reconstruct=True, data=data, example_inputs=X)
-
-
 class Remembers(nn.Module):
     """Traces without an error, but to a graph that is wrong: the branch depends on state that tracing freezes."""
 
@@ -517,9 +482,5 @@ def test_other_bad_arguments_are_typed() -> None:
     conv = nn.Conv2d(3, 3, 1)
     with pytest.raises(DeviceError, match="device"):
         cnncomp.convert(conv, X, device=1.5)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="model: got int"):
-        cnncomp.compress(3, [X], example_inputs=X)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="recipe: got dict"):
-        cnncomp.compress(conv, [X], {"int8": True}, example_inputs=X)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="input_scale: got 'a'"):
         cnncomp.nn.QuantSpec("a", torch.uint8)  # type: ignore[arg-type]
