@@ -5,9 +5,8 @@ from __future__ import annotations
 from bench import Compare
 from bench.layers import ConvShape, random_layer
 from cnncomp.dispatch import CONV_CANDIDATES, Candidate
-from cnncomp.dispatch.candidates import Q8
 
-CANDIDATES = [c for c in CONV_CANDIDATES if c.takes == Q8]
+CANDIDATES = [c for c in CONV_CANDIDATES if c.kernel == "conv2d_int8"]
 
 
 def test_conv2d_int8(compare_layer: Compare, shape: ConvShape, candidate: Candidate) -> None:

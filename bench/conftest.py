@@ -87,15 +87,15 @@ def compare(benchmark: Any, quick: bool) -> Compare:
 
 @pytest.fixture
 def compare_layer(compare: Compare) -> Compare:
-    """``compare_layer(kernel, layer, x, shape)``: a kernel of dispatch's table against all dense ones, each on the
-    image ``x`` in the format that it takes."""
+    """``compare_layer(kernel, layer, x, shape, also=())``: a kernel of dispatch's table against all dense ones and those of
+    ``also``, each on the image ``x`` in the format that it takes."""
 
-    def run(kernel: str, layer: DenseConv2d, x: torch.Tensor, shape: ConvShape) -> None:
+    def run(kernel: str, layer: DenseConv2d, x: torch.Tensor, shape: ConvShape, also: tuple[str, ...] = ()) -> None:
         fns: dict[str, Callable[[], object]] = {}
         options, why_not = options_for(layer, "cpu")
         for option in options:
             candidate, built = option.candidate, option.layer
-            if not candidate.dense and candidate.kernel != kernel:
+            if not candidate.dense and candidate.kernel not in (kernel, *also):
                 continue
             if isinstance(built, QuantConv2d):
                 built.set_output(QuantSpec(0.05, torch.uint8))  # as in the middle of a network: 8 bit in, 8 bit out

@@ -75,13 +75,17 @@ def gpu_shapes(network: str) -> list[ConvShape]:
     return [shape for path in paths if path.exists() for shape in _read(path)]
 
 
-def random_layer(shape: ConvShape, zeros: float = 0.0, quantized: bool = False) -> tuple[DenseConv2d, Tensor]:
-    """A dense layer with ReLU, a fraction ``zeros`` of its weights zero, and a random input image, floats in [0, 1)."""
+def random_layer(
+    shape: ConvShape, zeros: float = 0.0, quantized: bool = False, run: int = 1
+) -> tuple[DenseConv2d, Tensor]:
+    """A dense layer with ReLU, a fraction ``zeros`` of its weights zero, in runs of ``run`` input channels, and a random input
+    image, floats in [0, 1)."""
     g = shape.geometry
     generator = torch.Generator().manual_seed(0)
     size = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
     weight = torch.randn(size, generator=generator) / math.sqrt(g.reduction)
-    weight *= torch.rand(size, generator=generator) >= zeros
+    kept = torch.rand((size[0], -(-size[1] // run), *size[2:]), generator=generator) >= zeros
+    weight *= kept.repeat_interleave(run, 1)[:, : size[1]]
     layer = DenseConv2d(g, weight, torch.randn(g.out_channels, generator=generator), Clamp(0.0))
     layer.info.name = shape.name
     layer.info.input = INPUT if quantized else None

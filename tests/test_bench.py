@@ -15,7 +15,6 @@ import cnncomp
 from bench.layers import NETWORKS, conv_shapes, random_layer
 from bench.plot import read_results
 from cnncomp.dispatch import CONV_CANDIDATES
-from cnncomp.dispatch.candidates import Q8
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
@@ -36,8 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_extra_info_of_a_quick_bench(results: Path) -> None:
     entries = json.loads(results.read_text())["benchmarks"]
-    eight_bit = [c for c in CONV_CANDIDATES if c.takes == Q8]
-    assert len(entries) == 2 * len(eight_bit)
+    assert [entry["extra_info"]["kernel"] for entry in entries] == 2 * ["conv2d_int8"]
     for entry in entries:
         info = entry["extra_info"]
         assert set(info) == KEYS

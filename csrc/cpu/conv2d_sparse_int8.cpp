@@ -41,6 +41,9 @@ struct Scratch {
   AlignedArray<int32_t> sums, turned;
   std::vector<const uint8_t*> pointers;
   std::vector<SparseInt8Segment> segments;
+  std::vector<uint8_t> spare;
+  std::vector<uint8_t*> out_rows;
+  std::vector<const uint8_t*> residual_rows;
 };
 
 void check(const Conv2dSparseInt8Args& a) {
@@ -155,20 +158,26 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
 // For each pixel of a plane, from grid pixel `begin` on: where its channels begin.
 void point(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t grid, int64_t begin, int64_t row_start,
            int64_t column_start, const uint8_t** pointers) {
-  const int64_t image_rows = plan.one_grid ? plan.p : INT64_MAX;
+  const int64_t image_rows = plan.one_grid ? plan.p : INT64_MAX, step = a.stride_w * a.c;
+  // The columns whose pixel is inside the image.
+  const int64_t first = column_start < 0 ? ceil_div(-column_start, a.stride_w) : 0;
+  const int64_t last = column_start < a.w ? ceil_div(a.w - column_start, a.stride_w) : 0;
   int64_t column = begin % plan.pitch, row = begin / plan.pitch;
   int64_t image = grid + row / image_rows;
   row %= image_rows;
-  for (int64_t i = 0; i < plan.plane_length; i++) {
-    const int64_t h = row_start + row * a.stride_h, w = column_start + column * a.stride_w;
-    if (image < a.n && h >= 0 && h < a.h && w >= 0 && w < a.w) {
-      const int64_t at = ((image * a.h + h) * a.w + w) * a.c;
-      pointers[i] = at < plan.tail_begin ? a.x + at : plan.tail.data() + (at - plan.tail_begin);
-    } else {
-      pointers[i] = plan.zeros.data();
+  for (int64_t i = 0; i < plan.plane_length;) {
+    const int64_t h = row_start + row * a.stride_h, end = std::min(plan.pitch, column + plan.plane_length - i);
+    const bool inside = image < a.n && h >= 0 && h < a.h;
+    const int64_t from = inside ? std::clamp(first, column, end) : end, to = std::clamp(last, from, end);
+    const int64_t at = ((image * a.h + h) * a.w + column_start) * a.c;
+    for (; column < from; column++) pointers[i++] = plan.zeros.data();
+    for (; column < to; column++) {
+      const int64_t offset = at + column * step;
+      pointers[i++] = offset < plan.tail_begin ? a.x + offset : plan.tail.data() + (offset - plan.tail_begin);
     }
-    if (++column == plan.pitch) column = 0, ++row;
-    if (row == image_rows) row = 0, ++image;
+    for (; column < end; column++) pointers[i++] = plan.zeros.data();
+    column = 0;
+    if (++row == image_rows) row = 0, ++image;
   }
 }
 
@@ -205,6 +214,16 @@ void make_segments(const Plan& plan, int64_t grid, int64_t begin, int64_t end, s
     }
     i += plan.pitch - column;
   }
+}
+
+// Where each pixel of the tile lies in memory of one byte per channel; pixels that are none lie in `spare`.
+template <class Byte>
+Byte* const* make_rows(const Plan& plan, const Scratch& scratch, Byte* base, int64_t stride, Byte* spare,
+                       std::vector<Byte*>& rows) {
+  rows.assign(plan.tile, spare);
+  for (const SparseInt8Segment& s : scratch.segments)
+    for (int64_t i = 0; i < s.length; i++) rows[s.tile_begin + i] = base + (s.out_begin + i) * stride;
+  return rows.data();
 }
 
 Int8Epilogue make_epilogue(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t group) {
@@ -244,29 +263,38 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
 
   const uint8_t* const planes = copy_planes(a, plan, kernels, grid, begin, group, scratch);
   make_segments(plan, grid, begin, end, scratch.segments);
-  constexpr int64_t kChannels = 64;  // whose sums stay in cache while the blocks of input channels go by
-  int32_t* const sums = scratch.sums.get(kChannels * plan.tile);
+  // Their sums stay in cache while the blocks of input channels go by.
+  int32_t* const sums = scratch.sums.get(kSparseInt8Channels * plan.tile);
   SparseInt8Tile t;
   t.values = a.weights.values;
   t.index = a.weights.index;
   t.offset = plan.offset.data();
   t.init = plan.init.data() + group * plan.padded_k;
   t.sums = sums;
-  SparseInt8Finish f{sums, plan.tile, scratch.turned.get(plan.tile * kBlock), scratch.segments.data(),
-                     static_cast<int64_t>(scratch.segments.size()), 0, make_epilogue(a, plan, group)};
-  for (int64_t k = k_begin; k < k_end; k += kChannels) {
+  SparseInt8Finish f{sums, plan.tile, 0, 0, scratch.turned.get(plan.tile * kBlock), scratch.segments.data(),
+                     static_cast<int64_t>(scratch.segments.size()), make_epilogue(a, plan, group), nullptr, nullptr};
+  if (a.out_dtype != kF32 && (a.residual == nullptr || a.residual_dtype != kF32)) {
+    scratch.spare.resize(plan.group_k);
+    uint8_t* const spare = scratch.spare.data();
+    const auto out = reinterpret_cast<uint8_t*>(f.epilogue.out);
+    const auto residual = reinterpret_cast<const uint8_t*>(f.epilogue.residual);
+    f.out_rows = make_rows<uint8_t>(plan, scratch, out, a.k, spare, scratch.out_rows);
+    if (residual != nullptr) {
+      f.residual_rows = make_rows<const uint8_t>(plan, scratch, residual, a.k, spare, scratch.residual_rows);
+    }
+  }
+  for (int64_t k = k_begin; k < k_end; k += kSparseInt8Channels) {
     t.k_begin = k;
-    t.k_end = std::min(k + kChannels, k_end);
+    t.k_end = std::min(k + kSparseInt8Channels, k_end);
     for (int64_t b = 0; b < plan.blocks; b++) {
       t.x = planes + b * plan.planes() * plan.block_quads * plan.quad_stride();
       t.row_ptr = row_ptr + b * plan.group_k;
       t.first_block = b == 0;
       kernels.tile[plan.tile_vectors - 1](t);
     }
-    for (f.channel = k; f.channel < t.k_end; f.channel += kBlock) {
-      f.sums = sums + (f.channel - k) * plan.tile;
-      kernels.finish(f);
-    }
+    f.channel = k;
+    f.channels = t.k_end - k;
+    kernels.finish(f);
   }
 }
 

@@ -92,25 +92,117 @@ void sparse_tile(const SparseInt8Tile& a) {
   }
 }
 
-// The sums of 16 output channels, pixels innermost, are turned to channels innermost, which is how the epilogue takes them.
+// The residual's byte I of each lane.
+template <class S, Residual RESIDUAL, int I>
+inline typename S::Float residual_byte(typename S::Int quads) {
+  if constexpr (RESIDUAL == kResidualU8) {
+    return S::to_float(S::bit_and(S::template shift_right<8 * I>(quads), S::set(255)));
+  } else {
+    return S::to_float(S::template shift_right<24>(S::template shift_left<24 - 8 * I>(quads)));
+  }
+}
+
+// What the epilogue does to one channel, broadcast. Copied from memory once: a store in the loop could change it there.
 template <class S>
-void finish_block(const SparseInt8Finish& a) {
-  constexpr int kParts = kBlock / S::kLanes;
-  const uint8_t* rows[kBlock];
-  for (int i = 0; i < kBlock; i++) rows[i] = reinterpret_cast<const uint8_t*>(a.sums + i * a.tile);
-  for (int64_t p = 0; p < a.tile; p += 4) {
-#pragma GCC unroll 4
-    for (int part = 0; part < kParts; part++) {
-      typename S::Int v[4];
-      load_columns<S>(rows + part * S::kLanes, 4 * p, v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) S::store(a.turned + (p + i) * kBlock + part * S::kLanes, v[i]);
+struct ChannelConstants {
+  typename S::Float scale, bias, hi, lo, residual_scale;
+
+  ChannelConstants(const Int8Epilogue& e, int64_t channel)
+      : scale(S::set_float(e.scale[channel])),
+        bias(S::set_float(e.bias[channel])),
+        hi(S::set_float(e.hi[channel])),
+        lo(S::set_float(e.lo)),
+        residual_scale(S::set_float(e.residual_scale)) {}
+};
+
+// One output channel of a vector of pixels, in byte I of each lane.
+template <class S, Dtype OUT, Residual RESIDUAL, int I>
+inline typename S::Int finish_byte(const int32_t* sums, typename S::Int residual, const ChannelConstants<S>& c) {
+  auto t = scale_and_shift<S>(S::load(sums), c.scale, c.bias);
+  if constexpr (RESIDUAL != kNoResidual) t = S::add(t, S::mul(residual_byte<S, RESIDUAL, I>(residual), c.residual_scale));
+  const auto q = S::round(clamp<S>(t, c.lo, c.hi));
+  if constexpr (I == 3) return S::template shift_left<24>(q);
+  const auto byte = OUT == kS8 ? S::bit_and(q, S::set(255)) : q;  // u8 is in 0..255 already
+  return I == 0 ? byte : S::template shift_left<8 * I>(byte);
+}
+
+// 8-bit outputs in whole blocks of 16 channels: computed on vectors of pixels, as the sums lie, and turned to channels
+// innermost as bytes; all channels of a pixel one after the other, for they share cache lines.
+template <class S, Dtype OUT, Residual RESIDUAL>
+void finish_bytes(const SparseInt8Finish& a) {
+  const int64_t tile = a.tile;
+  for (int64_t quad = 0; quad < a.channels / 4; quad++) {
+    const int32_t* const sums = a.sums + 4 * quad * tile;
+    int32_t* const quads = a.turned + quad * tile;
+    const int64_t k = a.channel + 4 * quad;
+    const ChannelConstants<S> c0(a.epilogue, k), c1(a.epilogue, k + 1), c2(a.epilogue, k + 2), c3(a.epilogue, k + 3);
+    for (int64_t p = 0; p < tile; p += S::kLanes) {
+      const auto residual = RESIDUAL == kNoResidual ? S::set(0) : S::load(quads + p);
+      const auto ab = S::bit_or(finish_byte<S, OUT, RESIDUAL, 0>(sums + p, residual, c0),
+                                finish_byte<S, OUT, RESIDUAL, 1>(sums + tile + p, residual, c1));
+      const auto cd = S::bit_or(finish_byte<S, OUT, RESIDUAL, 2>(sums + 2 * tile + p, residual, c2),
+                                finish_byte<S, OUT, RESIDUAL, 3>(sums + 3 * tile + p, residual, c3));
+      S::store(quads + p, S::bit_or(ab, cd));
     }
   }
+  for (int64_t p = 0; p < tile; p += S::kLanes) {
+    for (int64_t c = 0; c < a.channels; c += kBlock) {
+      typename S::Int v[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) v[i] = S::load(a.turned + (c / 4 + i) * tile + p);
+      transpose4<S>(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) S::store_rows(a.out_rows + p + i, a.channel + c, v[i]);
+    }
+  }
+}
+
+template <class S, Dtype OUT>
+void finish_bytes_of(const SparseInt8Finish& a) {
+  if (a.epilogue.residual == nullptr) return finish_bytes<S, OUT, kNoResidual>(a);
+  for (int64_t p = 0; p < a.tile; p += S::kLanes) {
+    for (int64_t c = 0; c < a.channels; c += kBlock) {
+      typename S::Int v[4];
+      load_columns<S>(a.residual_rows + p, a.channel + c, v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) S::store(a.turned + (c / 4 + i) * a.tile + p, v[i]);
+    }
+  }
+  return a.epilogue.residual_dtype == kU8 ? finish_bytes<S, OUT, kResidualU8>(a) : finish_bytes<S, OUT, kResidualS8>(a);
+}
+
+// Any outputs: the sums of 16 channels are turned to channels innermost, which is how the dense kernel's epilogue takes them.
+template <class S>
+void finish_any(const SparseInt8Finish& a) {
+  constexpr int kParts = kBlock / S::kLanes;
   const EpilogueFn epilogue = epilogue_in_table<S, 1, false>(a.epilogue);
-  for (int64_t i = 0; i < a.num_segments; i++) {
-    const SparseInt8Segment& s = a.segments[i];
-    epilogue(a.turned + s.tile_begin * kBlock, kBlock, s.length, a.epilogue, s.out_begin, a.channel);
+  for (int64_t c = 0; c < a.channels; c += kBlock) {
+    const uint8_t* rows[kBlock];
+    for (int i = 0; i < kBlock; i++) rows[i] = reinterpret_cast<const uint8_t*>(a.sums + (c + i) * a.tile);
+    for (int64_t p = 0; p < a.tile; p += 4) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; part++) {
+        typename S::Int v[4];
+        load_columns<S>(rows + part * S::kLanes, 4 * p, v);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) S::store(a.turned + (p + i) * kBlock + part * S::kLanes, v[i]);
+      }
+    }
+    for (int64_t i = 0; i < a.num_segments; i++) {
+      const SparseInt8Segment& s = a.segments[i];
+      epilogue(a.turned + s.tile_begin * kBlock, kBlock, s.length, a.epilogue, s.out_begin, a.channel + c);
+    }
+  }
+}
+
+template <class S>
+void finish_sums(const SparseInt8Finish& a) {
+  if (a.out_rows == nullptr || a.channels % kBlock != 0) {
+    finish_any<S>(a);
+  } else if (a.epilogue.out_dtype == kU8) {
+    finish_bytes_of<S, kU8>(a);
+  } else {
+    finish_bytes_of<S, kS8>(a);
   }
 }
 
@@ -129,7 +221,9 @@ int32_t sum_bytes(const int8_t* values, int64_t count) {
 // Tiles of up to MAX vectors.
 template <class S, int MAX>
 struct SparseInt8Tiles : SparseInt8Kernels {
-  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, {}, gather_quads<S>, finish_block<S>, sum_bytes} { fill<MAX>(); }
+  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, {}, gather_quads<S>, finish_sums<S>, sum_bytes} {
+    fill<MAX>();
+  }
 
  private:
   template <int T>

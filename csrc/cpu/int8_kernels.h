@@ -81,14 +81,20 @@ struct SparseInt8Segment {
   int64_t out_begin;  // output pixel
 };
 
-// 16 output channels of one tile, from sums to outputs.
+constexpr int kSparseInt8Channels = 64;  // that are finished at a time: bytes of a cache line
+
+// Up to kSparseInt8Channels output channels of one tile, from sums to outputs.
 struct SparseInt8Finish {
-  const int32_t* sums;  // (16, tile)
-  int64_t tile;         // pixels, a multiple of 4
-  int32_t* turned;      // scratch: (tile, 16)
+  const int32_t* sums;        // (channels rounded up to 16, tile)
+  int64_t tile;               // pixels, a multiple of the vector's lanes
+  int64_t channel, channels;  // the first, a multiple of 16, and how many
+  int32_t* turned;            // scratch: (16, tile)
   const SparseInt8Segment* segments;
-  int64_t num_segments, channel;
+  int64_t num_segments;
   Int8Epilogue epilogue;  // its pointers are of output pixel 0 and channel 0 of the group
+  // Where each pixel of the tile lies in out and residual, if both are 8 bit, or null; pixels that are none lie in spare memory.
+  uint8_t* const* out_rows;
+  const uint8_t* const* residual_rows;
 };
 
 struct SparseInt8Kernels {

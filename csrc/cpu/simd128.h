@@ -4,8 +4,8 @@
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): 8-bit values of the lanes, the order of zip undone.
-// load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits. store_bytes: the lanes' 8-bit values in
-// order. max(a, b) and min(a, b) give b where either is NaN.
+// load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
+// store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is NaN.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +60,8 @@ struct Vec128 {
   static Int add_int(Int a, Int b) { return _mm_add_epi32(a, b); }
   template <int N>
   static Int shift_left(Int a) { return _mm_slli_epi32(a, N); }
+  template <int N>
+  static Int shift_right(Int a) { return _mm_srai_epi32(a, N); }
 
   static Int zip8_lo(Int a, Int b) { return _mm_unpacklo_epi8(a, b); }
   static Int zip8_hi(Int a, Int b) { return _mm_unpackhi_epi8(a, b); }
@@ -70,6 +72,7 @@ struct Vec128 {
   static Int zip64_lo(Int a, Int b) { return _mm_unpacklo_epi64(a, b); }
   static Int zip64_hi(Int a, Int b) { return _mm_unpackhi_epi64(a, b); }
   static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
+  static void store_rows(uint8_t* const* rows, int64_t at, Int v) { store(rows[0] + at, v); }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm_packs_epi32(a, b), cd = _mm_packs_epi32(c, d);

@@ -47,6 +47,8 @@ struct Vec256 {
   static Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
   template <int N>
   static Int shift_left(Int a) { return _mm256_slli_epi32(a, N); }
+  template <int N>
+  static Int shift_right(Int a) { return _mm256_srai_epi32(a, N); }
 
   static Int zip8_lo(Int a, Int b) { return _mm256_unpacklo_epi8(a, b); }
   static Int zip8_hi(Int a, Int b) { return _mm256_unpackhi_epi8(a, b); }
@@ -58,6 +60,10 @@ struct Vec256 {
   static Int zip64_hi(Int a, Int b) { return _mm256_unpackhi_epi64(a, b); }
   static Int load_rows(const uint8_t* const* rows, int64_t at) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(Vec128::load(rows[0] + at)), Vec128::load(rows[4] + at), 1);
+  }
+  static void store_rows(uint8_t* const* rows, int64_t at, Int v) {
+    Vec128::store(rows[0] + at, _mm256_castsi256_si128(v));
+    Vec128::store(rows[4] + at, _mm256_extracti128_si256(v, 1));
   }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {

@@ -43,6 +43,8 @@ struct Vec512 {
   static Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
   template <int N>
   static Int shift_left(Int a) { return _mm512_slli_epi32(a, N); }
+  template <int N>
+  static Int shift_right(Int a) { return _mm512_srai_epi32(a, N); }
 
   static Int zip8_lo(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
   static Int zip8_hi(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
@@ -57,6 +59,12 @@ struct Vec512 {
     v = _mm512_inserti32x4(v, Vec128::load(rows[4] + at), 1);
     v = _mm512_inserti32x4(v, Vec128::load(rows[8] + at), 2);
     return _mm512_inserti32x4(v, Vec128::load(rows[12] + at), 3);
+  }
+  static void store_rows(uint8_t* const* rows, int64_t at, Int v) {
+    Vec128::store(rows[0] + at, _mm512_castsi512_si128(v));
+    Vec128::store(rows[4] + at, _mm512_extracti32x4_epi32(v, 1));
+    Vec128::store(rows[8] + at, _mm512_extracti32x4_epi32(v, 2));
+    Vec128::store(rows[12] + at, _mm512_extracti32x4_epi32(v, 3));
   }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {

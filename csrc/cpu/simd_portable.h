@@ -43,6 +43,8 @@ struct Vec128 {
   static Int add_int(Int a, Int b) { return a + b; }
   template <int N>
   static Int shift_left(Int a) { return Int(Unsigned(a) << N); }
+  template <int N>
+  static Int shift_right(Int a) { return a >> N; }
 
   static Int zip8_lo(Int a, Int b) {
     return Int(__builtin_shufflevector(Bytes(a), Bytes(b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
@@ -60,6 +62,7 @@ struct Vec128 {
   static Int zip64_lo(Int a, Int b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
   static Int zip64_hi(Int a, Int b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
   static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
+  static void store_rows(uint8_t* const* rows, int64_t at, Int v) { store(rows[0] + at, v); }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Words ab = __builtin_shufflevector(Words(a), Words(b), 0, 2, 4, 6, 8, 10, 12, 14);
