@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
 	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-full lint format bench bench-cpu bench-gpu-model gpu-check clean
+.PHONY: help demo test test-gpu-full sanitize lint format bench bench-cpu bench-gpu-model gpu-check clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench: $(VENV)/.test  ## kernels and networks against torch, into build/bench
 bench-cpu: $(VENV)/.test  ## CPU engines side by side, peers in environments of their own, into build/bench
 	$(BIN)/python -m bench.peers.environments
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+sanitize: $(VENV)/.test  ## the C++ core under AddressSanitizer, UBSan and ThreadSanitizer, and between guard pages
+	$(BIN)/python -m tests.cpp.sanitize $(ARGS)
 
 bench-gpu-model: $(VENV)/.test  ## time of the CUDA kernels on GPUs, modelled from the emulator's counts
 	$(BIN)/python -m bench.gpu_model $(ARGS)

@@ -7,6 +7,7 @@ with the float model's, and an engine whose output is wrong is not timed.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,6 +176,7 @@ def main(
     folder = (out / "peers").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     race = Race(folder, threads, batch, quick, min(n, 2) if quick else n)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # through the workers' ends
     say("measuring the core's limits")
     race.measure_peaks()
     for network in picked:

@@ -6,9 +6,11 @@ comes without a request: ``{"version", "note", "error", "cosine"}``, or ``{"skip
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +22,13 @@ import numpy as np
 
 from bench.peers.case import Case
 from bench.peers.engines import Loaded, Unsupported
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process, stopped or not, when the one that started it is gone (Linux)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def private_stdout() -> Callable[[dict[str, Any]], None]:
@@ -77,6 +86,7 @@ def serve(case: Case, loaded: Loaded, say: Callable[[dict[str, Any]], None]) -> 
 
 def main() -> None:
     engine, folder, threads = sys.argv[1:]
+    die_with_parent()
     say = private_stdout()
     try:
         case = Case.read(Path(folder))

@@ -110,8 +110,9 @@ int64_t sum_row(const uint8_t* row, int64_t from, int64_t channels, typename S::
 template <class S>
 void sum_rows(const uint8_t* const* rows, int64_t pixels, int64_t taps, int64_t channels, bool x_signed, int32_t* sums) {
   const uint8_t flip = x_signed ? 0x80 : 0;
-  const auto flip_wide = S::set(flip * 0x01010101), zero = S::set(0);
-  const auto flip_narrow = Vec128::set(flip * 0x01010101);
+  const auto flips = static_cast<int32_t>(flip * 0x01010101u);
+  const auto flip_wide = S::set(flips), zero = S::set(0);
+  const auto flip_narrow = Vec128::set(flips);
   for (int64_t p = 0; p < pixels; p++) {
     auto wide = zero;
     auto narrow = Vec128::set(0);
