@@ -1,7 +1,7 @@
-"""What stands beside this project's kernels in the model: CUTLASS's tiles, and a bound where Hopper's instructions would be used.
+"""What stands beside this project's kernels in the model: CUTLASS's tiles, and a bound where Hopper's instructions would be.
 
-CUTLASS gets a lighter epilogue than ours: one scale instead of one per channel. Channels are rounded up to what its vectors take,
-and the rounding costs it nothing. It has no int8 kernel for depthwise convolutions.
+CUTLASS gets a lighter epilogue than ours: one scale instead of one per channel. Channels are rounded up to what its vectors
+take, and the rounding costs it nothing. It has no int8 kernel for depthwise convolutions.
 """
 
 from __future__ import annotations
@@ -58,7 +58,15 @@ def conv_candidates(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iter
     c = FEW if shape.c < 8 else _up(shape.c, VECTOR[dtype])
     for tile in TILES:
         variant = _variant(dtype, tile, arch, c)
-        sizes = (batch, (shape.h, shape.w), c, _up(shape.k, variant.vector), (shape.r, shape.s), shape.padding, shape.stride)
+        sizes = (
+            batch,
+            (shape.h, shape.w),
+            c,
+            _up(shape.k, variant.vector),
+            (shape.r, shape.s),
+            shape.padding,
+            shape.stride,
+        )
         key = (_digest(), variant, sizes, BLOCKS, L1)
         found = counted(key, lambda v=variant, s=sizes: run_conv(v, *s, most=BLOCKS))  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", dtype, "dense", found)
@@ -71,7 +79,9 @@ def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
     for m, n, stages, warp_m, warp_n in SPARSE_TILES:
         variant = Variant("gemm", "int8", Tile(m, n, 128, stages, warp_m, warp_n), "int8", "int32", sparse=True)
         sizes = (_up(shape.k, 32), _up(batch * shape.h * shape.w, 16), _up(shape.c, 128))
-        found = counted((_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS))  # type: ignore[misc]
+        found = counted(
+            (_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS)
+        )  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", "int8", "2:4", found)
 
 
@@ -85,4 +95,8 @@ def wgmma_bound(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str,
     dram = size * (moved + batch * math.prod(out_size(shape)) * shape.k) / gpu.dram
     limits = {"tensor": tensor, "dram": dram}
     binding = max(limits, key=lambda name: limits[name])
-    return {"us": (limits[binding] + LAUNCH) * 1e6, "bound": binding, "bounds_us": {k: v * 1e6 for k, v in limits.items()}}
+    return {
+        "us": (limits[binding] + LAUNCH) * 1e6,
+        "bound": binding,
+        "bounds_us": {k: v * 1e6 for k, v in limits.items()},
+    }
