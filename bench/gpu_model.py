@@ -190,26 +190,27 @@ def _record(shape: Any, batch: int, gpu: Gpu, **rest: Any) -> dict[str, Any]:
 
 
 def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4."""
+    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, plain Triton."""
     from bench import gpu_peers
 
-    groups = [(dtype, "dense", list(gpu_peers.conv_candidates(shape, batch, arch, dtype))) for dtype in dtypes]
-    if arch != "75" and "int8" in dtypes:
-        groups.append(("int8", "2:4", list(gpu_peers.sparse_candidates(shape, batch))))
+    groups = [list(gpu_peers.conv_candidates(shape, batch, arch, dtype)) for dtype in dtypes]
+    if arch != "75":  # whose tensor cores Triton does not feed with int8, and which have no 2:4
+        groups += [list(gpu_peers.triton_candidates(shape, batch, dtype)) for dtype in dtypes]
+        groups += [list(gpu_peers.sparse_candidates(shape, batch))] if "int8" in dtypes else []
     found = []
-    for dtype, pattern, candidates in groups:
+    for candidates in filter(None, groups):
+        _, peer, dtype, pattern, _ = candidates[0]
         timed = [(model(*c.counted, gpu), c.kernel, c.counted[0], varied(*c.counted, gpu)) for c in candidates]
-        if timed and gpu.arch == "sm_90" and pattern == "dense":
+        if gpu.arch == "sm_90" and (peer, pattern) == ("cutlass", "dense"):
             bound = gpu_peers.wgmma_bound(shape, batch, gpu, dtype)
             timed.append((bound, "bound: 75 % of the wgmma peak", {}, [bound["us"]] * len(VARIATIONS)))
-        if timed:
-            answer, kernel, counts, _ = min(timed, key=lambda t: float(t[0]["us"]))
-            about = {"kernel": kernel, "peer": "cutlass", "dtype": dtype, "pattern": pattern}
-            about |= {
-                "sparsity": 0.5 if pattern == "2:4" else 0.0,
-                "us_varied": [min(v) for v in zip(*(t[3] for t in timed), strict=True)],
-            }
-            found.append(_record(shape, batch, gpu, **about, **answer, counters=counts))
+        answer, kernel, counts, _ = min(timed, key=lambda t: float(t[0]["us"]))
+        about = {"kernel": kernel, "peer": peer, "dtype": dtype, "pattern": pattern}
+        about |= {
+            "sparsity": 0.5 if pattern == "2:4" else 0.0,
+            "us_varied": [min(v) for v in zip(*(t[3] for t in timed), strict=True)],
+        }
+        found.append(_record(shape, batch, gpu, **about, **answer, counters=counts))
     return found
 
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+import triton
 
 from bench.cutlass_kernels import Tile, Variant, _digest
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import Gpu
 from bench.gpu_layers import BLOCKS, out_size
-from bench.gpu_model import L1, LAUNCH, touched
+from bench.gpu_model import L1, LAUNCH, Launch, touched
 from bench.layers import ConvShape
 from bench.peers_cutlass import run_conv, run_gemm
+from tests.ptx import Result
 
 #: m, n, stages, warp m, warp n. The only list of CUTLASS's tiles: the best is taken for each layer, GPU and batch.
 TILES = ((128, 128, 4, 64, 64), (256, 64, 4, 64, 64), (128, 64, 5, 64, 32), (64, 128, 5, 32, 64), (64, 64, 5, 32, 32))
@@ -70,6 +75,29 @@ def conv_candidates(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iter
         key = (_digest(), variant, sizes, BLOCKS, L1)
         found = counted(key, lambda v=variant, s=sizes: run_conv(v, *s, most=BLOCKS))  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", dtype, "dense", found)
+
+
+def triton_candidates(shape: ConvShape, batch: int, dtype: str) -> Iterator[Candidate]:
+    """The plain Triton convolution with each of its tiles (code for sm_80); none for a depthwise or grouped layer."""
+    from bench import peers_triton
+
+    if shape.groups > 1:
+        return
+    kind = torch.int8 if dtype == "int8" else torch.float16
+
+    def run(tile: tuple[int, ...]) -> tuple[Result, Launch]:
+        x = torch.zeros(batch, shape.h, shape.w, shape.c, dtype=kind)
+        weight, ones = torch.zeros(shape.k, shape.r, shape.s, shape.c, dtype=kind), torch.ones(shape.k)
+        where = shape.stride, shape.padding
+        _, result, launch = peers_triton.run_conv(dtype, tile, x, weight, ones, ones, *where, most=BLOCKS)
+        return result, launch
+
+    source = Path(peers_triton.__file__).read_text()
+    for tile in peers_triton.TILES:
+        key = (source, triton.__version__, dtype, tile, shape, batch, BLOCKS, L1)
+        found = counted(key, lambda tile=tile: run(tile))  # type: ignore[misc]
+        name = "triton_conv_{}_{}x{}_{}".format(dtype, *tile)
+        yield Candidate(name, "triton", dtype, "dense", found)
 
 
 def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
