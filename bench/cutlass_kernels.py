@@ -102,9 +102,10 @@ class Variant:
 
 
 class Built(NamedTuple):
-    """A compiled variant: the host program, the kernel for the emulator, registers of a thread."""
+    """A compiled variant: the host program, the kernel as text and for the emulator, registers of a thread."""
 
     host: Path
+    ptx: Path
     program: Program
     registers: int
 
@@ -164,7 +165,7 @@ def build(variant: Variant) -> Built:
         usage.write_text(shown[1])
     registers = re.findall(r"Function \S+:\s+REG:(\d+)", usage.read_text())
     assert len(registers) == 1, usage
-    return Built(host, load(ptx.read_text()), int(registers[0]))
+    return Built(host, ptx, load(ptx.read_text()), int(registers[0]))
 
 
 class Planned(NamedTuple):

@@ -56,22 +56,21 @@ def _variant(dtype: str, tile: tuple[int, ...], arch: str, c: int) -> Variant:
     )  # fmt: skip
 
 
+def conv_variants(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iterator[tuple[Variant, tuple[int, ...]]]:
+    """CUTLASS's kernel with each tile, and its sizes: n, h, w, c, k, r, s, padding, stride, dilation."""
+    c = FEW if shape.c < 8 else _up(shape.c, VECTOR[dtype])
+    for tile in TILES:
+        variant = _variant(dtype, tile, arch, c)
+        k = _up(shape.k, variant.vector)
+        yield variant, (batch, shape.h, shape.w, c, k, shape.r, shape.s, shape.padding, shape.stride, shape.dilation)
+
+
 def conv_candidates(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iterator[Candidate]:
     """CUTLASS's convolution with each tile; none for a depthwise or grouped layer."""
     if shape.groups > 1:
         return
-    c = FEW if shape.c < 8 else _up(shape.c, VECTOR[dtype])
-    for tile in TILES:
-        variant = _variant(dtype, tile, arch, c)
-        sizes = (
-            batch,
-            (shape.h, shape.w),
-            c,
-            _up(shape.k, variant.vector),
-            (shape.r, shape.s),
-            shape.padding,
-            shape.stride,
-        )
+    for variant, (_, h, w, c, k, r, s, padding, stride, _) in conv_variants(shape, batch, arch, dtype):
+        sizes = (batch, (h, w), c, k, (r, s), padding, stride)
         key = (_digest(), variant, sizes, BLOCKS, L1)
         found = counted(key, lambda v=variant, s=sizes: run_conv(v, *s, most=BLOCKS))  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", dtype, "dense", found)
