@@ -1,4 +1,4 @@
-"""CUTLASS's kernels for the emulator: compiled from the headers of the nvidia-cutlass wheel, their launches read from a host program.
+"""CUTLASS's kernels for the emulator, compiled from the wheel nvidia-cutlass; a host program says how to launch them.
 
 No driver is needed: the host program only computes the kernel's parameters and the grid. Compiled once by content.
 """
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.cuda_emulated import NVCC, ROOT
-from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
+from tests.ptx import GlobalMemory, Result, emulate, load
 from tests.ptx.cute import headers
 from tests.ptx.lower import Program
 
@@ -80,29 +80,32 @@ class Variant:
 
     @property
     def vector(self) -> int:
-        """Elements that a thread writes at once, which the channels must be a multiple of; a narrow int8 tile has no rows for 16."""
+        """Elements that a thread writes at once; channels are a multiple of it. A narrow int8 tile has no rows for 16."""
         return {"int8": 16 if self.tile.n >= 128 else 8, "fp16": 8}.get(self.output, 4)
 
     def text(self) -> str:
         """The program that nvcc compiles."""
         old, int8 = self.arch == "75", self.dtype == "int8"
-        instruction = ((8, 8, 16) if int8 else (16, 8, 8)) if old else (16, 8, (32 if int8 else 16) * (2 if self.sparse else 1))
+        instruction = (
+            ((8, 8, 16) if int8 else (16, 8, 8)) if old else (16, 8, (32 if int8 else 16) * (2 if self.sparse else 1))
+        )
         tile = self.tile
         values = {
             "TILE": f"{tile.m},{tile.n},{tile.k}", "WARP": f"{tile.warp_m},{tile.warp_n},{tile.warp_k or tile.k}",
             "INSTRUCTION": ",".join(map(str, instruction)), "ARCH": f"Sm{self.arch}", "STAGES": tile.stages,
             "ELEMENT": TYPES[self.dtype], "OUTPUT": TYPES[self.output], "ACCUMULATOR": TYPES[self.accumulator],
             "OPERATION": "OpMultiplyAddSaturate" if int8 else "OpMultiplyAdd", "ITERATOR": self.iterator,
-            "ALIGNMENT": self.alignment, "VECTOR": self.vector, "RELU": int(self.relu), "SPARSE": int(self.sparse), 
+            "ALIGNMENT": self.alignment, "VECTOR": self.vector, "RELU": int(self.relu), "SPARSE": int(self.sparse),
             "ALPHA": f"ACCUMULATOR({self.alpha})" if not self.relu else f"{float(self.alpha)}f",
         }  # fmt: skip
         return "".join(f"#define {k} {v}\n" for k, v in values.items()) + f'#include "{self.source}.cu"\n'
 
 
 class Built(NamedTuple):
-    """A compiled variant: the host program, the kernel for the emulator, registers of a thread."""
+    """A compiled variant: the host program, the kernel as text and for the emulator, registers of a thread."""
 
     host: Path
+    ptx: Path
     program: Program
     registers: int
 
@@ -137,18 +140,32 @@ def build(variant: Variant) -> Built:
         source, partial = host.with_suffix(f".{key}.cu"), host.with_suffix(f".{key}.partial")
         source.write_text(text)
         generate = f"arch=compute_{variant.arch},code=[sm_{variant.arch},compute_{variant.arch}]"
-        command = [NVCC, "-std=c++17", "-w", f"-I{headers()}", f"-I{SOURCES}", "-gencode", generate, str(source), "-o", str(partial)]
+        command = [
+            NVCC,
+            "-std=c++17",
+            "-w",
+            f"-I{headers()}",
+            f"-I{SOURCES}",
+            "-gencode",
+            generate,
+            str(source),
+            "-o",
+            str(partial),
+        ]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
-        shown = [subprocess.run([str(TOOLS / "cuobjdump"), how, str(partial)], capture_output=True, text=True, check=True).stdout
-                 for how in ("-ptx", "--dump-resource-usage")]  # fmt: skip
+        dump = [str(TOOLS / "cuobjdump"), str(partial)]
+        shown = [
+            subprocess.run([*dump, how], capture_output=True, text=True, check=True).stdout
+            for how in ("-ptx", "--dump-resource-usage")
+        ]
         ptx.write_text(shown[0][shown[0].index(".version") :])
         partial.rename(host)
         usage.write_text(shown[1])
     registers = re.findall(r"Function \S+:\s+REG:(\d+)", usage.read_text())
     assert len(registers) == 1, usage
-    return Built(host, load(ptx.read_text()), int(registers[0]))
+    return Built(host, ptx, load(ptx.read_text()), int(registers[0]))
 
 
 class Planned(NamedTuple):
@@ -174,11 +191,10 @@ def plan(variant: Variant, sizes: Sequence[int], pointers: Sequence[int]) -> Pla
 
 
 def launch(
-    variant: Variant, planned: Planned, memory: GlobalMemory, blocks: list[int] | None = None, checks: Checks = Checks(),
-    caches: Caches = Caches(),
+    variant: Variant, planned: Planned, memory: GlobalMemory, blocks: list[int] | None = None, **options: Any
 ) -> Result:  # fmt: skip
-    """Run a planned launch in the emulator."""
+    """Run a planned launch in the emulator; ``options`` are those of ``emulate``."""
     return emulate(
         build(variant).program, planned.grid, planned.threads, [planned.parameter], shared=planned.shared, memory=memory,
-        blocks=blocks, checks=checks, caches=caches,
+        blocks=blocks, **options,
     )  # fmt: skip

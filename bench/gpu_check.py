@@ -15,6 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,48 @@ def check_layer(shape: ConvShape, batch: int, device: torch.device) -> dict[str,
             "us": milliseconds(call),
             "cudnn_fp16_us": milliseconds(lambda: torch.nn.functional.conv2d(*half, None, *geometry)),
         }
-        record |= {name: 1e3 * values[len(values) // 2] for name, values in times.items()}
+        record |= {name: middle(values) for name, values in times.items()}
+        record["peers"] = peers(shape, batch, device, half)
         record["modelled_us"] = modelled(shape, batch, device)
     return record
+
+
+def middle(values: list[float]) -> float:
+    """Median of ascending milliseconds, in microseconds."""
+    return 1e3 * values[len(values) // 2]
+
+
+def attempt(call: Callable[[], float]) -> float | str:
+    """A peer's time in microseconds, or why there is none: what fails in a peer is no failure of this project's."""
+    try:
+        return call()
+    except Exception as error:  # of another project's compiler, loader or launch
+        return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def peers(shape: ConvShape, batch: int, device: torch.device, half: tuple[Tensor, Tensor]) -> dict[str, float | str]:
+    """Microseconds of inductor's tuned fp16 convolution, and of CUTLASS's best tile in int8 and fp16, built on the spot."""
+    g = shape.geometry
+    geometry = (g.stride, g.padding, g.dilation, g.groups)
+
+    def inductor() -> float:
+        tuned = torch.compile(
+            lambda x, weight: torch.nn.functional.conv2d(x, weight, None, *geometry).relu(),
+            options={"max_autotune": True, "max_autotune_conv_backends": "TRITON"}, dynamic=False,
+        )  # fmt: skip
+        return middle(milliseconds(lambda: tuned(*half)))
+
+    def cutlass(dtype: str) -> float:
+        from bench import cutlass_device, gpu_peers
+
+        arch = "75" if torch.cuda.get_device_capability(device) < (8, 0) else "80"
+        launches = [cutlass_device.conv(*found) for found in gpu_peers.conv_variants(shape, batch, arch, dtype)]
+        return min(middle(milliseconds(launch)) for launch in launches)
+
+    found = {"inductor_fp16": attempt(inductor)}
+    if shape.groups == 1:
+        found |= {f"cutlass_{dtype}": attempt(lambda dtype=dtype: cutlass(dtype)) for dtype in ("int8", "fp16")}  # type: ignore[misc]
+    return found
 
 
 def modelled(shape: ConvShape, batch: int, device: torch.device) -> float | None:
@@ -170,7 +210,8 @@ def report(found: dict[str, Any]) -> str:
         )
         if "us" in r:
             guess = "" if r["modelled_us"] is None else f", modelled {r['modelled_us']:.1f}"
-            text += f"  {r['us']:.1f} us, cuDNN fp16 {r['cudnn_fp16_us']:.1f}{guess}"
+            others = "".join(f", {peer} {us:.1f}" for peer, us in r["peers"].items() if isinstance(us, float))
+            text += f"  {r['us']:.1f} us, cuDNN fp16 {r['cudnn_fp16_us']:.1f}{others}{guess}"
         lines.append(text)
     return "\n".join(lines)
 

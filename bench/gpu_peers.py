@@ -1,22 +1,27 @@
-"""What stands beside this project's kernels in the model: CUTLASS's tiles, and a bound where Hopper's instructions would be used.
+"""What stands beside this project's kernels in the model: CUTLASS's tiles, and a bound where Hopper's instructions would be.
 
-CUTLASS gets a lighter epilogue than ours: one scale instead of one per channel. Channels are rounded up to what its vectors take,
-and the rounding costs it nothing. It has no int8 kernel for depthwise convolutions.
+CUTLASS gets a lighter epilogue than ours: one scale instead of one per channel. Channels are rounded up to what its vectors
+take, and the rounding costs it nothing. It has no int8 kernel for depthwise convolutions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+import triton
 
 from bench.cutlass_kernels import Tile, Variant, _digest
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import Gpu
 from bench.gpu_layers import BLOCKS, out_size
-from bench.gpu_model import L1, LAUNCH, touched
+from bench.gpu_model import L1, LAUNCH, Launch, touched
 from bench.layers import ConvShape
 from bench.peers_cutlass import run_conv, run_gemm
+from tests.ptx import Result
 
 #: m, n, stages, warp m, warp n. The only list of CUTLASS's tiles: the best is taken for each layer, GPU and batch.
 TILES = ((128, 128, 4, 64, 64), (256, 64, 4, 64, 64), (128, 64, 5, 64, 32), (64, 128, 5, 32, 64), (64, 64, 5, 32, 32))
@@ -51,17 +56,47 @@ def _variant(dtype: str, tile: tuple[int, ...], arch: str, c: int) -> Variant:
     )  # fmt: skip
 
 
+def conv_variants(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iterator[tuple[Variant, tuple[int, ...]]]:
+    """CUTLASS's kernel with each tile, and its sizes: n, h, w, c, k, r, s, padding, stride, dilation."""
+    c = FEW if shape.c < 8 else _up(shape.c, VECTOR[dtype])
+    for tile in TILES:
+        variant = _variant(dtype, tile, arch, c)
+        k = _up(shape.k, variant.vector)
+        yield variant, (batch, shape.h, shape.w, c, k, shape.r, shape.s, shape.padding, shape.stride, shape.dilation)
+
+
 def conv_candidates(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iterator[Candidate]:
     """CUTLASS's convolution with each tile; none for a depthwise or grouped layer."""
     if shape.groups > 1:
         return
-    c = FEW if shape.c < 8 else _up(shape.c, VECTOR[dtype])
-    for tile in TILES:
-        variant = _variant(dtype, tile, arch, c)
-        sizes = (batch, (shape.h, shape.w), c, _up(shape.k, variant.vector), (shape.r, shape.s), shape.padding, shape.stride)
+    for variant, (_, h, w, c, k, r, s, padding, stride, _) in conv_variants(shape, batch, arch, dtype):
+        sizes = (batch, (h, w), c, k, (r, s), padding, stride)
         key = (_digest(), variant, sizes, BLOCKS, L1)
         found = counted(key, lambda v=variant, s=sizes: run_conv(v, *s, most=BLOCKS))  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", dtype, "dense", found)
+
+
+def triton_candidates(shape: ConvShape, batch: int, dtype: str) -> Iterator[Candidate]:
+    """The plain Triton convolution with each of its tiles (code for sm_80); none for a depthwise or grouped layer."""
+    from bench import peers_triton
+
+    if shape.groups > 1:
+        return
+    kind = torch.int8 if dtype == "int8" else torch.float16
+
+    def run(tile: tuple[int, ...]) -> tuple[Result, Launch]:
+        x = torch.zeros(batch, shape.h, shape.w, shape.c, dtype=kind)
+        weight, ones = torch.zeros(shape.k, shape.r, shape.s, shape.c, dtype=kind), torch.ones(shape.k)
+        where = shape.stride, shape.padding
+        _, result, launch = peers_triton.run_conv(dtype, tile, x, weight, ones, ones, *where, most=BLOCKS)
+        return result, launch
+
+    source = Path(peers_triton.__file__).read_text()
+    for tile in peers_triton.TILES:
+        key = (source, triton.__version__, dtype, tile, shape, batch, BLOCKS, L1)
+        found = counted(key, lambda tile=tile: run(tile))  # type: ignore[misc]
+        name = "triton_conv_{}_{}x{}_{}".format(dtype, *tile)
+        yield Candidate(name, "triton", dtype, "dense", found)
 
 
 def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
@@ -71,7 +106,9 @@ def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
     for m, n, stages, warp_m, warp_n in SPARSE_TILES:
         variant = Variant("gemm", "int8", Tile(m, n, 128, stages, warp_m, warp_n), "int8", "int32", sparse=True)
         sizes = (_up(shape.k, 32), _up(batch * shape.h * shape.w, 16), _up(shape.c, 128))
-        found = counted((_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS))  # type: ignore[misc]
+        found = counted(
+            (_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS)
+        )  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", "int8", "2:4", found)
 
 
@@ -85,4 +122,8 @@ def wgmma_bound(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str,
     dram = size * (moved + batch * math.prod(out_size(shape)) * shape.k) / gpu.dram
     limits = {"tensor": tensor, "dram": dram}
     binding = max(limits, key=lambda name: limits[name])
-    return {"us": (limits[binding] + LAUNCH) * 1e6, "bound": binding, "bounds_us": {k: v * 1e6 for k, v in limits.items()}}
+    return {
+        "us": (limits[binding] + LAUNCH) * 1e6,
+        "bound": binding,
+        "bounds_us": {k: v * 1e6 for k, v in limits.items()},
+    }

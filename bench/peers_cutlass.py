@@ -19,9 +19,11 @@ def _run(
 ) -> tuple[Result, Launch]:  # fmt: skip
     """``read`` is what must be read of the first tensor."""
     memory = GlobalMemory()
-    planned = plan(variant, sizes, [memory.pointer(t) for t in tensors] + [0] * (variant.source == "gemm" and not variant.sparse))
+    planned = plan(
+        variant, sizes, [memory.pointer(t) for t in tensors] + [0] * (variant.source == "gemm" and not variant.sparse)
+    )
     grid = math.prod(planned.grid)
-    result = launch(variant, planned, memory, sample_of(grid, most), NO_CHECKS, Caches(l1=L1))
+    result = launch(variant, planned, memory, sample_of(grid, most), checks=NO_CHECKS, caches=Caches(l1=L1))
     least = int(read) + sum(t.nbytes for t in tensors[1:])
     sweeps = planned.grid[1]  # CUTLASS's order of blocks goes over all rows for some columns at a time
     registers = build(variant).registers

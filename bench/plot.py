@@ -58,11 +58,11 @@ def plot(path: Path, out: Path) -> None:
     plt.close(figure)
 
 
-def plot_gpu(ratios: dict[tuple[str, str, int, str], dict[str, float]], out: Path) -> Path:
+def plot_gpu(ratios: dict[tuple[str, str, int, str], dict[str, list[float]]], out: Path) -> Path:
     """Draw the modelled times of a peer over this project's, a point per layer, a row per network and peer.
 
     Args:
-        ratios: By network, GPU, batch and peer: layer to ratio.
+        ratios: By network, GPU, batch and peer: layer to ratios, of which the first counts.
         out: The PNG file, which is returned.
     """
     rows = sorted({(network, peer) for network, _, _, peer in ratios})
@@ -71,11 +71,13 @@ def plot_gpu(ratios: dict[tuple[str, str, int, str], dict[str, float]], out: Pat
     figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, (network, peer) in zip(axes[:, 0], rows, strict=True):
         for place, (gpu, batch) in enumerate(columns):
-            values = list(ratios.get((network, gpu, batch, peer), {}).values())
+            values = [v[0] for v in ratios.get((network, gpu, batch, peer), {}).values()]
             ax.scatter([place] * len(values), values, s=8, c=[FASTER if v >= 1 else SLOWER for v in values])
         ax.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
         ax.set_yscale("log")
-        ax.set_xticks(range(len(columns)), [f"{gpu}, {batch}" for gpu, batch in columns], rotation=60, ha="right", fontsize=6)
+        ax.set_xticks(
+            range(len(columns)), [f"{gpu}, {batch}" for gpu, batch in columns], rotation=60, ha="right", fontsize=6
+        )
         ax.set_title(f"{network} against {peer}", fontsize=9)
         ax.set_ylabel("times as fast", fontsize=8)
     figure.suptitle("modelled, not measured: a point per layer; GPU and batch below", fontsize=9)

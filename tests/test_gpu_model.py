@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import os
+
+import numpy as np
 import pytest
 import torch
 
 from bench.gpu_hardware import GPUS, REGISTERS, RTX_3070, blocks_per_sm, gpu_of
-from bench.gpu_model import LABEL, LAUNCH, Launch, bounds, model, report, sample_of
+from bench.gpu_model import (
+    LABEL,
+    LAUNCH,
+    VARIATIONS,
+    Calibration,
+    Launch,
+    bounds,
+    compare,
+    model,
+    ratios,
+    report,
+    sample_of,
+    touched,
+)
+from bench.gpu_validation import count, counted, modelled, points, ranks, spearman
+from bench.layers import gpu_shapes
+from bench.plot import plot_gpu
 from tests.ptx import emulate, load
 from tests.ptx.test_checks import KERNEL
 
+#: Dense int8 TOPS; dense fp16 TFLOPS with fp32 sums.
 PUBLISHED = {"T4": (130, 65), "A100": (624, 312), "RTX 3090": (284, 71), "RTX 4090": (660.6, 165.2), "H100": (1979, 989.5),
-             "RTX 5090": (838, 209.5), "RTX 3070": (162.6, 40.6)}  # fmt: skip  # dense int8 TOPS; dense fp16 TFLOPS with fp32 sums
+             "RTX 5090": (838, 209.5), "RTX 3070": (162.6, 40.6)}  # fmt: skip
 
 
 @pytest.mark.parametrize("gpu", [*GPUS, RTX_3070], ids=lambda gpu: gpu.name)
@@ -74,6 +94,90 @@ def test_sample_of_blocks():
 
 
 def test_report_says_that_it_is_a_model():
-    row = {"network": "n", "batch": 1, "gpu": "A100", "us": 10.0, "count": 2, "macs": 10**6, "bound": "issue"}
+    row = {
+        "network": "n",
+        "batch": 1,
+        "gpu": "A100",
+        "us": 10.0,
+        "count": 2,
+        "macs": 10**6,
+        "bound": "issue",
+        "peer": None,
+    }
     text = report([row])
     assert LABEL in text and "0.020" in text
+
+
+def test_norm_and_shares():
+    """Two equal bounds at half their peaks: together 2 ** (1/p) times as long as one, which takes twice the bound."""
+    gpu = gpu_of("80")
+    counts = dict(tensor_ops=0, instructions=4 * 10**6, wavefronts=10**6, l2_bytes=0, dram_bytes=0, bytes_in_flight=0, blocks=1,
+                  warps=1, shared_bytes=0, classes={})  # fmt: skip
+    alone = 10**6 / (gpu.clock * 1e9)
+    found = model(counts, Launch(1, 32, 16, 0), gpu, Calibration(0.5, 1.0, 1.0, norm=2.0, step=1.0))
+    assert found["us"] == pytest.approx(1e6 * (2 * alone * 2**0.5 + LAUNCH))
+
+
+def test_larger_input_than_cache_is_read_by_each_sweep():
+    gpu, mega = gpu_of("80"), 1 << 20
+    counts = dict(tensor_ops=0, instructions=1, wavefronts=0, l2_bytes=10**9, dram_bytes=0, bytes_in_flight=0, blocks=1,
+                  warps=1, shared_bytes=0, classes={})  # fmt: skip
+    launch = lambda read: Launch(10**5, 32, 16, read + mega, "int8", read, 4)  # noqa: E731
+    fits, not_so = bounds(counts, launch(gpu.l2 - 1), gpu)["dram"], bounds(counts, launch(gpu.l2 + 1), gpu)["dram"]
+    assert fits * gpu.dram == pytest.approx(gpu.l2 + mega, rel=1e-6)
+    assert not_so * gpu.dram == pytest.approx(4 * gpu.l2 + mega, rel=1e-6)
+
+
+def test_touched():
+    assert [touched(8, 1, 2), touched(8, 3, 2), touched(1, 1, 2), touched(8, 1, 1)] == [0.5, 1, 1, 1]
+
+
+def test_spearman():
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    assert spearman(a, a**3) == 1 and spearman(a, -a) == -1 and spearman(a, np.ones(4)) == 0
+    assert spearman(a, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    assert ranks(np.array([5.0, 1.0, 5.0])).tolist() == [1.5, 0.0, 1.5]
+
+
+def test_model_against_published_times():
+    """On the points that the constants were not fitted to: median and worst error, ranking of tiles."""
+    everything = points()
+    us = modelled(everything, counted(everything), VARIATIONS[0])
+    held = [i for i, p in enumerate(everything) if not p.fitted]
+    published = np.array([p.us for p in everything])
+    error = np.abs(us / published - 1)[held]
+    assert len(held) >= 50 and np.median(error) <= 0.2 and error.max() <= 0.5
+    assert spearman(us[held], published[held]) >= 0.95
+
+
+@pytest.mark.skipif(not os.environ.get("CNNCOMP_GPU_FULL"), reason="make test-gpu-full")
+def test_counts_of_published_kernels_are_kept():
+    """What counts.json keeps is what the emulator counts now."""
+    pytest.importorskip("cutlass_library", reason="without the extra gpu-lab")
+    point = next(p for p in points() if len(p.problem) == 3 and p.kernel["m"] == 128)
+    assert [count(point)] == counted([point])
+
+
+def test_layers_of_vgg16():
+    """15.47 billion multiply-adds of an image (Simonyan and Zisserman 2014, configuration D)."""
+    assert sum(s.count * s.macs for s in gpu_shapes("vgg16")) == pytest.approx(15.47e9, rel=1e-3)
+    assert gpu_shapes("resnet50")[-1].name == "fc"
+
+
+def row_of(layer, us, peer=None):
+    return {"network": "n", "layer": layer, "gpu": "A100", "batch": 8, "peer": peer, "dtype": "int8", "pattern": "dense",
+            "us": us, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
+
+
+def test_comparison(tmp_path):
+    rows = [
+        row_of("a", 10.0),
+        row_of("b", 10.0),
+        row_of("a", 40.0, "cutlass"),
+        row_of("b", 10.0, "cutlass"),
+        row_of("c", 1.0),
+    ]
+    assert ratios(rows) == {("n", "A100", 8, "cutlass int8 dense"): {"a": [4.0, 6.0], "b": [1.0, 1.5]}}
+    text = compare(rows)
+    assert LABEL in text and "2.00" in text and "2.00..3.00" in text and text.split()[-1] == "1.00"
+    assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000

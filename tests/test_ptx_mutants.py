@@ -24,14 +24,20 @@ pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not insta
 PER_OPERATOR = 10**6 if os.environ.get("CNNCOMP_GPU_FULL") else 3  # mutants of each operator and kernel
 U8, S8, F32 = torch.uint8, torch.int8, torch.float32
 
+#: Matrix products of one or two tiles whose last row is in each of a tile's eighths, with one step only, and a tail in it.
+SMALL = [
+    dict(n=1, c=48, h=1, w=w, k=24, r=1, s=1, out=out) for w in (7, 15, 20, 30, 36, 104, 52, 60) for out in (S8, F32)
+]
+
 #: Kernel: architecture and the convolutions that it is run on, each with a k tail, an n tail and partial tiles.
 KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "conv2d_int8_64x64_32x32_3_u8": (
         "80",
         [
-            dict(n=1, c=48, h=6, w=7, k=72, r=3, s=3, padding=(1, 1), residual=S8),
+            dict(n=1, c=48, h=6, w=7, k=104, r=3, s=3, padding=(1, 1), residual=S8),
             dict(n=2, c=160, h=9, w=8, k=65, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
             dict(n=1, c=64, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
+            dict(n=2, c=128, h=5, w=9, k=40, r=3, s=3, padding=(1, 1)),
         ],
     ),
     "gemm_int8_64x64_32x32_3_s8": (
@@ -39,6 +45,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, dtype=S8, residual=U8),
             dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, dtype=S8, out=F32, residual=F32),
+            *(case | dict(dtype=S8) for case in SMALL),
         ],
     ),
     "gemm_int8_64x64_32x32_3_u8": (
@@ -46,6 +53,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, residual=U8),
             dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, out=F32, residual=F32),
+            *SMALL,
         ],
     ),
     "depthwise_int8_4_u8": (
@@ -66,18 +74,40 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
                 residual=F32,
                 out=F32,
             ),
+            dict(n=1, c=12, h=3, w=13, k=12, r=1, s=1, groups=12),
         ],
     ),
 }
 
-#: Operators whose mutants often compute the same, and why. A survivor of another operator counts as missed.
+#: Mutants that compute the same, by kernel ("" is any) and operator, and why. Another survivor counts as missed.
 EXPLAINED = {
-    "copy of what is outside": "rows past the last pixel or channel feed sums that are not stored; a k tail needs one zero",
-    "mask off by one": "a row or step too many is read into sums that are not stored, or meets zeros on the other side",
-    "mask off by one, greater": "a guard before the loop whose next test the inner mask repeats",
-    "swizzle wrong": "an exclusive or of numbers without a bit in common is an or: constant offsets of unrolled steps",
-    "division forgotten": "the divisor is one for every shape that this kernel is chosen for",
+    (
+        "",
+        "copy of what is outside",
+    ): "one side's tail of the reduction is zero already; rows past the end are not stored",
+    (
+        "",
+        "mask off by one, greater",
+    ): "a guard before a copy whose own predicate repeats the test; a step past the last copies nothing",
+    (
+        "",
+        "swizzle wrong",
+    ): "an exclusive or of numbers without a bit in common is an or: constant offsets of unrolled steps",
+    (
+        "depthwise",
+        "division forgotten",
+    ): "as many output as input channels wherever four are taken at once: the divisor is one",
+    (
+        "depthwise",
+        "lane wrong",
+    ): "the channels left of a multiple of four, for whole vectors: four, or more, cut to four",
+    ("depthwise", "mask inverted, greater"): "four channels one by one instead of as a vector: the same values, slower",
 }
+
+
+def explained(name: str, mutant: Mutant) -> bool:
+    """Whether a survivor of this operator is known to compute the same."""
+    return any(name.startswith(kernel) and mutant.operator == operator for kernel, operator in EXPLAINED)
 
 
 def run_case(
@@ -147,22 +177,20 @@ def verdicts(name: str) -> list[tuple[Mutant, str]]:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_mutants_are_caught(name):
-    """At least 90 % of each kernel's mutants, those aside whose operator is known to make equal ones."""
+    """At least 95 % of each kernel's mutants, those aside that are known to compute the same."""
     found = verdicts(name)
-    missed = [str(m) for m, verdict in found if not verdict and m.operator not in EXPLAINED]
-    equal = [str(m) for m, verdict in found if not verdict and m.operator in EXPLAINED]
+    missed = [str(m) for m, verdict in found if not verdict and not explained(name, m)]
+    equal = [str(m) for m, verdict in found if not verdict and explained(name, m)]
     print(f"{name}: {len(found)} mutants, {len(missed)} missed, {len(equal)} equal", *missed, *equal, sep="\n  ")
-    assert len(missed) <= 0.1 * (len(found) - len(equal)), "\n".join(missed)
-    assert len(equal) <= 0.15 * len(found), "\n".join(equal)
+    assert len(missed) <= 0.05 * (len(found) - len(equal)), "\n".join(missed)
+    assert len(equal) <= 0.12 * len(found), "\n".join(equal)
 
 
 def test_nearly_all_mutants_are_caught():
-    """95 % of all kernels' together, and every checker has its part in it."""
-    everything = [(m.operator, verdict) for name in KERNELS for m, verdict in verdicts(name)]
-    lived = [operator for operator, verdict in everything if not verdict]
-    missed, equal = (sum((o in EXPLAINED) == explained for o in lived) for explained in (False, True))
+    """All kernels' together: 97 %, and every checker has its part in it."""
+    everything = [(explained(name, m), verdict) for name in KERNELS for m, verdict in verdicts(name)]
+    missed, equal = (sum(not verdict and known == e for known, verdict in everything) for e in (False, True))
     caught = Counter(verdict for _, verdict in everything)
-    assert len(everything) >= 160 and missed <= 0.05 * (len(everything) - equal) and equal <= 0.12 * len(everything), (
-        caught
-    )
+    assert len(everything) >= 160 and missed <= 0.03 * (len(everything) - equal), caught
+    assert equal <= 0.1 * len(everything), caught
     assert all(caught[kind] for kind in ("wrong result", "RaceError", "MemoryFault", "UninitialisedMemory")), caught

@@ -321,3 +321,35 @@ def test_wgmma_of_transposed_operands(trans):
     for i in range(4):
         row, column = thread // 32 * 16 + thread % 32 // 4 + i // 2 * 8, thread % 4 * 2 + i % 2
         np.testing.assert_array_equal(out.view(np.float32).reshape(4, 128)[i], product[row, column])
+
+
+@needs_cute
+@pytest.mark.parametrize(
+    "kinds, k, selector",
+    [(("s32", "s8", "s8"), 64, 0), (("f32", "f16", "f16"), 32, 0), (("f32", "bf16", "bf16"), 32, 1)],
+)
+def test_sparse_wgmma_against_cute(kinds, k, selector):
+    """9.7.15.6: the kept half of a and all of b in swizzled shared memory, CuTe's metadata layout for the whole warpgroup."""
+    rng = np.random.default_rng(10)
+    n, size = 16, BITS[kinds[1]] // 8
+    kept, index, full = sparse_matrix(rng, kinds[1], 64, k)
+    b = draw(rng, kinds[2], (n, k))
+    words = metadata(index, cute.positions(SPARSE90, "", f"ELayout_64x{k}", 64))
+    if size == 2:
+        words[0, np.arange(128) % 4 // 2 != selector] = 0xDEADBEEF  # nobody looks there
+    raw = lambda x, kind: np.ascontiguousarray(encode(x, kind)).view(np.uint8).reshape(len(x), -1)  # noqa: E731
+    data = np.zeros(4096, np.uint8)
+    data[:2048] = swizzled(raw(kept, kinds[1]), 3)
+    data[2048 : 2048 + n * 64] = swizzled(raw(b, kinds[2]), 2)
+    scales = ", 1, 1, 0, 0" if size == 2 else ""
+    body = wgmma_body(kinds, n, k, [(descriptor(0, 3, 0), descriptor(2048, 2, 0))], n // 2, tail=scales)
+    body = body.replace("mma_async.sync", "mma_async.sp.sync").replace("%rd12, %p1", f"%rd12, %r30, {selector}, %p1")
+    out, _ = run(
+        fill_shared(4096) + "ld.global.u32 %r30, [%rd6];" + body, data, words[0], block=128, outputs=128 * n // 2
+    )
+    got, thread, product = out.reshape(n // 2, 128), np.arange(128), full @ b.T
+    got = got.view(np.float32) if kinds[0] == "f32" else got
+    for i in range(n // 2):
+        row = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
+        column = i // 4 * 8 + thread % 4 * 2 + i % 2
+        np.testing.assert_array_equal(got[i], product[row, column] + (i if kinds[0] == "s32" else 0))
