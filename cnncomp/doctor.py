@@ -19,7 +19,18 @@ from cnncomp import _cpu, kernels
 from cnncomp.data import PACKAGES
 from cnncomp.dispatch import cpu_name
 from cnncomp.dispatch.plan import cache_dir
-from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, SparseConv2d, SparseLinear, quantize_weight
+from cnncomp.nn import (
+    Clamp,
+    DenseConv2d,
+    Geometry,
+    QuantConv2d,
+    QuantLinear,
+    QuantSpec,
+    SparseConv2d,
+    SparseLinear,
+    quantize_weight,
+)
+from cnncomp.nn.dense import DEPTHWISE_KERNEL
 from cnncomp.ops import cuda as cuda_ops
 from cnncomp.ops import reference
 from cnncomp.ops._openmp import attach
@@ -153,6 +164,13 @@ def _conv_sparse(device: torch.device) -> bool:
     return _close(layer.to(device)(x.to(device)), F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
 
 
+def _conv_depthwise(device: torch.device) -> bool:
+    x, weight, bias = torch.randn(1, 24, 9, 21), torch.randn(24, 1, 3, 3), torch.randn(24)
+    layer = DenseConv2d(Geometry(24, 24, (3, 3), padding=(1, 1), groups=24), weight, bias, kernel=DEPTHWISE_KERNEL)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=24)
+    return _close(layer.to(device)(x.to(device)), expected)
+
+
 def _linear_sparse(device: torch.device) -> bool:
     weight = torch.randn(40, 72) * (torch.rand(40, 72) < 0.1)
     x, bias = torch.randn(5, 72), torch.randn(40)
@@ -169,6 +187,7 @@ CHECKS: dict[str, Check] = {
     "linear_int8": _linear_int8,
     "conv2d_sparse": _conv_sparse,
     "linear_sparse": _linear_sparse,
+    "conv2d_depthwise": _conv_depthwise,
 }
 
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "conv2d_sparse_kernel.h"
+#include "strided_load.h"
 
 namespace cnncomp {
 namespace {
@@ -190,17 +191,9 @@ void pack_vector(const SparsePack& a, float* dst, const float* src, int first, i
       put([=](const float* p) { return V::load_between(p, first, last); });
     }
   } else if (a.stride_w == 2) {
-    // Of the last pair only the first is sure to be there.
-    const int low = 2 * first, high = 2 * last - 1;
-    put([=](const float* p) {
-      return V::even(V::load_between(p, low, high), V::load_between(p + V::kLanes, low - V::kLanes, high - V::kLanes));
-    });
+    put([=](const float* p) { return every_second<V>(p, first, last); });
   } else {
-    put([=, stride = a.stride_w](const float* p) {
-      alignas(64) float v[V::kLanes] = {};
-      for (int i = first > 0 ? first : 0; i < last && i < V::kLanes; i++) v[i] = p[i * stride];
-      return V::load(v);
-    });
+    put([=, stride = a.stride_w](const float* p) { return every_nth<V>(p, first, last, stride); });
   }
 }
 
