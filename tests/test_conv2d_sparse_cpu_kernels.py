@@ -187,6 +187,7 @@ GRID = {
     "block beyond the channels": Conv(block=50),
     "positions of 16 bits": Conv(c=2100, block=2100, kernel=(5, 5), padding=(2, 2), h=5, w=5, k=2, sparsity=0.95),
     "one channel": Conv(c=1, k=1),
+    "beyond the second-level cache": Conv(c=70, k=3, h=64, w=130, n=2, block=30, kernel=(1, 1), padding=(0, 0)),
 }
 
 

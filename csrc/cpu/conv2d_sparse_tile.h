@@ -127,11 +127,11 @@ inline __attribute__((always_inline)) void finish(const Accumulators<V, T>& acc,
   }
 }
 
-// Brings `floats` floats into the cache.
-template <int floats, int write>
+// Brings `floats` floats into the cache: 3 is the first level, 2 the second.
+template <int floats, int write, int level = 3>
 inline __attribute__((always_inline)) void fetch(const float* p) {
 #pragma GCC unroll 16
-  for (int i = 0; i < floats; i += 16) __builtin_prefetch(p + i, write);
+  for (int i = 0; i < floats; i += 16) __builtin_prefetch(p + i, write, level);
 }
 
 template <class V, int T, class Inputs>
@@ -140,7 +140,12 @@ void tile(const SparseTile& a) {
   constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
   alignas(64) float last[kTile];
   const Inputs input(a);
+  const int64_t fetches = a.next == nullptr ? 0 : (a.next_channels + a.k_end - a.k_begin - 1) / (a.k_end - a.k_begin);
+  int64_t fetched = 0;
   for (int64_t k = a.k_begin; k < a.k_end; k++) {
+    for (int64_t i = 0; i < fetches && fetched < a.next_channels; i++, fetched++) {
+      fetch<kTile, 0, 2>(reinterpret_cast<const float*>(reinterpret_cast<const char*>(a.next) + fetched * a.step));
+    }
     const int64_t partial = (k - a.k_begin) * kTile;
     Accumulators<V, T> acc;
     if (a.first_block) {
