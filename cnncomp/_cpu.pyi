@@ -84,6 +84,28 @@ def max_pool2d_int8(
 ) -> None:
     """Max-pool of 8-bit ``x`` (n, h, w, c) to ``out`` (n, p, q, c); padding is the lowest value."""
 
+def conv2d_depthwise(
+    x: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    weight: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    bias: int,
+    residual: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+) -> None: ...
 def conv2d_sparse(
     x: int,
     n: int,

@@ -22,6 +22,7 @@ from cnncomp.dispatch import cpu_name
 from cnncomp.dispatch.plan import cache_dir
 from cnncomp.nn import (
     Clamp,
+    DenseConv2d,
     Geometry,
     QuantConv2d,
     QuantLinear,
@@ -32,6 +33,7 @@ from cnncomp.nn import (
     SparseQuantLinear,
     quantize_weight,
 )
+from cnncomp.nn.dense import DEPTHWISE_KERNEL
 from cnncomp.ops import cuda as cuda_ops
 from cnncomp.ops import reference
 from cnncomp.ops._openmp import attach
@@ -165,6 +167,13 @@ def _conv_sparse(device: torch.device) -> bool:
     return _close(layer.to(device)(x.to(device)), F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
 
 
+def _conv_depthwise(device: torch.device) -> bool:
+    x, weight, bias = torch.randn(1, 24, 9, 21), torch.randn(24, 1, 3, 3), torch.randn(24)
+    layer = DenseConv2d(Geometry(24, 24, (3, 3), padding=(1, 1), groups=24), weight, bias, kernel=DEPTHWISE_KERNEL)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=24)
+    return _close(layer.to(device)(x.to(device)), expected)
+
+
 def _linear_sparse(device: torch.device) -> bool:
     weight = torch.randn(40, 72) * (torch.rand(40, 72) < 0.1)
     x, bias = torch.randn(5, 72), torch.randn(40)
@@ -183,6 +192,7 @@ CHECKS: dict[str, Check] = {
     "linear_sparse": _linear_sparse,
     "conv2d_sparse_int8": partial(_conv_int8, cls=SparseQuantConv2d),
     "linear_sparse_int8": partial(_linear_int8, cls=SparseQuantLinear),
+    "conv2d_depthwise": _conv_depthwise,
 }
 
 

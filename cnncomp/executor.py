@@ -127,7 +127,8 @@ class _Recorder(fx.Interpreter):
         self.keep: list[object] = []  # all tensors stay until the end, so that an address means one of them
         self.values: dict[fx.Node, Any] = {}
         self.position = 0
-        self.constants = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in gm.buffers() if t.nbytes]
+        constants = [*gm.buffers(), *gm.parameters()]
+        self.constants = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in constants if t.nbytes]
         self.pointers: list[tuple[int, int, _Buffer, int]] = []  # step, which, buffer, bytes from its begin
 
     def run_node(self, n: fx.Node) -> Any:
@@ -148,7 +149,7 @@ class _Recorder(fx.Interpreter):
     def _kernels(self, n: fx.Node) -> Tensor | None:
         """The node's value if it is all kernels of ours, which are then recorded."""
         layer = self.fetch_attr(str(n.target))
-        ours = isinstance(layer, ConvertedLayer) and not layer.kernel.startswith("dense.")
+        ours = isinstance(layer, ConvertedLayer) and layer.own_kernels
         if not ours and not isinstance(layer, QuantMaxPool2d):
             return None
         begin, pointers, kept = len(self.program), len(self.pointers), len(self.buffers)
@@ -256,7 +257,7 @@ class Recording:
         self.unchanged = [
             (owner, name, value)
             for m in gm.modules()
-            for owner in (m._modules, m._buffers)
+            for owner in (m._modules, m._buffers, m._parameters)
             for name, value in owner.items()
         ]
         self.arenas: list[_Arena] = []

@@ -24,7 +24,7 @@ from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
 from cnncomp.executor import kernels_of
 from cnncomp.nn import ConvertedLayer, DenseConv2d, QuantConv2d, QuantLinear
-from cnncomp.nn.dense import CONV_KERNELS
+from cnncomp.nn.dense import NCHW_KERNELS, dense_kernels
 from cnncomp.progress import track
 
 
@@ -140,12 +140,12 @@ def _time(layer: ConvertedLayer, call: tuple[Tensor, ...], cuda: bool) -> tuple[
     floats = _float_call(layer, call)
     rivals = [dense]
     if isinstance(dense, DenseConv2d):
-        rivals = [dense.with_kernel(k) for k in CONV_KERNELS if not (cuda and k == "dense.fused")]
+        rivals = [dense.with_kernel(k) for k in dense_kernels(dense.geometry, call[0].device.type)]
     for rival in rivals:
-        other_layout = (rival.kernel == "dense.nchw") != (layer.kernel == "dense.nchw")
+        other_layout = (rival.kernel in NCHW_KERNELS) != (layer.kernel in NCHW_KERNELS)
         if rival is layer or (layer is dense and (rival.kernel == layer.kernel or other_layout)):
             continue
-        preferred = NCHW if rival.kernel == "dense.nchw" else NHWC
+        preferred = NCHW if rival.kernel in NCHW_KERNELS else NHWC
         fns[rival.kernel] = partial(rival, *(t if layer is dense else to_format(t, preferred, None) for t in floats))
     times = interleaved(fns, min_rounds=9, cuda=cuda)
     own = times.pop("layer")

@@ -5,10 +5,7 @@ Tolerance: each output within 1e-5 of the sum of the magnitudes that went into i
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,32 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cnncomp import _cpu
-from cnncomp.ops import _openmp
+from tests.fp32_kernels import ISAS, LANES, Guarded, address, assert_within, isa, one_thread_for_references
 
-TOLERANCE = 1e-5
+__all__ = ["isa", "one_thread_for_references"]  # fixtures
+
 INF = math.inf
-ISAS = [name for name in _cpu.isa_available() if name in ("baseline", "avx2", "avx512")]
 MAX_TILE = 14  # vectors
 MAX_TILE_PIXELS = 112  # of a convolution
-LANES = (4, 8, 16)
-
-_openmp.attach()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread_for_references() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
 
 
 @dataclass
@@ -78,10 +56,6 @@ def pack(weight: Tensor, groups: int, block: int) -> Packed:
 
 def sparse_randn(shape: tuple[int, ...], sparsity: float) -> Tensor:
     return torch.where(torch.rand(shape) < sparsity, torch.zeros(()), torch.randn(shape))
-
-
-def address(a: Tensor | np.ndarray | None) -> int:
-    return 0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a.ctypes.data
 
 
 @dataclass
@@ -144,14 +118,6 @@ class Conv:
             self.k, *self.kernel, *self.stride, *self.padding, *self.dilation, self.groups,
             address(b), address(z), self.lo, self.hi, address(out), num_threads,
         )  # fmt: skip
-
-
-def assert_within(got: Tensor, expected: Tensor, size: Tensor, what: object) -> None:
-    excess = (got.double() - expected).abs() - TOLERANCE * size
-    bad = ~(excess <= 0)
-    if bad.any():
-        i = tuple(bad.nonzero()[0].tolist())
-        raise AssertionError(f"{what}: {int(bad.sum())} wrong, first at {i}: got {got[i]}, expected {expected[i]}")
 
 
 def check_conv(conv: Conv, num_threads: int = 1) -> Tensor:
@@ -221,6 +187,7 @@ GRID = {
     "block beyond the channels": Conv(block=50),
     "positions of 16 bits": Conv(c=2100, block=2100, kernel=(5, 5), padding=(2, 2), h=5, w=5, k=2, sparsity=0.95),
     "one channel": Conv(c=1, k=1),
+    "beyond the second-level cache": Conv(c=70, k=3, h=64, w=130, n=2, block=30, kernel=(1, 1), padding=(0, 0)),
 }
 
 
@@ -330,29 +297,6 @@ def test_random_shapes(conv: Conv, num_threads: int) -> None:
             check_conv(conv, num_threads)
     finally:
         _cpu.set_isa(before)
-
-
-class Guarded:
-    """Copies of arrays that end, or begin, where memory that cannot be touched begins, or ends."""
-
-    def __init__(self, at_end: bool) -> None:
-        self.at_end = at_end
-        self.maps: list[mmap.mmap] = []
-
-    def __call__(self, array: np.ndarray) -> np.ndarray:
-        page = mmap.PAGESIZE
-        inside = -(-max(array.nbytes, 1) // page) * page
-        memory = mmap.mmap(-1, inside + 2 * page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        mprotect = ctypes.CDLL(None, use_errno=True).mprotect
-        mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for guard in (start, start + page + inside):
-            assert mprotect(guard, page, 0) == 0
-        self.maps.append(memory)
-        offset = page + (inside - array.nbytes if self.at_end else 0)
-        copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
-        copy[...] = array
-        return copy
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])

@@ -16,7 +16,7 @@ from cnncomp.dispatch import LayerPlan, Plan
 from cnncomp.dispatch.candidates import options_for
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.nn import Clamp, ConvertedLayer, DenseConv2d, DenseLinear, QuantConv2d, QuantLinear, SparseConv2d
-from cnncomp.nn.dense import CONV_KERNELS
+from cnncomp.nn.dense import CONV_KERNELS, DEPTHWISE_KERNEL
 from tests.helpers import mask_weights, randomize_norms, reference_conv
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -282,12 +282,13 @@ def test_compile_and_export_with_a_dynamic_batch(kind: str) -> None:
             torch.testing.assert_close(exported(x), fast(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", CONV_KERNELS)
+@pytest.mark.parametrize("kernel", [*CONV_KERNELS, DEPTHWISE_KERNEL])
 def test_dense_kernels_agree_and_compile(kernel: str) -> None:
     """Every dense kernel, with and without residual and activation, in both layouts; compiled and exported as well."""
-    g = cnncomp.nn.Geometry(3, 8, (3, 3), (2, 1), (1, 1))
-    weight, bias, x = torch.randn(8, 3, 3, 3), torch.randn(8), torch.randn(2, 3, 9, 8)
-    plain = F.conv2d(x, weight, bias, g.stride, g.padding)
+    c, groups = (8, 8) if kernel == DEPTHWISE_KERNEL else (3, 1)
+    g = cnncomp.nn.Geometry(c, 8, (3, 3), (2, 1), (1, 1), groups=groups)
+    weight, bias, x = torch.randn(8, c // groups, 3, 3), torch.randn(8), torch.randn(2, c, 9, 8)
+    plain = F.conv2d(x, weight, bias, g.stride, g.padding, groups=groups)
     residual = torch.randn_like(plain)
     batch = torch.export.Dim("batch", min=1, max=64)
     for clamp in (Clamp(), Clamp(0.0), Clamp(0.0, 6.0), Clamp(-1.0, 1.0)):

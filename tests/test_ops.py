@@ -42,6 +42,12 @@ def _sparse_args(groups: int = 1):
     return (x, *packed, bias, None, 0.0, 6.0, 6 * groups, (3, 3), (1, 2), (1, 0), (1, 1), groups)
 
 
+def _depthwise_args(residual: bool):
+    x, weight = torch.randn(2, 5, 8, 9), torch.randn(5, 1, 3, 5)
+    z = torch.randn(2, 5, 4, 9) if residual else None
+    return (x, weight, torch.randn(5), z, 0.0, 6.0, (2, 1), (1, 2), (1, 1))
+
+
 def _linear_sparse_args():
     packed = packing.pack_sparse((torch.randn(7, 33) * (torch.rand(7, 33) > 0.7)).reshape(7, 33, 1, 1))
     return (torch.randn(3, 33), *packed, None, torch.randn(3, 7), -1.0, 1.0, 7)
@@ -62,6 +68,8 @@ CASES = {
     "linear-int8": ("linear_int8", _linear_args),
     "conv-sparse": ("conv2d_sparse", _sparse_args),
     "conv-sparse-groups": ("conv2d_sparse", lambda: _sparse_args(3)),
+    "conv-depthwise": ("conv2d_depthwise", lambda: _depthwise_args(False)),
+    "conv-depthwise-residual": ("conv2d_depthwise", lambda: _depthwise_args(True)),
     "linear-sparse": ("linear_sparse", _linear_sparse_args),
     "max-pool": ("max_pool2d_int8", lambda: (random_8bit((2, 6, 9, 8), torch.uint8), (3, 3), (2, 2), (1, 1), (1, 1))),
 }

@@ -22,6 +22,7 @@ from cnncomp.nn import (
     SparseQuantLinear,
     quantize_weight,
 )
+from cnncomp.nn.dense import DEPTHWISE_KERNEL
 from cnncomp.ops.packing import quad_sparsity
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
@@ -79,6 +80,11 @@ def _always(layer: ConvertedLayer) -> str | None:
 
 def _has_onednn(layer: ConvertedLayer) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
+
+
+def _is_depthwise(layer: ConvertedLayer) -> str | None:
+    assert isinstance(layer, DenseConv2d)
+    return None if layer.geometry.depthwise else "not depthwise"
 
 
 def _is_quantized(layer: ConvertedLayer) -> str | None:
@@ -157,6 +163,7 @@ CONV_CANDIDATES = (
     Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense_conv("dense.nchw")),
     Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense_conv("dense.channels_last")),
     Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense_conv("dense.fused")),
+    Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense_conv(DEPTHWISE_KERNEL)),
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
@@ -197,13 +204,14 @@ def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
             else:
                 built.info = layer.info
                 options.append(Option(candidate, built))
-        if reason is not None:
+        if reason is not None and not candidate.dense:
             reasons.append(reason)
     return options, "; ".join(dict.fromkeys(reasons))
 
 
 def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
-    """The choice without measurement: int8 where quantised, sparse from 60 % zeros (of the quads, in int8), else dense."""
+    """The choice without measurement: int8 where quantised, sparse from 60 % zeros (of the quads, in int8), else dense, our
+    own if depthwise."""
     by_name = {o.candidate.kernel: o for o in options}
     if "conv2d_sparse_int8" in by_name and empty_quads(layer) >= HEURISTIC_SPARSITY:
         return by_name["conv2d_sparse_int8"]
@@ -213,4 +221,4 @@ def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
     for name in ("conv2d_sparse", "linear_sparse"):
         if name in by_name and sparsity_of_weight(layer) >= HEURISTIC_SPARSITY:
             return by_name[name]
-    return options[0]
+    return by_name.get(DEPTHWISE_KERNEL, options[0])

@@ -149,6 +149,11 @@ class ConvertedLayer(nn.Module):
     kernel: str = ""
     activation: Clamp
 
+    @property
+    def own_kernels(self) -> bool:
+        """Whether all that it runs on a CPU are kernels of this package."""
+        return not self.kernel.startswith("dense.")
+
     def __init__(self) -> None:
         super().__init__()
         self.info = LayerInfo()

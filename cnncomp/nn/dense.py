@@ -25,6 +25,17 @@ from cnncomp.nn.base import (
 #: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused and its weight laid
 #: out once, as torch.compile does it when weights are frozen.
 CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
+#: For depthwise convolutions also this package's own, on a CPU.
+DEPTHWISE_KERNEL = "dense.depthwise"
+#: Those that read and write contiguous images; the others take channels_last.
+NCHW_KERNELS = frozenset(("dense.nchw", DEPTHWISE_KERNEL))
+
+
+def dense_kernels(geometry: Geometry, device: str) -> tuple[str, ...]:
+    """The dense kernels that can run a convolution on a kind of device ("cpu", "cuda")."""
+    if device != "cpu":
+        return tuple(k for k in CONV_KERNELS if k != "dense.fused")
+    return (*CONV_KERNELS, DEPTHWISE_KERNEL) if geometry.depthwise else CONV_KERNELS
 
 
 class _Packed:
@@ -74,7 +85,8 @@ class _Dense(ConvertedLayer):
 class DenseConv2d(_Dense, ConvLayer):
     """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
 
-    ``kernel`` is one of :data:`CONV_KERNELS`. "dense.fused" runs on the CPU in inference only.
+    ``kernel`` is one of :data:`CONV_KERNELS`, or :data:`DEPTHWISE_KERNEL` for a depthwise one. "dense.fused" and
+    "dense.depthwise" run on the CPU in inference only; elsewhere torch's kernels stand in.
     """
 
     def __init__(
@@ -86,15 +98,19 @@ class DenseConv2d(_Dense, ConvLayer):
         kernel: str = "dense.nchw",
     ) -> None:
         super().__init__()
-        if kernel not in CONV_KERNELS:
-            raise ArgumentError("kernel", kernel, f"one of {', '.join(CONV_KERNELS)}")
+        if kernel not in (known := dense_kernels(geometry, "cpu")):
+            raise ArgumentError("kernel", kernel, f"one of {', '.join(known)}")
         self.geometry, self.kernel = geometry, kernel
         self._bound(activation)
         self._packed = _Packed()
-        layout = torch.contiguous_format if kernel == "dense.nchw" else torch.channels_last
+        layout = torch.contiguous_format if kernel in NCHW_KERNELS else torch.channels_last
         with torch.inference_mode(False):  # a tensor born in inference mode does not tell when it is changed
             self.weight = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def own_kernels(self) -> bool:
+        return self.kernel == DEPTHWISE_KERNEL
 
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         if not clamped:
@@ -103,19 +119,25 @@ class DenseConv2d(_Dense, ConvLayer):
 
     def _interval_image(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
         g = self.geometry
-        if self.kernel == "dense.nchw":
+        if self.kernel in NCHW_KERNELS:
             x = x.contiguous()
+            if self.kernel == DEPTHWISE_KERNEL and self._can_fuse(x, residual):
+                lo, hi = act.lo, act.hi
+                where = (g.stride, g.padding, g.dilation)
+                return torch.ops.cnncomp.conv2d_depthwise(x, self.weight, self.bias, residual, lo, hi, *where)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
-            if self.kernel == "dense.fused" and self._can_fuse(x):
+            if self.kernel == "dense.fused" and self._can_fuse(x, residual):
                 return self._fused(x, residual, act)
         t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
         return clamp_add(t, residual, act)
 
     @staticmethod
-    def _can_fuse(x: Tensor) -> bool:
-        """oneDNN's fused operators have no gradient and, with a residual, no fake function; a compiler fuses by itself."""
-        return x.device.type == "cpu" and x.numel() > 0 and not x.requires_grad and not torch.compiler.is_compiling()
+    def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
+        """Fused operators have no gradient, and oneDNN's with a residual no fake function; a compiler fuses by itself."""
+        if x.requires_grad or (residual is not None and residual.requires_grad) or torch.compiler.is_compiling():
+            return False
+        return x.device.type == "cpu" and x.numel() > 0
 
     def _fused(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
         g = self.geometry
@@ -158,7 +180,7 @@ class DenseConv2d(_Dense, ConvLayer):
         return self
 
     def with_kernel(self, kernel: str) -> DenseConv2d:
-        """The same layer on another of :data:`CONV_KERNELS`."""
+        """The same layer on another of its :func:`dense_kernels`."""
         return DenseConv2d(self.geometry, self.weight, self.bias, self.activation, kernel)
 
     def extra_repr(self) -> str:

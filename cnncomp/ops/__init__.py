@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from cnncomp.ops import conv2d_int8, conv2d_sparse, conv2d_sparse_int8, max_pool2d_int8, quantize
+from cnncomp.ops import (
+    conv2d_depthwise,
+    conv2d_int8,
+    conv2d_sparse,
+    conv2d_sparse_int8,
+    max_pool2d_int8,
+    quantize,
+)
 from cnncomp.ops._openmp import attach
 
 attach()
 
-__all__ = ["conv2d_int8", "conv2d_sparse", "conv2d_sparse_int8", "max_pool2d_int8", "quantize"]
+__all__ = [
+    "conv2d_depthwise",
+    "conv2d_int8",
+    "conv2d_sparse",
+    "conv2d_sparse_int8",
+    "max_pool2d_int8",
+    "quantize",
+]

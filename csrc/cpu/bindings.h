@@ -6,6 +6,7 @@
 namespace cnncomp {
 
 void bind_int8(pybind11::module_& m);
+void bind_conv2d_depthwise(pybind11::module_& m);
 void bind_conv2d_sparse(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
 

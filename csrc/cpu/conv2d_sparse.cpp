@@ -26,6 +26,7 @@ struct Plan {
   int64_t group_c, group_k, blocks, k_ranges;
   bool linear;                  // every tap has a plane: input i is i planes away
   bool direct;                  // the input may serve as its own copy
+  bool far;                     // too large for the second-level cache
   std::vector<int32_t> offset;  // otherwise: bytes into the packed planes, by index
 
   // The first pixel of a tile: all tiles have the same number of vectors, or one more.
@@ -126,6 +127,7 @@ void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
                                 " input channels is too large for this image");
   }
   plan.linear = plan.rows.span == 0 && plan.columns.span == 0 && planes == a.r * a.s;
+  plan.far = a.n * a.c * a.h * a.w * static_cast<int64_t>(sizeof(float)) > (int64_t{2} << 20);
   // A copy is aligned and lies closer together: it pays where each input is read often.
   plan.direct = is_pointwise(a) && plan.group_k <= 256 && a.h * a.w % kSparseMaxLanes == 0;
   plan.offset.clear();
@@ -210,6 +212,12 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
       kernels.pack({a.x + c * a.h * a.w, channels, a.h, a.w, a.stride_h, a.stride_w, plan.rows.start.data(),
                     plan.rows.planes(), plan.columns.planes(), plan.plane_length, scratch.runs.data(),
                     static_cast<int64_t>(scratch.runs.size()) / plan.columns.planes(), packed});
+    }
+    t.next = nullptr;
+    if (direct != nullptr && plan.far) {  // the next block, or the first one of the tile behind
+      const int64_t next = (b + 1) % plan.blocks * block, pixels = b + 1 == plan.blocks ? tile_vectors * plan.lanes : 0;
+      t.next = direct + (group * plan.group_c + next) * a.h * a.w + pixels;
+      t.next_channels = std::min(block, plan.group_c - next);
     }
     t.row_ptr = a.weights.row_ptr + (group * plan.blocks + b) * plan.group_k;
     t.first_block = b == 0;

@@ -24,6 +24,8 @@ struct SparseTile {
   const float* x;         // of this block; a non-zero's inputs are either
   int64_t step;           // index * step bytes from it, or
   const int32_t* offset;  // as many bytes as is said here for each non-zero of the weights
+  const float* next;      // inputs that are wanted after this block, `next_channels` of them `step` bytes apart; or null
+  int64_t next_channels;
   float* partial;         // (k_end - k_begin, tile): the sums over the blocks before this one
   bool first_block, last_block;
   const float* bias;      // of output channel 0, or null

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "conv2d_sparse_kernel.h"
+#include "strided_load.h"
 
 namespace cnncomp {
 namespace {
@@ -126,11 +127,11 @@ inline __attribute__((always_inline)) void finish(const Accumulators<V, T>& acc,
   }
 }
 
-// Brings `floats` floats into the cache.
-template <int floats, int write>
+// Brings `floats` floats into the cache: 3 is the first level, 2 the second.
+template <int floats, int write, int level = 3>
 inline __attribute__((always_inline)) void fetch(const float* p) {
 #pragma GCC unroll 16
-  for (int i = 0; i < floats; i += 16) __builtin_prefetch(p + i, write);
+  for (int i = 0; i < floats; i += 16) __builtin_prefetch(p + i, write, level);
 }
 
 template <class V, int T, class Inputs>
@@ -139,7 +140,12 @@ void tile(const SparseTile& a) {
   constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
   alignas(64) float last[kTile];
   const Inputs input(a);
+  const int64_t fetches = a.next == nullptr ? 0 : (a.next_channels + a.k_end - a.k_begin - 1) / (a.k_end - a.k_begin);
+  int64_t fetched = 0;
   for (int64_t k = a.k_begin; k < a.k_end; k++) {
+    for (int64_t i = 0; i < fetches && fetched < a.next_channels; i++, fetched++) {
+      fetch<kTile, 0, 2>(reinterpret_cast<const float*>(reinterpret_cast<const char*>(a.next) + fetched * a.step));
+    }
     const int64_t partial = (k - a.k_begin) * kTile;
     Accumulators<V, T> acc;
     if (a.first_block) {
@@ -190,17 +196,9 @@ void pack_vector(const SparsePack& a, float* dst, const float* src, int first, i
       put([=](const float* p) { return V::load_between(p, first, last); });
     }
   } else if (a.stride_w == 2) {
-    // Of the last pair only the first is sure to be there.
-    const int low = 2 * first, high = 2 * last - 1;
-    put([=](const float* p) {
-      return V::even(V::load_between(p, low, high), V::load_between(p + V::kLanes, low - V::kLanes, high - V::kLanes));
-    });
+    put([=](const float* p) { return every_second<V>(p, first, last); });
   } else {
-    put([=, stride = a.stride_w](const float* p) {
-      alignas(64) float v[V::kLanes] = {};
-      for (int i = first > 0 ? first : 0; i < last && i < V::kLanes; i++) v[i] = p[i * stride];
-      return V::load(v);
-    });
+    put([=, stride = a.stride_w](const float* p) { return every_nth<V>(p, first, last, stride); });
   }
 }
 

@@ -74,6 +74,7 @@ void run_task(const LinearSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.x = x;
   t.step = plan.tile * static_cast<int64_t>(sizeof(float));
   t.offset = nullptr;
+  t.next = nullptr;
   t.partial = scratch.partial.get((t.k_end - t.k_begin) * plan.tile);
   t.bias = a.bias;
   t.residual = nullptr;

@@ -1,0 +1,47 @@
+// Vectors of floats for the fp32 kernels. Plain C++: 4 floats, one SSE2 or NEON register.
+//
+// Baseline, Avx2 and Avx512 have the same members. load_masked(p, between(first, last)), or in short
+// load_between(p, first, last), gives lanes [first, last), zero elsewhere, and reads nothing else; store_first writes the first n lanes; clamp keeps NaN, as torch does; even(a, b) gives the even elements
+// of the two.
+#pragma once
+
+namespace cnncomp {
+namespace {
+
+struct Baseline {
+  static constexpr int kLanes = 4;
+  static constexpr int kChains = 8;  // multiply-adds in flight
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+
+  static Vec broadcast(float v) { return Vec{v, v, v, v}; }
+  static Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  struct Mask {
+    int first, last;
+  };
+  static Mask between(int first, int last) { return {first, last}; }
+  static Vec load_masked(const float* p, Mask m) {
+    if (m.first <= 0 && m.last >= kLanes) return load(p);
+    Vec v = {};
+    for (int i = 0; i < kLanes; i++) {
+      if (m.first <= i && i < m.last) v[i] = p[i];
+    }
+    return v;
+  }
+  static Vec load_between(const float* p, int first, int last) { return load_masked(p, between(first, last)); }
+  static void store_first(float* p, Vec v, int n) {
+    for (int i = 0; i < n; i++) p[i] = v[i];
+  }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  // Comparisons with NaN are false.
+  static Vec clamp(Vec v, Vec lo, Vec hi) {
+    v = v < lo ? lo : v;
+    return v > hi ? hi : v;
+  }
+  static Vec even(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+};
+
+}  // namespace
+}  // namespace cnncomp

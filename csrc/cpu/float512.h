@@ -1,0 +1,39 @@
+// AVX-512: 16 floats to a vector. What the members do: see float128.h.
+#pragma once
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds its own intrinsics' undefined vectors
+#include <immintrin.h>
+
+namespace cnncomp {
+namespace {
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kChains = 4;  // multiply-adds in flight
+
+  static Vec broadcast(float v) { return _mm512_set1_ps(v); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  using Mask = __mmask16;
+  static Mask between(int first, int last) { return static_cast<Mask>(mask(last) & ~mask(first)); }
+  static Vec load_masked(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+  static Vec load_between(const float* p, int first, int last) { return load_masked(p, between(first, last)); }
+  static void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  // The operand that may be NaN comes second.
+  static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, v)); }
+  static Vec even(Vec a, Vec b) {
+    const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, i, b);
+  }
+
+ private:
+  static __mmask16 mask(int n) {  // of the first n lanes
+    return static_cast<__mmask16>(n <= 0 ? 0u : n >= kLanes ? 0xffffu : (1u << n) - 1);
+  }
+};
+
+}  // namespace
+}  // namespace cnncomp

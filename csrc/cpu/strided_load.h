@@ -1,0 +1,25 @@
+// Loads of every second or every n-th float. For files compiled per instruction set; V as in float128.h.
+#pragma once
+
+#include <cstdint>
+
+namespace cnncomp {
+namespace {
+
+// p[2 * i] for first <= i < last, zero in the other lanes; nothing else is read past p[2 * (last - 1)].
+template <class V>
+typename V::Vec every_second(const float* p, int first, int last) {
+  const int low = 2 * first, high = 2 * last - 1;
+  return V::even(V::load_between(p, low, high), V::load_between(p + V::kLanes, low - V::kLanes, high - V::kLanes));
+}
+
+// p[stride * i] for first <= i < last, zero in the other lanes.
+template <class V>
+typename V::Vec every_nth(const float* p, int first, int last, int64_t stride) {
+  alignas(64) float v[V::kLanes] = {};
+  for (int i = first > 0 ? first : 0; i < last && i < V::kLanes; i++) v[i] = p[i * stride];
+  return V::load(v);
+}
+
+}  // namespace
+}  // namespace cnncomp
