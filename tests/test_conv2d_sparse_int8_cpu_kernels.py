@@ -166,6 +166,30 @@ def test_extremes(isa: str, dtype: torch.dtype, value: int, weight: int) -> None
     check(conv, o)
 
 
+@pytest.mark.parametrize("out", [U8, S8])
+@pytest.mark.parametrize("row", ["scale", "bias", "residual"])
+def test_what_is_beyond_int32_before_the_clamp(isa: str, row: str, out: torch.dtype) -> None:
+    conv = Conv(8, 32, 1, 5, 5, (3, 3), pad=(1, 1), out=out, residual=U8 if row == "residual" else None)
+    o = sparse_operands(conv)
+    if row == "residual":
+        o.residual_scale = 1e9
+    else:
+        o.constants[["scale", "bias"].index(row), ::3] = 3e9
+    check(conv, o)
+
+
+@pytest.mark.parametrize("out", [U8, S8])
+def test_bounds_of_the_clamp(isa: str, out: torch.dtype) -> None:
+    """Half-way points, a lower bound above an upper one, no bound at all."""
+    conv = Conv(8, 32, 1, 5, 5, (3, 3), pad=(1, 1), out=out)
+    o = sparse_operands(conv)
+    o.lo = 2.5
+    o.constants[2, :8] = torch.tensor([3.5, 4.5, 2.5, 1.5, 100.0, 100.49, 100.51, 2.0])
+    check(conv, o)
+    o.lo, o.constants[2] = (0.0, 255.0) if out == U8 else (-128.0, 127.0)
+    check(conv, o)
+
+
 @pytest.mark.parametrize("dtype", [U8, S8])
 def test_longest_reduction(isa: str, dtype: torch.dtype) -> None:
     conv = Conv(66_311, 1, n=2, x=dtype, out=F32)

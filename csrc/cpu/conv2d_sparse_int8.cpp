@@ -1,6 +1,7 @@
 #include "conv2d_sparse_int8.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -31,6 +32,7 @@ struct Plan {
   std::vector<float> constants;     // (3, groups, padded_k)
   std::vector<int32_t> init;        // (groups, padded_k)
   int64_t padded_k;
+  bool bytes;  // outputs and residual are 8 bit, and what is rounded to the outputs fits int32 before it is clamped
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
   int64_t quad_stride() const { return plane_length * kQuad; }  // bytes
@@ -141,6 +143,15 @@ void pad_constants(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kerne
   }
 }
 
+// Whether the epilogue may round before it clamps, and pack. With |sum| <= 2^31, the bounds keep the number below 2^30.
+bool fits_bytes(const Conv2dSparseInt8Args& a) {
+  if (a.out_dtype == kF32) return false;
+  if (a.residual != nullptr && (a.residual_dtype == kF32 || !(std::abs(a.residual_scale) < 0x1p20f))) return false;
+  for (int64_t k = 0; k < a.k; k++)
+    if (!(std::abs(a.constants[k]) < 0.25f && std::abs(a.constants[a.k + k]) < 0x1p28f)) return false;
+  return true;
+}
+
 void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
   plan.group_c = a.c / a.groups;
   plan.group_k = a.k / a.groups;
@@ -152,6 +163,7 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   make_offsets(a, plan);
   guard_rows(a, plan);
   pad_constants(a, kernels, plan);
+  plan.bytes = fits_bytes(a);
   plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, ceil_div(plan.group_k, kBlock));
 }
 
@@ -273,7 +285,7 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
   t.sums = sums;
   SparseInt8Finish f{sums, plan.tile, 0, 0, scratch.turned.get(plan.tile * kBlock), scratch.segments.data(),
                      static_cast<int64_t>(scratch.segments.size()), make_epilogue(a, plan, group), nullptr, nullptr};
-  if (a.out_dtype != kF32 && (a.residual == nullptr || a.residual_dtype != kF32)) {
+  if (plan.bytes) {
     scratch.spare.resize(plan.group_k);
     uint8_t* const spare = scratch.spare.data();
     const auto out = reinterpret_cast<uint8_t*>(f.epilogue.out);

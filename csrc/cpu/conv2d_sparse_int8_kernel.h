@@ -102,47 +102,57 @@ inline typename S::Float residual_byte(typename S::Int quads) {
   }
 }
 
-// What the epilogue does to one channel, broadcast. Copied from memory once: a store in the loop could change it there.
-template <class S>
-struct ChannelConstants {
-  typename S::Float scale, bias, hi, lo, residual_scale;
+// A bound of the epilogue as an output byte.
+inline uint8_t byte_bound(float bound, Dtype out) {
+  const float least = out == kS8 ? -128.0f : 0.0f, most = out == kS8 ? 127.0f : 255.0f;
+  const float inside = bound < least ? least : bound > most ? most : bound;
+  return static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf(inside)));
+}
 
-  ChannelConstants(const Int8Epilogue& e, int64_t channel)
-      : scale(S::set_float(e.scale[channel])),
-        bias(S::set_float(e.bias[channel])),
-        hi(S::set_float(e.hi[channel])),
-        lo(S::set_float(e.lo)),
-        residual_scale(S::set_float(e.residual_scale)) {}
+// What the epilogue does to four channels, broadcast. Copied from memory once: a store in the loop could change it there.
+template <class S, Dtype OUT>
+struct QuadConstants {
+  typename S::Float scale[4], bias[4], residual_scale;
+  typename S::Int lo, hi;  // of the outputs' bytes
+
+  QuadConstants(const Int8Epilogue& e, int64_t channel) : residual_scale(S::set_float(e.residual_scale)) {
+    uint32_t bounds = 0;
+    for (int i = 0; i < 4; i++) {
+      scale[i] = S::set_float(e.scale[channel + i]);
+      bias[i] = S::set_float(e.bias[channel + i]);
+      bounds |= static_cast<uint32_t>(byte_bound(e.hi[channel + i], OUT)) << 8 * i;
+    }
+    hi = S::set(static_cast<int32_t>(bounds));
+    lo = S::set(static_cast<int32_t>(byte_bound(e.lo, OUT) * 0x01010101u));
+  }
 };
 
-// One output channel of a vector of pixels, in byte I of each lane.
+// Channel I of four, of a vector of pixels, rounded.
 template <class S, Dtype OUT, Residual RESIDUAL, int I>
-inline typename S::Int finish_byte(const int32_t* sums, typename S::Int residual, const ChannelConstants<S>& c) {
-  auto t = scale_and_shift<S>(S::load(sums), c.scale, c.bias);
+inline typename S::Int finish_channel(const int32_t* sums, typename S::Int residual, const QuadConstants<S, OUT>& c) {
+  auto t = scale_and_shift<S>(S::load(sums), c.scale[I], c.bias[I]);
   if constexpr (RESIDUAL != kNoResidual) t = S::add(t, S::mul(residual_byte<S, RESIDUAL, I>(residual), c.residual_scale));
-  const auto q = S::round(clamp<S>(t, c.lo, c.hi));
-  if constexpr (I == 3) return S::template shift_left<24>(q);
-  const auto byte = OUT == kS8 ? S::bit_and(q, S::set(255)) : q;  // u8 is in 0..255 already
-  return I == 0 ? byte : S::template shift_left<8 * I>(byte);
+  return S::round(t);
 }
 
 // 8-bit outputs in whole blocks of 16 channels: computed on vectors of pixels, as the sums lie, and turned to channels
-// innermost as bytes; all channels of a pixel one after the other, for they share cache lines.
+// innermost as bytes; all channels of a pixel one after the other, for they share cache lines. Rounding keeps the order of
+// numbers, so that clamping the rounded ones to rounded bounds is the same as the epilogue's clamp before it, and bytes are
+// four to a lane.
 template <class S, Dtype OUT, Residual RESIDUAL>
 void finish_bytes(const SparseInt8Finish& a) {
   const int64_t tile = a.tile;
   for (int64_t quad = 0; quad < a.channels / 4; quad++) {
     const int32_t* const sums = a.sums + 4 * quad * tile;
     int32_t* const quads = a.turned + quad * tile;
-    const int64_t k = a.channel + 4 * quad;
-    const ChannelConstants<S> c0(a.epilogue, k), c1(a.epilogue, k + 1), c2(a.epilogue, k + 2), c3(a.epilogue, k + 3);
+    const QuadConstants<S, OUT> c(a.epilogue, a.channel + 4 * quad);
     for (int64_t p = 0; p < tile; p += S::kLanes) {
       const auto residual = RESIDUAL == kNoResidual ? S::set(0) : S::load(quads + p);
-      const auto ab = S::bit_or(finish_byte<S, OUT, RESIDUAL, 0>(sums + p, residual, c0),
-                                finish_byte<S, OUT, RESIDUAL, 1>(sums + tile + p, residual, c1));
-      const auto cd = S::bit_or(finish_byte<S, OUT, RESIDUAL, 2>(sums + 2 * tile + p, residual, c2),
-                                finish_byte<S, OUT, RESIDUAL, 3>(sums + 3 * tile + p, residual, c3));
-      S::store(quads + p, S::bit_or(ab, cd));
+      const auto bytes = S::template pack<OUT == kS8>(finish_channel<S, OUT, RESIDUAL, 0>(sums + p, residual, c),
+                                                      finish_channel<S, OUT, RESIDUAL, 1>(sums + tile + p, residual, c),
+                                                      finish_channel<S, OUT, RESIDUAL, 2>(sums + 2 * tile + p, residual, c),
+                                                      finish_channel<S, OUT, RESIDUAL, 3>(sums + 3 * tile + p, residual, c));
+      S::store(quads + p, S::template clamp_bytes<OUT == kS8>(S::turn_bytes(bytes), c.lo, c.hi));
     }
   }
   for (int64_t p = 0; p < tile; p += S::kLanes) {

@@ -92,7 +92,8 @@ struct SparseInt8Finish {
   const SparseInt8Segment* segments;
   int64_t num_segments;
   Int8Epilogue epilogue;  // its pointers are of output pixel 0 and channel 0 of the group
-  // Where each pixel of the tile lies in out and residual, if both are 8 bit, or null; pixels that are none lie in spare memory.
+  // Where each pixel of the tile lies in out and residual; pixels that are none lie in spare memory. Null unless both are 8 bit
+  // and whatever is rounded is known to fit int32.
   uint8_t* const* out_rows;
   const uint8_t* const* residual_rows;
 };

@@ -3,9 +3,11 @@
 // Vec128, Vec256 and Vec512 have the same members. Int and Float have kLanes 32-bit lanes. dot(acc, input(x), weight(w))
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
-// zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): 8-bit values of the lanes, the order of zip undone.
+// zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
-// store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is NaN.
+// turn_bytes: of the 4x4 bytes in each 128 bits, rows become columns. clamp_bytes: each byte to at least lo, then at most hi.
+// store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is
+// NaN.
 #pragma once
 
 #include <cstdint>
@@ -77,6 +79,17 @@ struct Vec128 {
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm_packs_epi32(a, b), cd = _mm_packs_epi32(c, d);
     return SIGNED ? _mm_packs_epi16(ab, cd) : _mm_packus_epi16(ab, cd);
+  }
+
+  static Int turn_bytes(Int v) {
+    v = _mm_unpacklo_epi8(v, _mm_srli_si128(v, 8));
+    return _mm_unpacklo_epi8(v, _mm_srli_si128(v, 8));
+  }
+  template <bool SIGNED>
+  static Int clamp_bytes(Int v, Int lo, Int hi) {
+    const Int flip = set(SIGNED ? static_cast<int32_t>(0x80808080u) : 0);  // SSE2 compares unsigned bytes only
+    v = _mm_min_epu8(_mm_max_epu8(bit_xor(v, flip), bit_xor(lo, flip)), bit_xor(hi, flip));
+    return bit_xor(v, flip);
   }
 
   static Int load_u8(const uint8_t* p) {

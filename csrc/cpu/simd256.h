@@ -71,6 +71,16 @@ struct Vec256 {
     return SIGNED ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
   }
 
+  static Int turn_bytes(Int v) {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
+  }
+  template <bool SIGNED>
+  static Int clamp_bytes(Int v, Int lo, Int hi) {
+    if constexpr (SIGNED) return _mm256_min_epi8(_mm256_max_epi8(v, lo), hi);
+    return _mm256_min_epu8(_mm256_max_epu8(v, lo), hi);
+  }
+
   static Int load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
   static Int load_s8(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
   template <bool SIGNED>

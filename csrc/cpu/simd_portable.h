@@ -64,10 +64,30 @@ struct Vec128 {
   static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
   static void store_rows(uint8_t* const* rows, int64_t at, Int v) { store(rows[0] + at, v); }
   template <bool SIGNED>
+  static Int saturate(Int v) {
+    const Int lo = set(SIGNED ? -128 : 0), hi = set(SIGNED ? 127 : 255);
+    v = v < lo ? lo : v;
+    return v > hi ? hi : v;
+  }
+  template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
+    a = saturate<SIGNED>(a), b = saturate<SIGNED>(b), c = saturate<SIGNED>(c), d = saturate<SIGNED>(d);
     const Words ab = __builtin_shufflevector(Words(a), Words(b), 0, 2, 4, 6, 8, 10, 12, 14);
     const Words cd = __builtin_shufflevector(Words(c), Words(d), 0, 2, 4, 6, 8, 10, 12, 14);
     return Int(__builtin_shufflevector(Bytes(ab), Bytes(cd), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+  }
+
+  static Int turn_bytes(Int v) {
+    return Int(__builtin_shufflevector(Bytes(v), Bytes(v), 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  }
+  template <bool SIGNED>
+  static Int clamp_bytes(Int v, Int lo, Int hi) {
+    const uint8_t flip = SIGNED ? 0x80 : 0;
+    const Bytes low = Bytes(lo) ^ flip, high = Bytes(hi) ^ flip;
+    Bytes b = Bytes(v) ^ flip;
+    b = b < low ? low : b;
+    b = b > high ? high : b;
+    return Int(b ^ flip);
   }
 
   static Int load_u8(const uint8_t* p) { return Int{p[0], p[1], p[2], p[3]}; }
