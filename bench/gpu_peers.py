@@ -100,12 +100,15 @@ def triton_candidates(shape: ConvShape, batch: int, dtype: str) -> Iterator[Cand
 
 
 def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
-    """CUTLASS's 2:4 GEMM (int8, sm_80) where a layer is a matrix product: the filters are its sparse left side."""
+    """CUTLASS's 2:4 GEMM (int8, sm_80) where a layer is a matrix product: the filters are its sparse left side.
+
+    In whole tiles of rows, since rows past the end have no metadata, which the emulator refuses to multiply by.
+    """
     if (shape.r, shape.s, shape.stride, shape.groups) != (1, 1, 1, 1):
         return
     for m, n, stages, warp_m, warp_n in SPARSE_TILES:
         variant = Variant("gemm", "int8", Tile(m, n, 128, stages, warp_m, warp_n), "int8", "int32", sparse=True)
-        sizes = (_up(shape.k, 32), _up(batch * shape.h * shape.w, 16), _up(shape.c, 128))
+        sizes = (_up(shape.k, m), _up(batch * shape.h * shape.w, 16), _up(shape.c, 128))
         found = counted(
             (_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS)
         )  # type: ignore[misc]

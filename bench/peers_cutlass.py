@@ -59,5 +59,6 @@ def run_gemm(variant: Variant, m: int, n: int, k: int, most: int = 48) -> tuple[
     bias, out = torch.zeros(n, dtype=written), torch.zeros(m * n, dtype=written)
     tensors = [a, b, bias, out]
     if variant.sparse:  # 2 bits for each kept element
-        tensors.append(torch.zeros(a.nbytes // (8 if variant.dtype == "fp16" else 4), dtype=torch.uint8))
+        size = a.nbytes // (8 if variant.dtype == "fp16" else 4)
+        tensors.append(torch.full((size,), 0x44, dtype=torch.uint8))  # the first and the second of each four
     return _run(variant, [m, n, k], tensors, a.nbytes, most)

@@ -19,6 +19,7 @@ if headers() is None or NVCC is None:
     pytest.skip("nvcc or the extra gpu-lab is not installed", allow_module_level=True)
 
 from bench.cutlass_kernels import Tile, Variant, launch, plan
+from bench.peers_cutlass import run_gemm
 
 #: CUTLASS's GEMMs read a step past the last and rows past the end that nothing was copied to, and drop what comes of it.
 GEMM_CHECKS = Checks(initialised=False)
@@ -140,5 +141,8 @@ def test_sparse_gemm(variant):
         memory.pointer(out, written=False),
         memory.pointer(metadata),
     ]
-    launch(variant, plan(variant, (m, n, k), pointers), memory, checks=GEMM_CHECKS)
+    result = launch(variant, plan(variant, (m, n, k), pointers), memory, checks=GEMM_CHECKS)
     assert torch.equal(out, finish(dense.double() @ b.double().T, variant, bias))
+    counts, launched = run_gemm(variant, m, n, k)
+    assert counts.summary() == result.summary(), "values change no count"
+    assert launched.least_bytes == kept.nbytes + b.nbytes + bias.nbytes + out.nbytes + metadata.nbytes
