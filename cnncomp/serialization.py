@@ -37,6 +37,7 @@ from cnncomp._graph_json import (
     encode_graph,
     paths_of,
 )
+from cnncomp._memory import trim_heap
 from cnncomp._module_json import decode_module, encode_module
 from cnncomp._modules import resolve_device
 from cnncomp._version import __version__
@@ -51,6 +52,8 @@ FORMAT_VERSION = 1
 BITMAP_BELOW = 0.95
 #: Bytes that one more tensor takes in a file's header, about.
 HEADER_ENTRY = 128
+#: Layers of as many bytes leave enough behind when they are packed that it is given back at once.
+TRIM_ABOVE = 2**20
 #: Bytes of JSON that a file may unpack to: some thousand times a large network's.
 MAX_DOCUMENT = 2**28
 
@@ -111,7 +114,7 @@ def load(
     if replan not in ("auto", True, False):
         raise ArgumentError("replan", repr(replan), "'auto', True or False")
     path = Path(path)
-    model, saved_on = _parse(path, path.read_bytes())
+    model, saved_on = _parse(path)
     if device is None:
         device = "cuda" if saved_on == "cuda" and torch.cuda.is_available() else "cpu"
     where = resolve_device(device)
@@ -253,9 +256,10 @@ def _put_zeros_back(tensors: Tensors, shapes: dict[str, list[int]]) -> Tensors:
         n = math.prod(shape)
         if name in out or packed.dtype != torch.uint8 or packed.shape != (math.ceil(n / 8),):
             raise ValueError(f"the mask of tensor {name!r} does not fit its shape {shape}")
-        mask = torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")[:n]).bool()
-        flat = torch.zeros(n, dtype=values.dtype)
-        flat[mask] = values
+        mask = torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")[:n]).view(torch.bool)
+        if int(mask.count_nonzero()) != values.numel():
+            raise ValueError(f"the mask of tensor {name!r} does not fit its {values.numel()} values")
+        flat = torch.zeros(n, dtype=values.dtype).masked_scatter_(mask, values)
         out[name] = flat.reshape(shape)
     return out
 
@@ -283,16 +287,19 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
+def _parse(path: Path) -> tuple[ConvertedModel, str]:
     """The model on the CPU, and the type of device it was saved on.
 
     Raises:
-        FileFormatError: for whatever is wrong with the file.
+        OSError: no file that can be read.
+        FileFormatError: for whatever is wrong with it.
     """
+    data = path.read_bytes()
     try:
         document, tensors = _unseal(data)
     except Exception as error:
         raise FileFormatError(f"{path}: {error}") from error
+    del data  # the tensors are copies
     try:
         return _decode(document, tensors), str(document["provenance"]["device_type"])
     except Exception as error:  # a file with the right checksum that save did not write
@@ -372,24 +379,40 @@ def _verify(data: bytes, header_length: int) -> None:
 
 
 def _decode(document: Document, tensors: Tensors) -> ConvertedModel:
-    tensors = _put_zeros_back(tensors, document["bitmaps"])
+    bitmaps = dict(document["bitmaps"])
     encoded = document["graph"]
     graph = decode_graph(encoded)
     called, read = paths_of(encoded, "call_module"), paths_of(encoded, "get_attr")
     check_disjoint({*called, *read})
     if set(called) != set(document["modules"]):
         raise ValueError("the graph does not call the modules that are there")
-    parts: dict[str, nn.Module | Tensor] = {path: tensors.pop(path).clone() for path in read}
-    for path in called:
-        own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
+    parts: dict[str, nn.Module | Tensor] = {path: _take(path, tensors, bitmaps)[path].clone() for path in read}
+    for (
+        path
+    ) in called:  # one at a time: with their zeros, the weights of all layers would take many times the model's memory
+        own = _take(path, tensors, bitmaps)
         encoded_module = document["modules"][path]
+        size = sum(t.nbytes for t in own.values())
         parts[path] = decode_module(encoded_module, {name.removeprefix(f"{path}."): t for name, t in own.items()})
-    if tensors:
-        raise ValueError(f"tensors that belong to no layer: {sorted(tensors)}")
+        if size >= TRIM_ABOVE:
+            del own
+            trim_heap()
+    if tensors or bitmaps:
+        raise ValueError(f"tensors that belong to no layer: {sorted({*tensors, *bitmaps})}")
     network = fx.GraphModule(_assemble(parts), graph)
     conversion = Conversion(_decode_plan(document["plan"]), _decode_kept(document["kept"]))
     conversion.inputs = [_decode_input(*entry) for entry in document["inputs"]]
     return ConvertedModel(network, conversion).eval().requires_grad_(False)
+
+
+def _take(path: str, tensors: Tensors, bitmaps: dict[str, list[int]]) -> Tensors:
+    """The tensor ``path`` and those below it, by name, with their zeros; taken out of both."""
+
+    def ours(name: str) -> bool:
+        return name.partition(":")[0] == path or name.startswith(f"{path}.")
+
+    own = {name: tensors.pop(name) for name in list(tensors) if ours(name)}
+    return _put_zeros_back(own, {name: bitmaps.pop(name) for name in list(bitmaps) if ours(name)})
 
 
 def _assemble(parts: dict[str, nn.Module | Tensor]) -> nn.Module:

@@ -96,8 +96,10 @@ def pack_sparse(weight: Tensor, groups: int = 1, block: int | None = None) -> Pa
     counts = torch.bincount(rows, minlength=w.shape[0])
     row_ptr = torch.zeros(w.shape[0] + 1, dtype=torch.int32)
     row_ptr[1:] = counts.cumsum(0)
+    values = w[rows, positions].contiguous()
+    del w  # as large as the dense weight; what follows should not add to it
     index = torch.where(positions >= 32768, positions - 65536, positions).to(torch.int16)
-    return PackedSparse(w[rows, positions].contiguous(), index, row_ptr, block)
+    return PackedSparse(values, index, row_ptr, block)
 
 
 def unpack_sparse(
