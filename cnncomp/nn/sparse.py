@@ -57,7 +57,9 @@ class _SparseLayer(ConvertedLayer):
         for name in ("values", "index", "row_ptr"):
             self.register_buffer(name, torch.empty(0))
         self._pack(weight)
-        if not bool(torch.isfinite(self.values).all()):  # asked of the few that are left: of all it takes twice their memory
+        if not bool(
+            torch.isfinite(self.values).all()
+        ):  # asked of the few that are left: of all it takes twice their memory
             raise ArgumentError("weight", "NaN or infinite values", "finite weights")
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
