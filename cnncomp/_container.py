@@ -47,21 +47,34 @@ def seal(document: Document, tensors: Tensors) -> bytearray:
     return data
 
 
-def unseal(data: bytes) -> tuple[Document, Tensors]:
-    """The inverse of :func:`seal`; checks format, version and checksum.
+def unpack(data: bytes) -> bytes:
+    """The plain form of a file, in which :func:`contents` finds everything: ``data`` itself if it is not compressed. Checks
+    format, version and checksum.
 
     Raises:
         ValueError: with what is wrong; also RecursionError and whatever safetensors raises for a forged file.
     """
     metadata = _metadata(data)
     _verify(data)
-    try:
-        if "size" in metadata:
-            data = _unpacked(safetensors.torch.load(data)["zlib"], int(metadata["size"]))
-            metadata = _metadata(data)
-        return json.loads(metadata["model"]), safetensors.torch.load(data)
-    except KeyError as error:
-        raise ValueError(f"damaged: it has no {error}") from error
+    if "size" not in metadata:
+        return data
+    header = json.loads(data[8 : _header_end(data)])
+    if "zlib" not in header:
+        raise ValueError("damaged: it has no tensor 'zlib'")
+    begin, end = (_header_end(data) + int(offset) for offset in header["zlib"]["data_offsets"])
+    return _decompressed(memoryview(data)[begin:end], int(metadata["size"]))
+
+
+def contents(plain: bytes) -> tuple[Document, Tensors]:
+    """Document and tensors of what :func:`unpack` gave.
+
+    Raises:
+        ValueError: with what is wrong; also RecursionError and whatever safetensors raises for a forged file.
+    """
+    metadata = _metadata(plain)
+    if "model" not in metadata:
+        raise ValueError("damaged: it describes no model")
+    return json.loads(metadata["model"]), safetensors.torch.load(plain)
 
 
 def _header_end(data: bytes | bytearray) -> int:
@@ -104,11 +117,11 @@ def _verify(data: bytes) -> None:
         raise ValueError("damaged: its checksum does not match its contents")
 
 
-def _unpacked(packed: Tensor, size: int) -> bytes:
+def _decompressed(packed: memoryview, size: int) -> bytes:
     """Never makes more than ``size`` bytes: a forged stream can't fill the memory beyond what its file says."""
     engine = zlib.decompressobj()
     try:
-        data = engine.decompress(packed.numpy().tobytes(), max(size, 1))  # 0 would mean no limit
+        data = engine.decompress(packed, max(size, 1))  # 0 would mean no limit
     except zlib.error as error:
         raise ValueError(f"damaged: {error}") from error
     if not engine.eof or len(data) != size:

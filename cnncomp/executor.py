@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from cnncomp._cpu import Program
+from cnncomp._memory import forget, trim_heap
 from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
 
 #: Recordings that a model keeps, one for each kind of input, and idle arenas of each, one for each caller at a time.
@@ -51,6 +52,7 @@ class _Buffer:
     ours: bool
     slot: int = -1
     offset: int = 0
+    holders: int = 0  # nodes with a value in it that is still to be read
 
 
 @dataclass
@@ -105,6 +107,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is recorded under the compiler; to keep it away, torch would import all of it: 150 MB and a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = len(self.recorder.program)
         out = func(*args, **(kwargs or {}))
@@ -126,6 +133,8 @@ class _Recorder(fx.Interpreter):
         self.items: list[_Item] = []
         self.keep: list[object] = []  # all tensors stay until the end, so that an address means one of them
         self.values: dict[fx.Node, Any] = {}
+        self.held: dict[fx.Node, list[_Buffer]] = {}  # where the values are that are still to be read ...
+        self.awaited: dict[fx.Node, int] = {}  # ... and by how many nodes
         self.position = 0
         constants = [*gm.buffers(), *gm.parameters()]
         self.constants = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in constants if t.nbytes]
@@ -140,11 +149,32 @@ class _Recorder(fx.Interpreter):
                 self._python(n, value)
         self.values[n] = value
         self.keep.append(value)
+        self._hold(n, value)
         for used in n.all_input_nodes:
             for t in tree_leaves(self.values[used]):
                 if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
                     buffer.dies = self.position
+        if n.op != "output":
+            self._release(n.all_input_nodes)
         return value
+
+    def _hold(self, n: fx.Node, value: Any) -> None:
+        """Note which buffers of ours the node's value lies in."""
+        buffers = (self.find(t.data_ptr()) for t in tree_leaves(value) if isinstance(t, Tensor))
+        self.held[n] = [buffer for buffer in buffers if buffer is not None and buffer.ours]
+        self.awaited[n] = len(n.users)
+        for buffer in self.held[n]:
+            buffer.holders += 1
+
+    def _release(self, read: Iterable[fx.Node]) -> None:
+        """Give back the contents of buffers that no node will read again; their addresses are still needed."""
+        for n in read:
+            self.awaited[n] -= 1
+            if self.awaited[n] == 0:
+                for buffer in self.held.pop(n):
+                    buffer.holders -= 1
+                    if buffer.holders == 0:
+                        forget(buffer.begin, buffer.end)
 
     def _kernels(self, n: fx.Node) -> Tensor | None:
         """The node's value if it is all kernels of ours, which are then recorded."""
@@ -254,6 +284,7 @@ class Recording:
         self._check_inputs(recorder)
         self._lay_out(recorder)
         self._drop_values(recorder)
+        trim_heap()  # all intermediate values were kept at once
         self.unchanged = [
             (owner, name, value)
             for m in gm.modules()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from cnncomp._container import Document, Tensors, seal, unseal
+from cnncomp._container import Document, Tensors, contents, seal, unpack
 from cnncomp._graph_json import (
     DTYPES,
     check_disjoint,
@@ -29,6 +29,7 @@ from cnncomp._graph_json import (
     encode_graph,
     paths_of,
 )
+from cnncomp._memory import trim_heap
 from cnncomp._module_json import decode_module, encode_module
 from cnncomp._modules import resolve_device
 from cnncomp._version import __version__
@@ -41,6 +42,8 @@ from cnncomp.nn import ConvertedLayer
 BITMAP_BELOW = 0.95
 #: Bytes that one more tensor takes in a file's header, about.
 HEADER_ENTRY = 128
+#: Layers of as many bytes leave enough behind when they are packed that it is given back at once.
+TRIM_ABOVE = 2**20
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -88,7 +91,7 @@ def load(
     if replan not in ("auto", True, False):
         raise ArgumentError("replan", repr(replan), "'auto', True or False")
     path = Path(path)
-    model, saved_on = _parse(path, path.read_bytes())
+    model, saved_on = _parse(path)
     if device is None:
         device = "cuda" if saved_on == "cuda" and torch.cuda.is_available() else "cpu"
     where = resolve_device(device)
@@ -230,9 +233,10 @@ def _put_zeros_back(tensors: Tensors, shapes: dict[str, list[int]]) -> Tensors:
         n = math.prod(shape)
         if name in out or packed.dtype != torch.uint8 or packed.shape != (math.ceil(n / 8),):
             raise ValueError(f"the mask of tensor {name!r} does not fit its shape {shape}")
-        mask = torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")[:n]).bool()
-        flat = torch.zeros(n, dtype=values.dtype)
-        flat[mask] = values
+        mask = torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")[:n]).view(torch.bool)
+        if int(mask.count_nonzero()) != values.numel():
+            raise ValueError(f"the mask of tensor {name!r} does not fit its {values.numel()} values")
+        flat = torch.zeros(n, dtype=values.dtype).masked_scatter_(mask, values)
         out[name] = flat.reshape(shape)
     return out
 
@@ -260,14 +264,17 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
+def _parse(path: Path) -> tuple[ConvertedModel, str]:
     """The model on the CPU, and the type of device it was saved on.
 
     Raises:
-        FileFormatError: for whatever is wrong with the file.
+        OSError: no file that can be read.
+        FileFormatError: for whatever is wrong with it.
     """
     try:
-        document, tensors = unseal(data)
+        document, tensors = contents(unpack(path.read_bytes()))
+    except OSError:
+        raise
     except Exception as error:
         raise FileFormatError(f"{path}: {error}") from error
     try:
@@ -278,24 +285,39 @@ def _parse(path: Path, data: bytes) -> tuple[ConvertedModel, str]:
 
 
 def _decode(document: Document, tensors: Tensors) -> ConvertedModel:
-    tensors = _put_zeros_back(tensors, document["bitmaps"])
+    bitmaps = dict(document["bitmaps"])
     encoded = document["graph"]
     graph = decode_graph(encoded)
     called, read = paths_of(encoded, "call_module"), paths_of(encoded, "get_attr")
     check_disjoint({*called, *read})
     if set(called) != set(document["modules"]):
         raise ValueError("the graph does not call the modules that are there")
-    parts: dict[str, nn.Module | Tensor] = {path: tensors.pop(path).clone() for path in read}
+    parts: dict[str, nn.Module | Tensor] = {path: _take(path, tensors, bitmaps)[path].clone() for path in read}
+    # One at a time: with their zeros, the weights of all layers would take many times the model's memory.
     for path in called:
-        own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
+        own = _take(path, tensors, bitmaps)
         encoded_module = document["modules"][path]
+        size = sum(t.nbytes for t in own.values())
         parts[path] = decode_module(encoded_module, {name.removeprefix(f"{path}."): t for name, t in own.items()})
-    if tensors:
-        raise ValueError(f"tensors that belong to no layer: {sorted(tensors)}")
+        if size >= TRIM_ABOVE:
+            del own
+            trim_heap()
+    if tensors or bitmaps:
+        raise ValueError(f"tensors that belong to no layer: {sorted({*tensors, *bitmaps})}")
     network = fx.GraphModule(_assemble(parts), graph)
     conversion = Conversion(_decode_plan(document["plan"]), _decode_kept(document["kept"]))
     conversion.inputs = [_decode_input(*entry) for entry in document["inputs"]]
     return ConvertedModel(network, conversion).eval().requires_grad_(False)
+
+
+def _take(path: str, tensors: Tensors, bitmaps: dict[str, list[int]]) -> Tensors:
+    """The tensor ``path`` and those below it, by name, with their zeros; taken out of both."""
+
+    def ours(name: str) -> bool:
+        return name.partition(":")[0] == path or name.startswith(f"{path}.")
+
+    own = {name: tensors.pop(name) for name in list(tensors) if ours(name)}
+    return _put_zeros_back(own, {name: bitmaps.pop(name) for name in list(bitmaps) if ours(name)})
 
 
 def _assemble(parts: dict[str, nn.Module | Tensor]) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cnncomp
 from cnncomp import SearchResult, Target
-from cnncomp._container import unseal
+from cnncomp._container import contents, unpack
 from cnncomp.errors import ArgumentError, CalibrationError
 from cnncomp.models import ConcatNet
 from cnncomp.search import (
@@ -292,7 +292,7 @@ def test_bytes_are_those_of_the_file(choice: Choice, tmp_path: Path) -> None:
     fast = cnncomp.convert(variants.build(config), images()[0], measure=False)
     path = tmp_path / "model.cnncomp"
     cnncomp.save(fast, path)
-    stored = sum(t.numel() * t.element_size() for t in unseal(path.read_bytes())[1].values())
+    stored = sum(t.numel() * t.element_size() for t in contents(unpack(path.read_bytes()))[1].values())
     assert weight_bytes(model, config) == pytest.approx(stored, rel=0.05)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnncomp
-from cnncomp._container import unseal
+from cnncomp._container import contents, unpack
 from cnncomp._module_json import TORCH_MODULES, decode_module, encode_module
 from cnncomp.dispatch import device_key
 from cnncomp.errors import ArgumentError, DeviceError, SerializationError
@@ -174,7 +174,7 @@ def test_integers_are_stored_whichever_kernel_runs_them(case: str, tmp_path: Pat
     model, x = converted(case, device=HERE)
     dense = [name for name, m in model.network.named_modules() if isinstance(m, (DenseConv2d, DenseLinear))]
     cnncomp.save(model, tmp_path / "m")
-    stored = unseal((tmp_path / "m").read_bytes())[1]
+    stored = contents(unpack((tmp_path / "m").read_bytes()))[1]
     for name in dense:
         layer = model.network.get_submodule(name)
         assert isinstance(layer, ConvertedLayer)
@@ -194,7 +194,7 @@ def test_float_weight_off_the_grid_stays_float(tmp_path: Path) -> None:
     assert isinstance(fc, DenseLinear)
     fc.weight.data[0, 0] += 1e-3
     cnncomp.save(model, tmp_path / "m")
-    assert unseal((tmp_path / "m").read_bytes())[1]["fc.weight"].dtype == torch.float32
+    assert contents(unpack((tmp_path / "m").read_bytes()))[1]["fc.weight"].dtype == torch.float32
     assert torch.equal(cnncomp.load(tmp_path / "m", replan=False)(x), model(x))
 
 

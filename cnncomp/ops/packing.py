@@ -110,8 +110,10 @@ def _pack_rows(rows: Tensor, block: int) -> PackedSparse:
     row, position = rows.nonzero(as_tuple=True)
     row_ptr = torch.zeros(rows.shape[0] + 1, dtype=torch.int32)
     row_ptr[1:] = torch.bincount(row, minlength=rows.shape[0]).cumsum(0)
+    values = rows[row, position].contiguous()
+    del rows  # as large as the dense weight; what follows should not add to it
     index = torch.where(position >= 32768, position - 65536, position).to(torch.int16)
-    return PackedSparse(rows[row, position].contiguous(), index, row_ptr, block)
+    return PackedSparse(values, index, row_ptr, block)
 
 
 def _unpack_rows(packed: PackedSparse, width: int) -> Tensor:

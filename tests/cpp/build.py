@@ -42,11 +42,12 @@ def compiler() -> str | None:
 
 
 def built_objects() -> Path | None:
-    """Where the package's own build left the core's object files, if they are newer than all of the core's sources."""
-    newest = max(path.stat().st_mtime for path in CORE.iterdir())
+    """Where the package's own build left the core's object files, if ninja finds them up to date."""
     for folder in (ROOT / "build").glob("ninja-*"):
-        objects = [folder / f"csrc_cpu_{source.name}.o" for source in _sources(CORE)]
-        if all(path.exists() and path.stat().st_mtime >= newest for path in objects):
+        objects = [str(folder / f"csrc_cpu_{source.name}.o") for source in _sources(CORE)]
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), "-n", *objects]
+        found = subprocess.run(command, capture_output=True, text=True)
+        if found.returncode == 0 and "no work to do" in found.stdout:
             return folder
     return None
 
