@@ -58,7 +58,7 @@ GPUS = (
     Gpu("H100", "sm_90", 132, 1.83, 8192, 4096, 3350e9, 50 * MB, 5632, 228 << 10, 2048, 32),
     Gpu("RTX 5090", "sm_120", 170, 2.407, 2048, 512, 1792e9, 96 * MB, 6144, 100 << 10, 1536, 24),
 )
-#: Not a target: there are published times of it (bench/published).
+#: Not a target: there are published times of it (bench/gpu_validation.py).
 RTX_3070 = Gpu(
     "RTX 3070", "sm_86", 46, 1.725, 2048, 512, 448e9, 4 * MB, 2048, 100 << 10, 1536, 16
 )  # fmt: skip

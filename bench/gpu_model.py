@@ -1,7 +1,7 @@
 """What a kernel would take on a GPU that isn't here: counts from the emulator, turned into bounds on time.
 
-*Modelled, not measured.* Fitted to half of the published times of bench/published and checked against the other half
-(``python -m bench.gpu_validation``).
+*Modelled, not measured.* Fitted to half of the published times that ``python -m bench.gpu_validation`` names, and checked
+against the other half.
 
     python -m bench.gpu_model --network resnet50 --batch 1 --batch 8
 
