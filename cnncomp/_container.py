@@ -1,7 +1,7 @@
 """The bytes of a saved model: a JSON document and tensors in one safetensors file with a version and a checksum.
 
 Metadata: the format version ("cnncomp"), a checksum ("sha256", of all bytes of the file with 64 zeros in its own place), and
-the document ("model"). Where it makes the file smaller by a twentieth, what the file would be without checksum is compressed
+the document ("model"). Where it makes the file smaller by a tenth, what the file would be without checksum is compressed
 and becomes the only tensor, "zlib", and the metadata hold its "size".
 """
 
@@ -22,8 +22,8 @@ from cnncomp._version import __version__
 
 FORMAT_VERSION = 1
 
-#: Compressed from here on, as a fraction.
-PACKED_BELOW = 0.95
+#: Compressed where it becomes smaller than this fraction. Floats alone do not, and would take seconds to unpack.
+PACKED_BELOW = 0.9
 
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 

@@ -112,6 +112,19 @@ def test_weights_that_are_replaced_or_changed_count() -> None:
     assert torch.equal(model(x), model.network(x)) and not torch.equal(model(x), int8(x))
 
 
+def test_a_state_dict_carries_the_steps_of_inputs_and_outputs() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(), nn.ReLU(), conv(8)).eval()
+    fast = []
+    for factor in (1.0, 20.0):
+        own = copy.deepcopy(net)
+        cnncomp.quantize(own, [factor * X], progress=False)
+        fast.append(recorded(cnncomp.convert(own, X, measure=False), X))
+    assert not torch.equal(fast[0](X), fast[1](X))
+    fast[1].load_state_dict(fast[0].state_dict())
+    assert torch.equal(fast[0](X), fast[1](X)) and torch.equal(fast[1](X), fast[1].network(X))
+
+
 def test_copies_and_pickles_start_anew() -> None:
     model = recorded(converted("int8")[0], converted("int8")[1])
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -106,7 +106,7 @@ def test_compression_is_optional_and_bounded(saved: Path, tmp_path: Path) -> Non
     """A forged stream that is cut off, no zlib, or longer or shorter than it says is a format error."""
     document, tensors = _contents(saved)
     plain = safetensors.torch.save(tensors, {"cnncomp": "1", "model": json.dumps(document)})
-    assert saved.stat().st_size < 0.95 * len(plain)
+    assert saved.stat().st_size < 0.9 * len(plain)
     whole = _load_bytes(saved.read_bytes(), tmp_path)
 
     def packed(stream: bytes, size: object) -> bytes:

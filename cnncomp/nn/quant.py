@@ -59,19 +59,28 @@ def dequantize_weight(q: Tensor, scale: Tensor, shift: Tensor | None = None) -> 
     return weight if shift is None else weight + shift.reshape(shape)
 
 
+_DTYPES = (torch.uint8, torch.int8)
+
+
+def _spec_numbers(spec: QuantSpec | None) -> tuple[float, int]:
+    """Scale, 0 for None, and the dtype's place in ``_DTYPES``."""
+    return (0.0, 0) if spec is None else (spec.scale, _DTYPES.index(spec.dtype))
+
+
 class _QuantLayer(ConvertedLayer):
     """State and constants that the int8 conv and linear share.
 
     ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme), on a CPU only.
 
     ``output``: how the result is quantised, None for float32. ``residual_scale``: one step of an 8-bit residual (1 for a
-    float one).
+    float one). The buffer ``steps`` holds these and ``input`` as numbers, so that a state dict is all of a layer's state.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_shift: Tensor | None
     constants: Tensor
+    steps: Tensor
     bias: Tensor | None
     groups = 1
 
@@ -101,6 +110,7 @@ class _QuantLayer(ConvertedLayer):
         self.register_buffer("weight_shift", None if weight_shift is None else weight_shift.detach().float().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("constants", torch.empty(0), persistent=False)
+        self.register_buffer("steps", torch.empty(0))
         self.set_output(output, residual_scale)
 
     def _pack(self, weight: Tensor) -> Tensor:
@@ -133,6 +143,8 @@ class _QuantLayer(ConvertedLayer):
         self.residual_scale = float(torch.tensor(residual_scale / s_out, dtype=torch.float32))
         self.inv_scale = float(torch.tensor(1.0 / self.input.scale, dtype=torch.float32))
         self.out_dtype = torch.float32 if output is None else output.dtype
+        numbers = [*_spec_numbers(self.input), *_spec_numbers(output), residual_scale]
+        self.steps = torch.tensor(numbers, dtype=torch.float64, device=self.weight_scale.device)
 
     def _check_dtype(self, x: Tensor) -> None:
         if x.dtype not in (self.input.dtype, torch.float32, torch.float16, torch.bfloat16):
@@ -172,7 +184,9 @@ class _QuantLayer(ConvertedLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.set_output(self.output, self.residual_step)
+        scale, dtype, out_scale, out_dtype, residual_step = self.steps.tolist()
+        self.input = QuantSpec(scale, _DTYPES[int(dtype)])
+        self.set_output(QuantSpec(out_scale, _DTYPES[int(out_dtype)]) if out_scale else None, residual_step)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ConvertedLayer:
         before = self.weight.device.type
