@@ -8,6 +8,7 @@ and becomes the only tensor, "zlib", and the metadata hold its "size".
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -24,6 +25,8 @@ FORMAT_VERSION = 1
 
 #: Compressed where it becomes smaller than this fraction. Floats alone do not, and would take seconds to unpack.
 PACKED_BELOW = 0.9
+#: Bytes that are unpacked at a time.
+PIECE = 2**18
 
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
@@ -118,12 +121,17 @@ def _verify(data: bytes) -> None:
 
 
 def _decompressed(packed: memoryview, size: int) -> bytes:
-    """Never makes more than ``size`` bytes: a forged stream can't fill the memory beyond what its file says."""
-    engine = zlib.decompressobj()
+    """Never makes more than ``size`` bytes, give or take a piece: a forged stream can't fill the memory beyond what its file
+    says. Piece by piece, since zlib would hold everything twice."""
+    engine, out = zlib.decompressobj(), io.BytesIO()
     try:
-        data = engine.decompress(packed, max(size, 1))  # 0 would mean no limit
+        for begin in range(0, len(packed), PIECE):
+            rest: bytes | memoryview = packed[begin : begin + PIECE]
+            while rest and not engine.eof and out.tell() <= size:
+                out.write(engine.decompress(rest, PIECE))
+                rest = engine.unconsumed_tail
     except zlib.error as error:
         raise ValueError(f"damaged: {error}") from error
-    if not engine.eof or len(data) != size:
+    if not engine.eof or out.tell() != size:
         raise ValueError(f"damaged: what it holds does not unpack to {size} bytes")
-    return data
+    return out.getvalue()

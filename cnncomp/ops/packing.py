@@ -79,25 +79,11 @@ def default_block(kernel_size: tuple[int, int], channels_per_group: int, linear:
     return max(1, min(block, channels_per_group, 65536 // taps))
 
 
-def _by_block(weight: Tensor, groups: int, block: int) -> Tensor:
-    """``weight`` (K, C', R, S) as rows (G·NB·K/G, block·R·S): by group, block of C' and output channel, padded with zeros.
-
-    Raises:
-        ArgumentError: a block whose positions do not fit 16 bits.
-    """
-    k, c, r, s = weight.shape
-    if block < 1 or block * r * s > 65536:
-        raise ArgumentError("block", block, f"1 <= block and block*R*S <= 65536 (R*S = {r * s})")
-    w = _pad_to(weight.reshape(groups, k // groups, c, r * s), 2, block)
-    blocks = w.shape[2] // block
-    w = w.reshape(groups, k // groups, blocks, block * r * s).transpose(1, 2)  # (G, NB, K/G, block*R*S)
-    return w.reshape(groups * blocks * (k // groups), block * r * s)
-
-
 def _from_blocks(
     rows: Tensor, in_channels: int, out_channels: int, kernel_size: tuple[int, int], groups: int, block: int
 ) -> Tensor:
-    """The inverse of :func:`_by_block`; ``in_channels``: C' of a group."""
+    """Rows (G·NB·K/G, block·R·S), by group, block of channels and output channel, as (K, C', R, S); ``in_channels``: C' of a
+    group."""
     (r, s), kg = kernel_size, out_channels // groups
     blocks = -(-in_channels // block)
     w = rows.reshape(groups, blocks, kg, block, r * s).transpose(1, 2)
@@ -105,19 +91,32 @@ def _from_blocks(
     return w.reshape(out_channels, in_channels, r, s).contiguous()
 
 
-def _pack_rows(rows: Tensor, block: int) -> PackedSparse:
-    """The non-zeros of :func:`_by_block`'s rows."""
-    row, position = rows.nonzero(as_tuple=True)
-    row_ptr = torch.zeros(rows.shape[0] + 1, dtype=torch.int32)
-    row_ptr[1:] = torch.bincount(row, minlength=rows.shape[0]).cumsum(0)
-    values = rows[row, position].contiguous()
-    del rows  # as large as the dense weight; what follows should not add to it
+def _pack_non_zeros(weight: Tensor, groups: int, block: int) -> PackedSparse:
+    """The non-zeros of ``weight`` (K, C', R, S). Makes no other tensor of its size: packing should not take several times a
+    model's memory.
+
+    Raises:
+        ArgumentError: a block whose positions do not fit 16 bits.
+    """
+    k, c, r, s = weight.shape
+    if block < 1 or block * r * s > 65536:
+        raise ArgumentError("block", block, f"1 <= block and block*R*S <= 65536 (R*S = {r * s})")
+    kg, blocks = k // groups, -(-c // block)
+    place = weight.flatten().nonzero()[:, 0]
+    values = weight.flatten()[place]
+    out, inner = place // (c * r * s), (place % (c * r * s)).int()
+    row = (out // kg * blocks + inner // (block * r * s)) * kg + out % kg
+    del place, out
+    order = row.argsort(stable=True)  # within a row the positions ascend already
+    values, position = values[order], (inner % (block * r * s))[order]
+    row_ptr = torch.zeros(groups * blocks * kg + 1, dtype=torch.int32)
+    row_ptr[1:] = torch.bincount(row, minlength=groups * blocks * kg).cumsum(0)
     index = torch.where(position >= 32768, position - 65536, position).to(torch.int16)
     return PackedSparse(values, index, row_ptr, block)
 
 
 def _unpack_rows(packed: PackedSparse, width: int) -> Tensor:
-    """The inverse of :func:`_pack_rows` for rows of ``width``."""
+    """The rows that :func:`_pack_non_zeros` packed, ``width`` wide, with their zeros."""
     row_ptr = packed.row_ptr.long()
     row = torch.repeat_interleave(torch.arange(row_ptr.numel() - 1, device=row_ptr.device), row_ptr.diff())
     rows = packed.values.new_zeros(row_ptr.numel() - 1, width)
@@ -133,7 +132,7 @@ def pack_sparse(weight: Tensor, groups: int = 1, block: int | None = None) -> Pa
     """
     _, cg, r, s = weight.shape
     block = default_block((r, s), cg) if block is None else block
-    return _pack_rows(_by_block(weight.detach().float(), groups, block), block)
+    return _pack_non_zeros(weight.detach().float(), groups, block)
 
 
 def unpack_sparse(
@@ -175,7 +174,7 @@ def pack_sparse_int8(weight: Tensor, groups: int = 1, block: int | None = None) 
     quads = _quads(weight)
     _, cq, r, s = quads.shape
     block = default_quad_block((r, s), cq) if block is None else block
-    packed = _pack_rows(_by_block(quads, groups, block), block)
+    packed = _pack_non_zeros(quads, groups, block)
     return packed._replace(values=packed.values.view(torch.int8).reshape(-1, QUAD))
 
 
