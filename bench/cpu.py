@@ -33,6 +33,7 @@ ENGINES: dict[str, tuple[Engine, bool]] = {
         (Engine("cnncomp", "cnncomp", HERE), True),
         (Engine("torch eager", "torch_eager", HERE), False),
         (Engine("torch.compile", "torch_compile", HERE), False),
+        (Engine("torchao", "torchao", HERE), False),
         (Engine("ONNX Runtime", "onnxruntime", RUNTIMES), False),
         (Engine("OpenVINO", "openvino", RUNTIMES), False),
         (Engine("LiteRT", "litert", ENVIRONMENTS["litert"].python), False),
@@ -57,7 +58,7 @@ def say(text: str) -> None:
 
 def wanted(engine: str, variant: networks.Variant) -> bool:
     """Whether the engine has something to show on this variant."""
-    if engine.startswith("torch") and variant.int8:
+    if engine.startswith("torch_") and variant.int8 or engine == "torchao" and not variant.int8:
         return False
     if variant.pattern != "unstructured":
         return engine == "cnncomp"
