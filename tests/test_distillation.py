@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -328,3 +329,50 @@ def test_the_teachers_modes_come_back(trained: tuple[nn.Module, data.Split]) -> 
     distill(Small(), teacher, [trained[1].train_images[:8]], ONE)
     assert not changed(teacher, before)  # in train mode its BatchNorms would have moved
     assert teacher.training and not teacher.conv1.training
+
+
+def test_a_checkpoint_of_another_distillation_is_refused(tmp_path: Path) -> None:
+    teacher, x = nn.Linear(4, 3), [torch.randn(8, 4)]
+    distill(nn.Linear(4, 3), teacher, x, ONE, checkpoint=tmp_path / "c", progress=False)
+    with pytest.raises(ArgumentError, match="checkpoint"):
+        distill(nn.Linear(4, 3), teacher, x, ONE, temperature=2.0, checkpoint=tmp_path / "c", progress=False)
+
+
+def test_all_stages_resume_from_a_folder(tmp_path: Path) -> None:
+    batches = [(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3)]
+
+    def fit(**options: Any) -> KnowledgeDistillation:
+        torch.manual_seed(0)
+        kd = KnowledgeDistillation(nn.Linear(4, 3), nn.Linear(4, 3), settings=Settings(epochs=2, lr=0.1))
+        kd.fit(batches, progress=False, **options)
+        return kd
+
+    whole = fit()
+    folders = {"checkpoints": tmp_path / "c", "logs": tmp_path / "l"}
+
+    def stop(step: int) -> None:
+        if (tmp_path / "c" / "pretrain.ckpt").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(after_step=stop, **folders)
+    resumed = fit(**folders)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert sorted(p.name for p in (tmp_path / "l").iterdir()) == ["finetune.csv", "pretrain.csv", "teacher.csv"]
+
+
+def test_models_that_are_none_are_typed() -> None:
+    x = [torch.randn(8, 4)]
+    for student, teacher, name in ((nn.Linear(4, 3), None, "teacher"), (nn.ReLU(), nn.Linear(4, 3), "student")):
+        with pytest.raises(ArgumentError, match=name):
+            distill(student, teacher, x, ONE, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="temperature"):
+        distill(nn.Linear(4, 3), nn.Linear(4, 3), x, ONE, temperature="a", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="student_model"):
+        KnowledgeDistillation(nn.Linear(4, 3), 3)  # type: ignore[arg-type]
+    student = nn.Sequential(nn.Linear(4, 3))
+    student.add_module("unused", nn.Identity())
+    student.forward = lambda x: student[0](x)  # type: ignore[method-assign]
+    with pytest.raises(ArgumentError, match="never runs"):
+        distill(student, nn.Sequential(nn.Linear(4, 3)), x, ONE, hints={"unused": "0"}, progress=False)

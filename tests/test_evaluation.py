@@ -145,7 +145,7 @@ def test_a_model_that_breaks_on_noise_shows() -> None:
 
 def test_evaluate_refuses() -> None:
     x, y = pictures(4), torch.tensor([0, 1, 1, 5])
-    with pytest.raises(ArgumentError, match="model.*more than 5 classes"):
+    with pytest.raises(ArgumentError, match="labels: got 0 to 5"):
         evaluate(Bright(), x, y)
     with pytest.raises(ArgumentError, match="labels"):
         evaluate(Bright(), x, y[:2])
@@ -155,3 +155,12 @@ def test_evaluate_refuses() -> None:
         evaluate(lambda x: x, x, y)
     with pytest.raises(ArgumentError, match="kind"):
         evaluate(Bright(), x, y.clamp(max=1), corruptions=("fog",))
+
+
+def test_labels_that_are_none_are_refused() -> None:
+    model, images, y = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 5)), torch.rand(10, 3, 4, 4), torch.arange(10) % 5
+    for labels in (y[:, None], -y, y / 3, y + 1):
+        with pytest.raises(ArgumentError, match="labels"):
+            evaluate(model, images, labels, progress=False)
+    with pytest.raises(ArgumentError, match="batch_size"):
+        evaluate(model, images, y, batch_size=0, progress=False)

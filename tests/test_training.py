@@ -378,3 +378,82 @@ def test_shift_and_flip_moves_each_image_as_one() -> None:
     assert None not in found  # each is one of the 50 views of its own image
     assert len(set(found)) > 25
     assert torch.equal(shift_and_flip(0, flip=False)(x, torch.Generator()), x)
+
+
+def test_labels_of_any_integer_type_and_nothing_else() -> None:
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    for labels in (y.int(), y.to(torch.uint8)):
+        train(nn.Linear(4, 3), [(x, labels)], Settings(epochs=1), progress=False)
+    for labels in (y.bool(), y.float(), y[:, None], -y):
+        with pytest.raises(ArgumentError, match="labels"):
+            train(nn.Linear(4, 3), [(x, labels)], Settings(epochs=1), progress=False)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(x), x
+
+
+def test_what_is_no_training_is_typed(tmp_path: Path) -> None:
+    batches, net = [(torch.randn(8, 4), torch.arange(8) % 3)], nn.Linear(4, 3)
+    for arguments, name in (
+        ((3, batches), "model"),
+        ((net, None), "loader"),
+        ((net, batches, {"epochs": 1}), "settings"),
+        ((Pair(), batches), "model"),
+    ):
+        with pytest.raises(ArgumentError, match=name):
+            train(*arguments, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="validate"):
+        train(net, batches, validate=lambda model: None, progress=False)  # type: ignore[arg-type, return-value]
+    (tmp_path / "c").write_bytes(b"hello world" * 30)
+    with pytest.raises(FileFormatError):
+        train(net, batches, checkpoint=tmp_path / "c", progress=False)
+
+
+def test_a_score_that_is_not_a_number_is_not_the_best() -> None:
+    batches, net = [(torch.randn(8, 4), torch.arange(8) % 3)], nn.Linear(4, 3)
+    with pytest.raises(TrainingError, match="validate"):
+        train(net, batches, Settings(epochs=3, patience=5), validate=lambda model: float("nan"), progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"clip_norm": -1.0}, {"clip_norm": 0}, {"momentum": 2.0}, {"weight_decay": -1.0}, {"epochs": 1.5}, {"epochs": "2"},
+     {"lr": "a"}, {"lr": True}, {"seed": 0.5}, {"patience": 1.5}, {"warmup": None}],
+    ids=str,
+)  # fmt: skip
+def test_settings_are_numbers_in_their_ranges(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_resumes_exactly_with_a_sampler_of_its_own_generator(tmp_path: Path) -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(32, 4), torch.arange(32) % 3)
+
+    def run(steps: int | None, name: str) -> nn.Module:
+        torch.manual_seed(0)
+        net, generator = nn.Linear(4, 3), torch.Generator().manual_seed(int(torch.randint(99, (1,))))
+        sampler = torch.utils.data.RandomSampler(data, generator=generator)
+
+        def stop(step: int) -> None:
+            if step == steps:
+                raise KeyboardInterrupt
+
+        loader = torch.utils.data.DataLoader(data, 4, sampler=sampler)
+        options = {"checkpoint": tmp_path / name, "checkpoint_every": 2, "progress": False}
+        train(net, loader, Settings(epochs=2), after_step=stop, **options)  # type: ignore[arg-type]
+        return net
+
+    whole = run(None, "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(11, "b")
+    resumed = run(None, "b")
+    assert torch.equal(whole.weight, resumed.weight)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(data, 4, num_workers=1, persistent_workers=True)
+    with pytest.raises(ArgumentError, match="persistent_workers"):
+        train(nn.Linear(4, 3), loader, checkpoint=tmp_path / "c", progress=False)

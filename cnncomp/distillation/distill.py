@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,7 @@ def distill(
             log=log,
             title=title,
             progress=progress,
+            identity=repr((temperature, label_weight, sorted(hints.items()), hint_weight)),
         )
 
 
@@ -152,11 +155,20 @@ def finetune(
     return distill(model, parent, data, settings, **{"temperature": 2.0, "title": "fine-tuning", **options})
 
 
+def check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise ArgumentError("temperature", repr(temperature), "a finite number above 0")
+
+
 def _check(
     student: nn.Module, teacher: nn.Module, temperature: float, label_weight: float | None, hint_weight: float
 ) -> None:
-    if not temperature > 0 or temperature == float("inf"):
-        raise ArgumentError("temperature", temperature, "a finite number above 0")
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(name, type(model).__name__, "a torch.nn.Module")
+    if not any(True for _ in student.parameters()):
+        raise ArgumentError("student", "a model without parameters", "one that can be trained")
+    check_temperature(temperature)
     if label_weight is not None and not 0 <= label_weight <= 1:
         raise ArgumentError("label_weight", label_weight, "0 to 1, or None")
     if not hint_weight >= 0:

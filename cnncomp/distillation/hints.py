@@ -61,6 +61,11 @@ def build_projections(
     """
     projections = nn.ModuleList()
     for ours, theirs in hints.items():
+        missing = [name for name, found in ((ours, student), (theirs, teacher)) if name not in found]
+        if missing:
+            raise ArgumentError(
+                "hints", f"{missing[0]!r}, which the model never runs", "modules that run in each forward"
+            )
         s, t = student[ours], teacher[theirs]
         if s.ndim != t.ndim or s.ndim not in (2, 4):
             got = f"{ours!r} of shape {tuple(s.shape)} for {theirs!r} of shape {tuple(t.shape)}"

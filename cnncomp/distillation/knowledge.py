@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from cnncomp.distillation.distill import distill
+from cnncomp.distillation.distill import check_temperature, distill
 from cnncomp.errors import ArgumentError
 from cnncomp.training.loop import History, train
 from cnncomp.training.settings import Settings
@@ -54,8 +55,10 @@ class KnowledgeDistillation(nn.Module):
         settings: Settings | None = None,
     ) -> None:
         super().__init__()
-        if not temperature > 0 or temperature == float("inf"):
-            raise ArgumentError("temperature", temperature, "a finite number above 0")
+        for name, model in (("teacher_model", teacher_model), ("student_model", student_model)):
+            if not isinstance(model, nn.Module):
+                raise ArgumentError(name, type(model).__name__, "a torch.nn.Module")
+        check_temperature(temperature)
         if not 0 <= teacher_weight <= 1:
             raise ArgumentError("teacher_weight", teacher_weight, "0 to 1")
         if {id(p) for p in teacher_model.parameters()} & {id(p) for p in student_model.parameters()}:
@@ -128,25 +131,38 @@ class KnowledgeDistillation(nn.Module):
         teacher: Settings | None = None,
         pretrain: Settings | None = None,
         finetune: Settings | None = None,
+        checkpoints: str | Path | None = None,
+        logs: str | Path | None = None,
+        **options: Any,
     ) -> list[History]:
-        """All three stages.
+        """All three stages, once: the teacher is frozen afterwards.
 
         Args:
             loader: Batches of (images, labels) for the teacher and for pre-training.
             target_loader: Of the target data; by default ``loader``.
             teacher, pretrain, finetune: Settings of the stages.
+            checkpoints: Folder of one checkpoint file per stage: a fit that was killed goes on where it was, with new models of
+                the same kind.
+            logs: Folder of one CSV file per stage.
+            options: For every stage, as in :func:`cnncomp.training.train`: ``checkpoint_every``, ``progress``, ...
 
         Returns:
             What happened in each stage.
 
         Raises:
-            ArgumentError: No batch, or batches without labels.
+            ArgumentError: No batch, batches without labels, or a teacher that is frozen already.
             TrainingError: A loss is not finite.
         """
+        target = loader if target_loader is None else target_loader
+
+        def of_stage(name: str) -> dict[str, Any]:
+            files = {"checkpoint": (checkpoints, f"{name}.ckpt"), "log": (logs, f"{name}.csv")}
+            return {**options, **{k: Path(folder) / file for k, (folder, file) in files.items() if folder is not None}}
+
         return [
-            self.train_teacher(loader, teacher),
-            self.pretrain_student(loader, pretrain),
-            self.finetune_student(loader if target_loader is None else target_loader, finetune),
+            self.train_teacher(loader, teacher, **of_stage("teacher")),
+            self.pretrain_student(loader, pretrain, **of_stage("pretrain")),
+            self.finetune_student(target, finetune, **of_stage("finetune")),
         ]
 
     def _distill(

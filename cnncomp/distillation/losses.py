@@ -22,6 +22,11 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 4.
     Raises:
         ArgumentError: Shapes that differ: the classes don't match.
     """
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not isinstance(logits, Tensor):
+            raise ArgumentError(
+                name, f"a model that returns a {type(logits).__name__}", "logits (N, classes), as a tensor"
+            )
     if student.shape != teacher.shape or student.ndim != 2:
         got = f"logits of shape {tuple(student.shape)}"
         raise ArgumentError("student", got, f"{tuple(teacher.shape)}, the teacher's (N, classes)")

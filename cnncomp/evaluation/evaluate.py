@@ -13,6 +13,7 @@ from cnncomp._batches import evaluating
 from cnncomp.errors import ArgumentError
 from cnncomp.evaluation.corruptions import CORRUPTIONS, corrupt
 from cnncomp.progress import track
+from cnncomp.training.loop import check_labels
 
 Model = Callable[[Tensor], Tensor]
 
@@ -68,6 +69,8 @@ def evaluate(
     Raises:
         ArgumentError: No image, another number of labels, an unknown corruption, or logits that don't fit the labels.
     """
+    if batch_size < 1:
+        raise ArgumentError("batch_size", batch_size, "1 or more")
     if len(images) == 0 or len(images) != len(labels):
         raise ArgumentError("labels", f"{len(labels)} for {len(images)} images", "one for each image, and at least one")
     kinds = ("clean", *corruptions)
@@ -110,12 +113,10 @@ def classes_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """The class that ``model`` says for each image.
 
     Raises:
-        ArgumentError: it gives no (N, classes) logits, or has fewer classes than the labels ``y``.
+        ArgumentError: it gives no (N, classes) logits, or the labels ``y`` (N,) are no integers or no classes of its own.
     """
     logits = model(x)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] <= int(y.max()):
-        got = f"logits {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ArgumentError("model", got, f"({len(x)}, classes) with more than {int(y.max())} classes")
+    check_labels(y, logits)
     return logits.argmax(1)
 
 

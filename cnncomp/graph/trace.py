@@ -159,7 +159,13 @@ def gives(module: nn.Module, call: Call) -> bool:
 def same(a: Any, b: Any) -> bool:
     """Whether two results are equal but for rounding, in the same structure."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        if a.shape != b.shape:
+            return False
+        a, b = a.double(), b.double()
+        finite = b[torch.isfinite(b)]
+        # Rounding is relative to what was summed, which outputs near zero do not show: the largest stands for it.
+        rounding = 1e-5 + 1e-4 * (float(finite.abs().max()) if finite.numel() else 0.0)
+        return torch.allclose(a, b, rtol=1e-3, atol=rounding, equal_nan=True)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +80,15 @@ def read(path: Path) -> State | None:
 
     Raises:
         FileFormatError: the file is damaged, of another version, or no checkpoint.
+        OSError: it can't be read.
     """
     if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what unpickling raises of a damaged file may be anything
         raise FileFormatError(f"{path} can't be read as a checkpoint: {error}") from error
     version = state.get("cnncomp_training") if isinstance(state, dict) else None
     if version != VERSION:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,15 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
         raise ArgumentError("loader", "batches without labels", "batches of (images, labels)")
     logits = model(x)
     check_labels(y, logits)
-    return F.cross_entropy(logits.float(), y)
+    return F.cross_entropy(logits.float(), y.long())
 
 
 def check_labels(y: Tensor, logits: Tensor) -> None:
     """Raise ArgumentError where labels don't fit (N, classes) logits: otherwise a GPU only says that an assertion failed."""
-    if y.is_floating_point() or y.ndim != 1 or len(y) != len(logits):
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = f"outputs {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ArgumentError("model", got, "logits (N, classes), as a tensor")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1 or len(y) != len(logits):
         raise ArgumentError("labels", f"{y.dtype} of shape {tuple(y.shape)}", f"{len(logits)} integers")
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= logits.shape[1]):
         raise ArgumentError(
@@ -90,6 +94,7 @@ def train(
     tensorboard: str | Path | None = None,
     title: str = "training",
     progress: bool = True,
+    identity: str = "",
 ) -> History:
     """Train ``model`` in place, on the device where it lies; it is left in eval mode.
 
@@ -102,6 +107,8 @@ def train(
         loader: Iterated once per epoch; batches of images (N, ...) or (images, labels). Its ``set_epoch``, or that of its
             sampler, is called before.
         settings: Optimiser, schedule, precision, seed; by default ``Settings()``.
+        identity: What else makes this training what it is, such as numbers in ``objective``: a checkpoint with another is
+            refused.
         objective: ``(model, images, labels or None) -> loss``, a mean over the batch.
         validate: Called with the model in eval mode after each epoch; higher is better. With ``settings.patience``
             the best epoch's weights are kept.
@@ -119,12 +126,21 @@ def train(
         FileFormatError: The checkpoint is damaged.
     """
     settings = Settings() if settings is None else settings
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    if not isinstance(settings, Settings):
+        raise ArgumentError("settings", type(settings).__name__, "a cnncomp.training.Settings")
+    if not isinstance(loader, Iterable):
+        raise ArgumentError("loader", type(loader).__name__, "batches, such as a DataLoader")
+    if checkpoint is not None and getattr(loader, "persistent_workers", False):
+        # They draw the order of all epochs from what the first began with: no later epoch can be begun anew.
+        raise ArgumentError("loader", "one with persistent_workers", "one without, where there is a checkpoint")
     if settings.patience is not None and validate is None:
         raise ArgumentError("validate", None, "a function, for settings.patience")
     if settings.epochs > 1 and isinstance(loader, Iterator):
         raise ArgumentError("loader", "an iterator", "one that can be iterated once per epoch, such as a DataLoader")
     path = None if checkpoint is None else Path(checkpoint)
-    run = _Run(model, loader, settings, objective, validate, after_step, path, checkpoint_every, title)
+    run = _Run(model, loader, settings, objective, validate, after_step, path, checkpoint_every, title, identity)
     board = TensorBoard(Path(tensorboard) if tensorboard and distributed.rank() == 0 else None)
     outside = checkpoints.random_state()
     try:
@@ -151,7 +167,9 @@ class _Run:
         path: Path | None,
         every: int | None,
         title: str,
+        identity: str,
     ) -> None:
+        self.identity = identity
         self.model, self.loader, self.settings, self.objective = model, loader, settings, objective
         self.after_step = after_step
         self.validate, self.path, self.every, self.title = validate, path, every, title
@@ -182,7 +200,8 @@ class _Run:
     def fingerprint(self) -> str:
         """What must be equal for a checkpoint to be of this training."""
         shapes = [(n, tuple(p.shape)) for n, p in self.model.named_parameters()]
-        return repr((sorted(asdict(self.settings).items()), self.length, distributed.world_size(), shapes))
+        what = (sorted(asdict(self.settings).items()), self.length, distributed.world_size(), shapes)
+        return repr(what) + self.identity
 
     def state(self) -> dict[str, Any]:
         return {
@@ -261,9 +280,16 @@ class _Run:
             if set_epoch is not None:
                 set_epoch(self.epoch)
         seed = self.settings.seed * 1_000_003 + self.epoch
-        generator = getattr(self.loader, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        for owner in (
+            self.loader,
+            getattr(self.loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        ):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
         checkpoints.seed_everything(seed + 7919 * distributed.rank())
         batches = iter(self.loader)
         for _ in range(self.step):
@@ -325,7 +351,14 @@ class _Run:
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 3)}
         if self.validate is not None:
             self.model.eval()
-            row["validation"] = score = distributed.broadcast(float(self.validate(self.model)))
+            score = self.validate(self.model)
+            if not isinstance(score, Real):
+                raise ArgumentError(
+                    "validate", f"a function that returns a {type(score).__name__}", "one that returns a number"
+                )
+            row["validation"] = score = distributed.broadcast(float(score))
+            if not math.isfinite(score):
+                self.diverged("what validate returns")
             if self.best is None or score > self.best[0]:
                 weights = copy.deepcopy(self.model.state_dict()) if self.settings.patience else {}
                 self.best, self.history.best_epoch = (score, weights), self.epoch + 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,14 +59,23 @@ class Settings:
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ArgumentError(name, repr(getattr(self, name)), f"one of {', '.join(choices)}")
-        if self.epochs < 0:
-            raise ArgumentError("epochs", self.epochs, "0 or more")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ArgumentError("lr", self.lr, "a finite number above 0")
-        if not 0 <= self.warmup < 1:
-            raise ArgumentError("warmup", self.warmup, "0 to below 1")
-        if self.patience is not None and self.patience < 1:
-            raise ArgumentError("patience", self.patience, "1 or more, or None")
+        self._check("epochs", int, lambda v: v >= 0, "a whole number, 0 or more")
+        self._check("lr", float, lambda v: v > 0, "a finite number above 0")
+        self._check("momentum", float, lambda v: 0 <= v < 1, "0 to below 1")
+        self._check("weight_decay", float, lambda v: v >= 0, "a finite number, 0 or more")
+        self._check("warmup", float, lambda v: 0 <= v < 1, "0 to below 1")
+        self._check("seed", int, lambda v: True, "a whole number")
+        if self.clip_norm is not None:
+            self._check("clip_norm", float, lambda v: v > 0, "a finite number above 0, or None")
+        if self.patience is not None:
+            self._check("patience", int, lambda v: v >= 1, "a whole number, 1 or more, or None")
+
+    def _check(self, name: str, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
+        """Raise ArgumentError unless the value is a finite number that fits, a whole one for ``int``."""
+        value = getattr(self, name)
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not fits(value):
+            raise ArgumentError(name, repr(value), expected)
 
     def rate(self, progress: float) -> float:
         """The learning rate when the fraction ``progress`` of the training is done."""
