@@ -6,7 +6,9 @@ each measured against dense on this device; ``compress`` is all of it. ``profile
 
 from __future__ import annotations
 
-from cnncomp import errors, models, nn, ops, training
+from cnncomp import errors, models, training
+from cnncomp import nn as nn  # not in __all__: a star import would hide torch's
+from cnncomp import ops as ops
 from cnncomp._version import __version__
 from cnncomp.compress import Recipe, compress
 from cnncomp.convert import ConvertedModel, convert
@@ -39,8 +41,6 @@ __all__ = [
     "finetune",
     "load",
     "models",
-    "nn",
-    "ops",
     "profile",
     "prune",
     "prune_channels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -58,6 +59,12 @@ def select(names: Sequence[str], exclude: str | Sequence[str]) -> list[str]:
             raise ArgumentError("exclude", repr(pattern), f"a pattern of layer names such as {list(names)[:3]}")
         excluded |= hits
     return [name for name in names if name not in excluded]
+
+
+def check_fraction(argument: str, value: float | None, what: str) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a number from 0 to 1, the fraction of ``what``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ArgumentError(argument, repr(value), f"a number from 0 to 1 (the fraction of {what})")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -120,7 +127,7 @@ def weight_parameter(layer: Layer, name: str) -> Tensor:
         return layer.weight
     else:
         got = f"layer {name!r} whose weight is no parameter"
-    raise ArgumentError("model", got, "plain weights (make them permanent first)")
+    raise ArgumentError("model", got, "plain weights (make them permanent first, as with torch.nn.utils.prune.remove)")
 
 
 def add_parametrization(layer: Layer, parametrization: WeightParametrization) -> None:

@@ -113,8 +113,13 @@ def compress(
         str, typer.Option(help="Which weights go together: unstructured, 2:4, 1x4, block16x16, channel, ...")
     ] = "unstructured",
     reconstruct: Annotated[
-        bool, typer.Option(help="Solve on the images for what the weights that stay should be; takes minutes.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct",
+            help="Solve on the images for what the weights that stay should be; takes minutes. "
+            "By default where single weights or blocks of them go.",
+        ),
+    ] = None,
     int8: Annotated[bool, typer.Option(help="Quantise weights and activations to 8 bit.")] = True,
     method: Annotated[
         str, typer.Option(help=f"How int8 scales are chosen: {', '.join(cnncomp.quantization.METHODS)}.")
@@ -148,32 +153,31 @@ def compress(
     """
     _set_threads(threads)
     check_output("--out", out)
-    where = resolve_device(device)
-    network = load_network(model, weights).to(where)
-    pictures = read_images(images, size, channels).to(where)
-    check_runs(network, pictures[:1], "--size and --channels")
-    calibration, held_out = split(pictures)
+    target = None if latency is None and accuracy_drop is None else cnncomp.Target(latency, accuracy_drop)
     recipe = cnncomp.Recipe(
         sparsity=sparsity,
         pattern=pattern,
-        reconstruct=reconstruct and pattern != "channel",
+        reconstruct=pattern != "channel" and target is None if reconstruct is None else reconstruct,
         int8=int8,
         method=method,
         rounding=rounding,
         float_budget=float_budget,
         exclude=tuple(exclude or ()),
     )
+    where = resolve_device(device)
+    network = load_network(model, weights).to(where)
+    pictures = read_images(images, size, channels).to(where)
+    check_runs(network, pictures[:1], "--size and --channels")
+    calibration, held_out = split(pictures)
     batches = list(calibration.split(8))
-    if latency is None and accuracy_drop is None:
-        fast = cnncomp.compress(network, batches, recipe, example_inputs=pictures[:1], measure=measure)
-    else:
-        target = cnncomp.Target(latency, accuracy_drop)
-        found = cnncomp.compress(
-            network, batches, recipe, example_inputs=pictures[:1], target=target, held_out=list(held_out.split(8))
-        )
+    scored = None if target is None else list(held_out.split(8))
+    found = cnncomp.compress(
+        network, batches, recipe, example_inputs=pictures[:1], target=target, held_out=scored, measure=measure
+    )
+    if not isinstance(found, ConvertedModel):
         typer.echo(str(found))
-        fast = found.model
-    _finish(network, fast, pictures[:1], held_out, out)
+        found = found.model
+    _finish(network, found, pictures[:1], held_out, out)
 
 
 @app.command(

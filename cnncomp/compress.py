@@ -9,11 +9,15 @@ from typing import Any, overload
 
 from torch import nn
 
+from cnncomp._modules import check_fraction
 from cnncomp.convert import ConvertedModel, convert
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning import prune
 from cnncomp.pruning.criteria import as_batches
+from cnncomp.pruning.masking import check_sparsity
+from cnncomp.pruning.patterns import parse_pattern
 from cnncomp.quantization import quantize
+from cnncomp.quantization.calibrate import check_choices
 from cnncomp.search import SearchResult, Settings, Space, Target, search
 
 
@@ -31,6 +35,10 @@ class Recipe:
         method, equalize, rounding, correct_bias, float_budget: how, as in :func:`cnncomp.quantize`; equalised and with
             corrected biases by default, which goes over the data three times.
         exclude: name patterns of layers that keep their weights and precision.
+
+    Raises:
+        ArgumentError: a value that can't be used, also of what the other values leave unused.
+        PatternError: an unknown pattern.
     """
 
     sparsity: float = 0.0
@@ -44,6 +52,21 @@ class Recipe:
     correct_bias: bool = True
     float_budget: float = 0.0
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fraction("sparsity", self.sparsity, "zeros, 0 for none")
+        if self.pattern != "channel":
+            check_sparsity(self.sparsity or None, parse_pattern(self.pattern))
+        elif self.reconstruct:
+            raise ArgumentError("reconstruct", True, "False with pattern 'channel'")
+        if self.finetune is not None and not callable(self.finetune):
+            raise ArgumentError("finetune", type(self.finetune).__name__, "a function of the model, or None")
+        for name in ("reconstruct", "int8", "correct_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(name, repr(getattr(self, name)), "True or False")
+        check_choices(self.method, equalize=self.equalize, rounding=self.rounding, float_budget=self.float_budget)
+        if not isinstance(self.exclude, (str, tuple, list)) or not all(isinstance(e, str) for e in self.exclude):
+            raise ArgumentError("exclude", repr(self.exclude), "a tuple of name patterns")
 
     @property
     def prunes(self) -> bool:
@@ -79,8 +102,24 @@ def compress(
     target: Target,
     space: Space | None = None,
     held_out: Iterable[Any] | None = None,
+    measure: bool = True,
     progress: bool = True,
 ) -> SearchResult: ...
+
+
+@overload
+def compress(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    recipe: Recipe | None = None,
+    *,
+    example_inputs: Any,
+    target: Target | None,
+    space: Space | None = None,
+    held_out: Iterable[Any] | None = None,
+    measure: bool = True,
+    progress: bool = True,
+) -> ConvertedModel | SearchResult: ...
 
 
 def compress(
@@ -101,19 +140,22 @@ def compress(
         data: batches for calibration, held in memory; needed if the recipe quantises or reconstructs, and for a target,
             which is measured on them: as accuracy where they are (images, labels), else as agreement with ``model``.
         recipe: what to do; by default int8 and no pruning. With a target, sparsity and precision are found, and layers are
-            chosen one by one: ``sparsity``, ``pattern``, ``equalize`` and ``float_budget`` don't apply.
+            chosen one by one: ``sparsity``, ``pattern``, ``reconstruct``, ``float_budget`` and ``equalize="weights"`` are
+            refused, and nothing is equalised.
         example_inputs: as in :func:`cnncomp.convert`.
         target: what to reach; sparsity, pattern and precision of each layer are then found from measured times and measured
             sensitivity (:mod:`cnncomp.search.run`).
         space: what to try for a target.
         held_out: batches to score on for a target, in place of ``data``.
+        measure, progress: as in :func:`cnncomp.convert`; a target is always measured.
 
     Returns:
         The converted network, or with a target a :class:`cnncomp.SearchResult`, which says whether it was reached and holds
         the network and the Pareto front.
 
     Raises:
-        ArgumentError: a recipe that quantises, or a target, without data; a recipe with a sparsity beside a target.
+        ArgumentError: a recipe that quantises, or a target, without data; beside a target, ``measure=False`` or a recipe with
+            what is found then; without one, ``space`` or ``held_out``.
         CalibrationError: no batch, or one that can't be used.
     """
     recipe = Recipe() if recipe is None else recipe
@@ -122,7 +164,11 @@ def compress(
     if not isinstance(recipe, Recipe):
         raise ArgumentError("recipe", type(recipe).__name__, "a cnncomp.Recipe")
     if target is not None:
+        _check_target(target, space, recipe, measure)
         return _to_target(model, data, recipe, example_inputs, target, space or Space(), held_out, progress)
+    for name, value in (("space", space), ("held_out", held_out)):
+        if value is not None:
+            raise ArgumentError(name, type(value).__name__, "None without a target")
     batches = _batches(data) if recipe.int8 or (recipe.prunes and recipe.reconstruct) else []
     model = copy.deepcopy(model)
     if recipe.prunes:
@@ -151,6 +197,29 @@ def _batches(data: Iterable[Any] | None) -> list[Any]:
     return list(as_batches(data))
 
 
+def _check_target(target: Target, space: Space | None, recipe: Recipe, measure: bool) -> None:
+    """Refuse what is no target, and what would be ignored beside one."""
+    if not isinstance(target, Target):
+        raise ArgumentError("target", type(target).__name__, "a cnncomp.Target, or None")
+    if space is not None and not isinstance(space, Space):
+        raise ArgumentError("space", type(space).__name__, "a cnncomp.search.Space, or None")
+    if recipe.prunes:
+        got = f"sparsity {recipe.sparsity}, pattern {recipe.pattern!r}"
+        raise ArgumentError("recipe", got, "neither beside a target, which finds them")
+    ignored = {
+        "reconstruct": recipe.reconstruct,
+        "float_budget": recipe.float_budget,
+        "equalize": recipe.equalize == "weights" and recipe.equalize,
+    }
+    for name, value in ignored.items():
+        if value:
+            raise ArgumentError(
+                name, repr(value), "its default beside a target, for which layers are chosen one by one"
+            )
+    if not measure:
+        raise ArgumentError("measure", measure, "True beside a target, which is reached by measuring")
+
+
 def _to_target(
     model: nn.Module,
     data: Iterable[Any] | None,
@@ -163,9 +232,6 @@ def _to_target(
 ) -> SearchResult:
     if data is None:
         raise ArgumentError("data", None, "batches to measure a target on")
-    if recipe.prunes:
-        got = f"sparsity {recipe.sparsity}, pattern {recipe.pattern!r}"
-        raise ArgumentError("recipe", got, "neither beside a target, which finds them")
     choices = tuple(c for c in space.choices if recipe.int8 or not c.int8)
     how = {"method": recipe.method, "rounding": recipe.rounding, "correct_bias": recipe.correct_bias}
     settings = Settings(target, replace(space, choices=choices), recipe.finetune, how, recipe.exclude, progress)

@@ -16,7 +16,7 @@ from cnncomp.dispatch.plan import Plan, load_cached, store_cached
 from cnncomp.errors import ArgumentError
 from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
-from cnncomp.graph.arguments import positional
+from cnncomp.graph.arguments import by_name
 from cnncomp.graph.nodes import cloned
 from cnncomp.nn.base import keeping_dtype
 from cnncomp.progress import track
@@ -59,15 +59,15 @@ class ConvertedModel(nn.Module):
 
 
 def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
-    """``example_inputs`` as positional arguments of the model's forward; a mapping whose keys are its parameters' names holds
-    keyword arguments.
+    """``example_inputs`` as positional arguments of the model's forward; a mapping with a key that is the name of a parameter
+    holds them by name, any other is one argument.
 
     Raises:
-        ArgumentError: no tensor among them.
+        ArgumentError: no tensor among them; an unknown or missing name, or one of a keyword-only parameter.
     """
     if isinstance(example_inputs, Mapping) and isinstance(model, nn.Module):
         called = model.network if isinstance(model, ConvertedModel) else model
-        example_inputs = positional(called, (), dict(example_inputs)) or example_inputs
+        example_inputs = by_name(called, example_inputs) or example_inputs
     inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     if not any(isinstance(x, Tensor) for x in tree_leaves(inputs)):
         raise ArgumentError("example_inputs", type(example_inputs).__name__, "a tensor or a tuple with tensors")

@@ -80,6 +80,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 NETWORK = ("--model", "tinynet:build", "--weights", "weights.pt", "--size", 16)
+COMPRESS = ("compress", *NETWORK, "--images", "images", "--out", "x")
 
 
 def pictures() -> Tensor:
@@ -170,6 +171,12 @@ def test_convert_keeps_the_zeros_that_are_there(folder: Path, suffix: str) -> No
     assert run("convert", *arguments).exit_code == 0  # without images
 
 
+def test_compress_takes_channels_out(folder: Path) -> None:
+    result = run(*COMPRESS, "--no-measure", "--no-int8", "--pattern", "channel", "--sparsity", 0.5)
+    assert result.exit_code == 0, result.output
+    assert cnncomp.load("x").network.get_submodule("0").weight.shape[0] < 16
+
+
 def test_convert_measures(folder: Path) -> None:
     result = run("convert", *NETWORK, "--out", "c.cnncomp", "--threads", 1)
     assert result.exit_code == 0, result.output
@@ -211,6 +218,12 @@ def test_bad_shape(shape: str) -> None:
         (("compress", *NETWORK, "--images", "nosuch", "--out", "x"), "folder"),
         (("compress", *NETWORK, "--images", "images", "--out", "x", "--sparsity", 2), "sparsity"),
         (("compress", *NETWORK, "--images", "images", "--out", "nosuch/x", "--no-measure"), "nosuch"),
+        ((*COMPRESS, "--sparsity", -0.5, "--no-int8"), "sparsity: got -0.5"),
+        ((*COMPRESS, "--method", "kl", "--no-int8"), "method: got 'kl'"),
+        ((*COMPRESS, "--pattern", "channel", "--reconstruct"), "reconstruct: got True"),
+        ((*COMPRESS, "--latency", 0.5, "--reconstruct"), "reconstruct: got True"),
+        ((*COMPRESS, "--latency", 0.5, "--float-budget", 0.1), "float_budget: got 0.1"),
+        ((*COMPRESS, "--latency", 0.5, "--no-measure"), "measure: got False"),
         (("demo", "--only", "nosuch"), "mobilenet"),
         (("convert", "--model", "tinynet:needs", "--out", "x"), "takes no arguments"),
         (("convert", "--model", "tinynet:fails", "--out", "x"), "RuntimeError: no weights"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import cnncomp
 from cnncomp.errors import ArgumentError
 from cnncomp.nn import ConvertedLayer
+from cnncomp.search import Space
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -68,3 +70,57 @@ def test_bad_arguments() -> None:
         cnncomp.compress(3, [X], example_inputs=X)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="recipe: got dict"):
         cnncomp.compress(nn.Conv2d(3, 3, 1), [X], {"int8": True}, example_inputs=X)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparsity": -0.5}, "sparsity: got -0.5"),
+        ({"sparsity": float("nan")}, "sparsity: got nan"),
+        ({"sparsity": "0.5"}, "sparsity: got '0.5'"),
+        ({"sparsity": None}, "sparsity: got None"),
+        ({"sparsity": False}, "sparsity: got False"),
+        ({"sparsity": 1.5, "pattern": "channel"}, "sparsity: got 1.5"),
+        ({"sparsity": 0.9, "pattern": "2:4"}, "sparsity: got 0.9"),
+        ({"pattern": "4:2"}, "pattern: got '4:2'"),
+        ({"pattern": "channel", "reconstruct": True}, "reconstruct: got True"),
+        ({"reconstruct": "no"}, "reconstruct: got 'no'"),
+        ({"finetune": 3}, "finetune: got int"),
+        ({"int8": "no"}, "int8: got 'no'"),
+        ({"correct_bias": None}, "correct_bias: got None"),
+        ({"method": "kl"}, "method: got 'kl'"),
+        ({"equalize": "outputs"}, "equalize: got 'outputs'"),
+        ({"rounding": "up"}, "rounding: got 'up'"),
+        ({"float_budget": "a"}, "float_budget: got 'a'"),
+        ({"exclude": 3}, "exclude: got 3"),
+    ],
+)
+def test_recipes_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        cnncomp.Recipe(**{"int8": False, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({"reconstruct": True}, {}, "reconstruct: got True"),
+        ({"float_budget": 0.1}, {}, "float_budget: got 0.1"),
+        ({"equalize": "weights"}, {}, "equalize: got 'weights'"),
+        ({"pattern": "2:4"}, {}, "recipe: got sparsity 0.0, pattern '2:4'"),
+        ({}, {"measure": False}, "measure: got False"),
+        ({}, {"space": 3}, "space: got int"),
+        ({}, {"target": 0.5}, "target: got float"),
+        ({}, {"target": None, "space": Space()}, "space: got Space"),
+        ({}, {"target": None, "held_out": [X]}, "held_out: got list"),
+    ],
+)
+def test_nothing_is_ignored(fields: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
+    given = {"target": cnncomp.Target(latency=0.5), "example_inputs": X, **arguments}
+    with pytest.raises(ArgumentError, match=message):
+        cnncomp.compress(cnncomp.models.ArticleNet(), [X], cnncomp.Recipe(**fields), **given)
+
+
+def test_a_star_import_leaves_torch_its_names() -> None:
+    namespace: dict[str, object] = {"nn": nn}
+    exec("from cnncomp import *", namespace)
+    assert namespace["nn"] is nn and "ops" not in namespace and namespace["compress"] is cnncomp.compress

@@ -159,3 +159,34 @@ def test_a_mapping_names_the_arguments_or_is_one(make: type[Named]) -> None:
     call = {"batch": given} if make is TakesOne else given
     torch.testing.assert_close(fast(**call), model(**call))
     assert [row.name for row in cnncomp.profile(fast, given, progress=False).layers] == ["conv"]
+
+
+def test_a_mapping_may_leave_out_optional_arguments() -> None:
+    model = OptionalArguments().eval()
+    given = {"x": X, "shift": torch.ones(1)}
+    fast = cnncomp.convert(model, given, measure=False)  # type: ignore[arg-type]
+    assert not fast.conversion.kept
+    torch.testing.assert_close(fast(X, None, 1.0, torch.ones(1)), model(**given))  # type: ignore[arg-type]
+    torch.testing.assert_close(fast(**given), model(**given))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="mask: got a Tensor"):
+        fast(X, torch.ones(1), 1.0, torch.ones(1))
+
+
+class KeywordOnly(Named):
+    def forward(self, *, image: Tensor) -> Tensor:  # type: ignore[override]
+        return self.conv(image)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (Named(), {"image": X, "gian": X}, r"\('gian' no parameter; 'gain' missing\).*\['image', 'gain'\]"),
+        (Named(), {"image": X}, "'gain' missing"),
+        (KeywordOnly(), {"image": X}, "'image' keyword-only"),
+        (OptionalArguments(), {"x": X, "feat": True}, "'feat' keyword-only"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused(model: nn.Module, given: dict[str, object], message: str) -> None:
+    for call in (cnncomp.convert, cnncomp.profile, cnncomp.channels_of):
+        with pytest.raises(ArgumentError, match=message):
+            call(model.eval(), given)

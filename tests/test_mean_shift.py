@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cnncomp
 from cnncomp import Quantization
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.models import ArticleNet, DigitsNet, mobilenet_v2
 from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, quantize_weight
 from cnncomp.ops import reference
@@ -144,6 +144,39 @@ def test_one_ratio_for_all() -> None:
     with torch.no_grad():
         assert (coarse(x) - model(x)).norm() > (quantized(x) - model(x)).norm() > 0
     assert "quantization_ratio=0.01" in repr(quantized)
+
+
+def test_dimensions_count_from_the_end_too() -> None:
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for channel in range(3):
+        a, b = mean_shift(x, per_channel=channel), mean_shift(x, per_channel=channel - 3)
+        assert a.mean.numel() == x.shape[channel] and torch.equal(a.mean, b.mean) and torch.equal(a.q, b.q)
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        ([1.0, 2.0], {}, "x: got list"),
+        (torch.zeros(2, dtype=torch.complex64), {}, "x: got torch.complex64"),
+        (torch.zeros(0, 3), {}, r"x: got an empty tensor, \(0, 3\)"),
+        (torch.ones(3), {"ratio": "a"}, "quantization_ratio: got 'a'"),
+        (torch.ones(3), {"ratio": True}, "quantization_ratio: got True"),
+        (torch.ones(3), {"per_channel": 5}, "per_channel: got 5"),
+        (torch.ones(3), {"per_channel": -2}, "per_channel: got -2"),
+        (torch.ones(3), {"per_channel": False}, "per_channel: got False"),
+        (torch.tensor(1.0), {"per_channel": 0}, "per_channel: got 0"),
+    ],
+)
+def test_arguments_of_the_formula(x: object, arguments: dict[str, object], message: str) -> None:
+    error = DtypeError if message.startswith(("x: got list", "x: got torch")) else ArgumentError
+    with pytest.raises(error, match=message):
+        mean_shift(x, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ratio", ["a", True])
+def test_a_ratio_that_is_no_number(ratio: object) -> None:
+    with pytest.raises(ArgumentError, match="quantization_ratio"):
+        Quantization(nn.Linear(2, 2), ratio)  # type: ignore[arg-type]
 
 
 def test_normalised_parameters() -> None:

@@ -225,7 +225,7 @@ def test_dense_layers_clamp_per_channel(kernel: str, residual: bool) -> None:
 # --- bias correction ---
 
 
-@pytest.mark.parametrize("batch", [16, 5])
+@pytest.mark.parametrize("batch", [16, 5, 7])
 @pytest.mark.parametrize("rounding", ["nearest", "adaptive"])
 @pytest.mark.parametrize("bias", ["own", "norm", "none"])
 def test_corrected_layers_have_the_means_of_float_weights(bias: str, batch: int, rounding: str) -> None:
@@ -262,6 +262,47 @@ def test_corrected_layers_have_the_means_of_float_weights(bias: str, batch: int,
     assert (corrected_net[0].bias is None) == (bias == "norm")
     kept = torch.equal(corrected_net[0].parametrizations.weight.original, first.weight)
     assert kept == (rounding == "nearest")
+
+
+def test_biases_of_a_frozen_net_are_frozen() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5))
+    net.eval().requires_grad_(False)
+    x = torch.rand(4, 3, 10, 10)
+    for model in (quantize(copy.deepcopy(net), x, correct_bias=True), quantize(copy.deepcopy(net), x, qat=True)):
+        assert not any(p.requires_grad for p in model.parameters())
+    corrected, folded = quantize(copy.deepcopy(net), x, correct_bias=True)[0], copy.deepcopy(net)
+    fold_norms(folded)
+    assert corrected.bias is not None and folded[2].bias is not None
+    assert quantize(net.requires_grad_(True), x, correct_bias=True)[0].bias.requires_grad
+
+
+class Failing(nn.Module):
+    """Raises at one of its calls with a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.fails_at = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += isinstance(x, Tensor)  # and no proxy of a tracer
+        if self.calls == self.fails_at:
+            raise CalibrationError("no more")
+        return x
+
+
+def test_a_net_that_fails_half_way_is_as_it_was() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), Failing()).eval()
+    x, how = torch.rand(4, 3, 10, 10), {"rounding": "adaptive", "correct_bias": True, "float_budget": 0.5}
+    done = quantize(copy.deepcopy(net), x, **how)  # type: ignore[arg-type]
+    passes = done[4].calls
+    assert passes >= 5
+    for net[4].fails_at in range(1, passes + 1):
+        net[4].calls, before = 0, copy.deepcopy(net.state_dict())
+        with pytest.raises(CalibrationError, match="no more"):
+            quantize(net, x, **how)  # type: ignore[arg-type]
+        assert net.state_dict().keys() == before.keys()
+        assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+        assert quantization_of(net[0]) is quantization_of(net[2]) is None
 
 
 # --- adaptive rounding ---
@@ -451,7 +492,9 @@ def test_two_forwards_before_one_backward() -> None:
         ({"scheme": "affine"}, "scheme: got 'affine', expected one of 'symmetric', 'mean-shift'"),
         ({"rounding": "up"}, "rounding: got 'up'"),
         ({"equalize": True}, "equalize: got True, expected None or one of 'activations', 'weights'"),
-        ({"float_budget": 1.5}, "float_budget: got 1.5, expected a fraction"),
+        ({"float_budget": 1.5}, "float_budget: got 1.5, expected a number from 0 to 1"),
+        ({"float_budget": "a"}, "float_budget: got 'a'"),
+        ({"float_budget": None}, "float_budget: got None"),
     ],
 )
 def test_choices_are_checked(arguments: dict[str, object], message: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from cnncomp._modules import bake_weight
+from cnncomp._modules import bake_weight, layers_of, weight_parameter
 from cnncomp.errors import ArgumentError, CnncompError
 from cnncomp.graph.arguments import optional_arguments, positional, trace_with_fixed
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
@@ -96,6 +96,9 @@ def clone_for_inference(model: nn.Module) -> nn.Module:
         with torch.inference_mode(False):
             copied = copy.deepcopy(model).eval().requires_grad_(False)
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        for name, layer in layers_of(model).items():
+            if not parametrize.is_parametrized(layer, "weight"):
+                weight_parameter(layer, name)  # names the layer whose weight something else computes
         expected = "one that copy.deepcopy takes (torch.nn.utils.prune.remove, remove_weight_norm, ... first)"
         raise ArgumentError("model", f"a module that can't be copied: {error}", expected) from error
     for name, layer in list(copied.named_modules()):
@@ -122,8 +125,8 @@ class Call:
 def trace_graph(root: nn.Module, call: Call) -> fx.GraphModule | None:
     """The module's graph, if it can be traced and the graph gives on the recorded call what the module gave.
 
-    Parameters of forward that were not given stay free parameters of the graph, but for those that tracing fails with,
-    because the code branches on them: these are fixed at their defaults.
+    Parameters of forward that were not given, or as their defaults, stay free parameters of the graph, but for those that
+    tracing fails with, because the code branches on them: these are fixed at their defaults.
     """
 
     def attempt(fixed: dict[str, Any]) -> fx.GraphModule | None:
@@ -133,7 +136,7 @@ def trace_graph(root: nn.Module, call: Call) -> fx.GraphModule | None:
         except Exception:  # fx, and the model's own code on a proxy, raise anything
             return None
 
-    found, fixed = attempt({}), optional_arguments(root, len(call.args))
+    found, fixed = attempt({}), optional_arguments(root, call.args)
     if found is None and fixed and (found := attempt(fixed)) is not None:
         for name in list(fixed) if len(fixed) > 1 else ():
             fewer = {k: v for k, v in fixed.items() if k != name}

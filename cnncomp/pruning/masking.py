@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
 from cnncomp._batches import inputs_of
+from cnncomp._modules import check_fraction
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning import allocation as alloc
 from cnncomp.pruning.criteria import Loss, as_batches, given_scores, score_targets
@@ -120,7 +120,7 @@ def prune(
         example_inputs, round_to: as in :func:`cnncomp.prune_channels`, for pattern "channel" only.
 
     Returns:
-        ``model``. A layer of which nothing is left is named in a warning.
+        ``model``. A layer of which nothing is left is named in a warning; so is the reason why no channel goes.
 
     Raises:
         ArgumentError: a sparsity outside 0 to 1 or below what is masked already, or not an n:m pattern's own; an unknown
@@ -192,8 +192,7 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     """
     if sparsity is None:
         return pattern.sparsity if isinstance(pattern, NM) else DEFAULT_SPARSITY
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
-        raise ArgumentError("sparsity", repr(sparsity), "a number from 0 to 1 (the fraction of zeros)")
+    check_fraction("sparsity", sparsity, "zeros")
     if isinstance(pattern, NM) and abs(sparsity - pattern.sparsity) > 1e-3:
         raise ArgumentError("sparsity", sparsity, f"None or {pattern.sparsity:.4g}, which pattern '{pattern}' gives")
     return float(sparsity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cnncomp._modules import weight_parameter
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.quantization.calibrate import attach_mean_shift
 from cnncomp.quantization.fake import WEIGHT_MAX
 from cnncomp.quantization.scales import safe_scale
@@ -36,21 +37,25 @@ def mean_shift(x: Tensor, ratio: float | None = None, per_channel: int | None = 
     """μ = mean(x), q = round((x − μ)/α), half to even.
 
     Args:
-        x: floats.
+        x: floats, at least one.
         ratio: α, above 0; None: the largest |x − μ| divided by 127.
-        per_channel: the dimension along which each index has its own μ, and its own α where ``ratio`` is None; None: one
-            of each for the tensor.
+        per_channel: the dimension, from the end where negative, along which each index has its own μ, and its own α where
+            ``ratio`` is None; None: one of each for the tensor.
 
     Raises:
         ArgumentError: a ratio that is not above 0 or so small that q overflows int8 (the message names the smallest that
-            fits); NaN or infinity in ``x``.
+            fits); an empty ``x``, or NaN or infinity in it; a dimension that it does not have.
+        DtypeError: ``x`` is no tensor of real numbers.
     """
-    if not torch.isfinite(x).all():
-        raise ArgumentError("x", "NaN or infinity", "finite values")
-    if ratio is not None and not 0 < ratio < float("inf"):
-        raise ArgumentError("quantization_ratio", ratio, "a number above 0")
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise DtypeError("x", x.dtype if isinstance(x, Tensor) else type(x).__name__, "a tensor of floats")
+    if not x.numel() or not torch.isfinite(x).all():
+        got = "NaN or infinity" if x.numel() else f"an empty tensor, {tuple(x.shape)}"
+        raise ArgumentError("x", got, "finite values, at least one")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio < float("inf")):
+        raise ArgumentError("quantization_ratio", repr(ratio), "a number above 0, or None")
     x64 = x.detach().double()
-    other = None if per_channel is None else [d for d in range(x.dim()) if d != per_channel]
+    other = None if per_channel is None else _other_dimensions(x, per_channel)
     mean = (x64.mean() if other is None else x64.mean(other, keepdim=True)).float()
     centred = x64 - mean.double()
     largest = centred.abs().amax() if other is None else centred.abs().amax(other, keepdim=True)
@@ -62,6 +67,13 @@ def mean_shift(x: Tensor, ratio: float | None = None, per_channel: int | None = 
             fits = smallest_ratio(largest.max().item())
             raise ArgumentError("quantization_ratio", ratio, f"at least {fits!r}: below, q overflows int8")
     return MeanShifted((centred / alpha.double()).round().to(torch.int8), alpha, mean)
+
+
+def _other_dimensions(x: Tensor, dim: int) -> list[int]:
+    """All dimensions of ``x`` but ``dim``."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        raise ArgumentError("per_channel", repr(dim), f"None or a dimension of a tensor with {x.dim()}")
+    return [d for d in range(x.dim()) if d != dim % x.dim()]
 
 
 def smallest_ratio(largest: float) -> float:

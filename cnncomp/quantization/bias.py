@@ -33,7 +33,9 @@ def correct_biases(
         norms: by layer name, the BatchNorm that alone reads it.
         feed: runs the model that the layers are of.
     """
-    shifts: dict[str, list[Tensor]] = defaultdict(list)
+    shifts: dict[str, list[tuple[Tensor, int]]] = defaultdict(
+        list
+    )  # and the number of outputs that each is the mean of
 
     def watch(name: str) -> Any:
         def hook(layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def correct_biases(
             expected = layer.forward(*args, **kwargs)  # past the hooks
             parameter.data, quantizer.enabled = rounded, True
             shift = _mean(layer, expected.float() - out.float())
-            shifts[name].append(shift)
+            shifts[name].append((shift, out.numel()))
             return out + shift.to(out.dtype).view(-1, *[1] * (out.dim() - 1 - _channel_dim(layer, out)))
 
         return hook
@@ -57,17 +59,18 @@ def correct_biases(
             handle.remove()
     with torch.no_grad():
         for name, found in shifts.items():
-            _add_to_bias(layers[name], torch.stack(found).mean(0), norms.get(name))
+            shift = torch.stack([s * n for s, n in found]).sum(0) / sum(n for _, n in found)
+            _add_to_bias(layers[name], name, shift, norms.get(name))
 
 
-def _add_to_bias(layer: Layer, shift: Tensor, norm: nn.Module | None) -> None:
+def _add_to_bias(layer: Layer, name: str, shift: Tensor, norm: nn.Module | None) -> None:
     shift = shift.to(layer.weight.dtype)
     if layer.bias is not None:
         layer.bias += shift
     elif norm is not None:
         norm.running_mean -= shift  # type: ignore[operator]
     else:
-        layer.bias = nn.Parameter(shift)
+        layer.bias = nn.Parameter(shift, requires_grad=weight_parameter(layer, name).requires_grad)
 
 
 def _channel_dim(layer: nn.Module, out: Tensor) -> int:

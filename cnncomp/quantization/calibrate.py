@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnncomp._modules import Layer, layers_of, reduction_length, resolve_device, select, weight_parameter
+from cnncomp._modules import (
+    Layer,
+    check_fraction,
+    layers_of,
+    reduction_length,
+    resolve_device,
+    select,
+    weight_parameter,
+)
 from cnncomp.errors import ArgumentError, CalibrationError, OverflowRiskError
 from cnncomp.ops.library import MAX_REDUCTION
 from cnncomp.quantization.bias import correct_biases
@@ -87,16 +95,9 @@ def quantize(
         OverflowRiskError: a layer sums more than 66,311 products.
         DeviceError: a ``device`` that is not there.
         CalibrationError: no batch, or one that is no tensor, or NaN or infinity in one or in a layer's input. The model
-            is unchanged then, but for what ``equalize`` rescaled.
+            is unchanged then, but for what ``equalize`` rescaled and ``qat`` folded.
     """
-    choices = {"method": (method, METHODS), "scheme": (scheme, SCHEMES), "rounding": (rounding, ROUNDINGS)}
-    for argument, (got, known) in choices.items():
-        if got not in known:
-            raise ArgumentError(argument, repr(got), f"one of {', '.join(map(repr, known))}")
-    if equalize is not None and equalize not in CRITERIA:
-        raise ArgumentError("equalize", repr(equalize), f"None or one of {', '.join(map(repr, CRITERIA))}")
-    if not 0 <= float_budget <= 1:
-        raise ArgumentError("float_budget", float_budget, "a fraction, from 0 to 1")
+    check_choices(method, scheme, equalize, rounding, float_budget)
     layers = _layers_to_quantize(model, exclude, scheme)
     if device is not None:
         model.to(resolve_device(device))
@@ -108,19 +109,49 @@ def quantize(
     layers = _reached(layers, observers)
     if qat:
         fold_norms(model)
-    for name, layer in layers.items():
-        attach(layer, *_quantizers(layer, observers[name], method, scheme, qat))
-    if float_budget > 0:
-        _keep_sensitive(model, layers, feed, float_budget)
-    weights = {n: weight_parameter(m, n).detach().clone() for n, m in layers.items()} if correct_bias else {}
-    if rounding == "adaptive":
-        skipped = round_adaptively(layers, feed)
-        if skipped:
+    changed = correct_bias or rounding != "nearest"
+    weights = {n: weight_parameter(m, n).detach().clone() for n, m in layers.items()} if changed else {}
+    done = False
+    try:
+        for name, layer in layers.items():
+            attach(layer, *_quantizers(layer, observers[name], method, scheme, qat))
+        if float_budget > 0:
+            _keep_sensitive(model, layers, feed, float_budget)
+        if rounding == "adaptive" and (skipped := round_adaptively(layers, feed)):
             warnings.warn(f"layers too large for adaptive rounding: {', '.join(skipped)}", UserWarning, stacklevel=2)
-    if correct_bias:
-        norms = {name: model.get_submodule(norm) for name, norm in norm_after(model, layer_graph(model)).items()}
-        correct_biases(layers, weights, norms, feed)
+        if correct_bias:
+            norms = {name: model.get_submodule(norm) for name, norm in norm_after(model, layer_graph(model)).items()}
+            correct_biases(layers, weights, norms, feed)
+        done = True
+    finally:
+        if not done:
+            _detach(layers, weights)
     return model
+
+
+def check_choices(
+    method: str = "mse",
+    scheme: str = "symmetric",
+    equalize: str | None = None,
+    rounding: str = "nearest",
+    float_budget: float = 0.0,
+) -> None:
+    """Raise :class:`ArgumentError` for what :func:`quantize` does not take."""
+    choices = {"method": (method, METHODS), "scheme": (scheme, SCHEMES), "rounding": (rounding, ROUNDINGS)}
+    for argument, (got, known) in choices.items():
+        if got not in known:
+            raise ArgumentError(argument, repr(got), f"one of {', '.join(map(repr, known))}")
+    if equalize is not None and equalize not in CRITERIA:
+        raise ArgumentError("equalize", repr(equalize), f"None or one of {', '.join(map(repr, CRITERIA))}")
+    check_fraction("float_budget", float_budget, "multiplications that stay float")
+
+
+def _detach(layers: dict[str, Layer], weights: dict[str, Tensor]) -> None:
+    """Undo a quantisation that failed half-way; ``weights`` are the parameters as they were before."""
+    for name, layer in layers.items():
+        remove_layer_quantization(layer)
+        if name in weights:
+            weight_parameter(layer, name).data.copy_(weights[name])
 
 
 def attach_mean_shift(
@@ -131,8 +162,7 @@ def attach_mean_shift(
     progress: bool,
 ) -> nn.Module:
     """:func:`quantize` in place with given weights: ``scheme`` tells the scale (K,) and shift (K,) of a layer."""
-    if method not in METHODS:
-        raise ArgumentError("method", repr(method), f"one of {', '.join(map(repr, METHODS))}")
+    check_choices(method)
     layers = _layers_to_quantize(model, (), "mean-shift")
     observers = _observe(layers, Feed(model, calibration, False, progress), histogram=method != "minmax")
     for name, layer in _reached(layers, observers).items():

@@ -96,7 +96,7 @@ def fold_norms(model: nn.Module) -> list[str]:
         weight, bias, _ = fold_batch_norm(parameter, layer.bias, norm)  # type: ignore[arg-type]
         parameter.copy_(weight)
         if layer.bias is None:
-            layer.bias = nn.Parameter(bias.to(parameter.dtype))
+            layer.bias = nn.Parameter(bias.to(parameter.dtype), requires_grad=parameter.requires_grad)
         else:
             layer.bias.copy_(bias)
         model.set_submodule(norm_name, nn.Identity())

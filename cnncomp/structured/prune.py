@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnncomp._batches import evaluating
+from cnncomp._modules import check_fraction
 from cnncomp.convert import as_inputs
 from cnncomp.errors import ArgumentError
 from cnncomp.graph.nodes import cloned
@@ -21,6 +23,8 @@ from cnncomp.structured.graph import ChannelGraph, Group
 from cnncomp.structured.layers import Node, mask_buffer, set_data
 
 SCOPES = ("global", "layer")
+#: Reasons that a warning quotes.
+_QUOTED = 3
 
 
 def prune_channels(
@@ -43,8 +47,8 @@ def prune_channels(
     the columns of the layers that read it, through residual adds, products, concatenation, chunks and flattening. What
     can't be followed stays whole; :func:`channels_of` lists the groups, and what stays with the reason. The smaller model
     gives what the given one would with those channels' weights at zero; that is checked on ``example_inputs``, and where it
-    fails the model stays as it was, with a line in ``kept``. The model trains on; parameters stay the same objects, but an
-    optimiser with momentum has to be made anew.
+    fails the model stays as it was, with a warning and a line in ``kept``. The model trains on; parameters stay the same
+    objects, but an optimiser with momentum has to be made anew.
 
     Args:
         model: The model, trainable afterwards. Layers remember how many channels they had: pruning again with the same
@@ -60,7 +64,7 @@ def prune_channels(
         graph: What :func:`channels_of` found for this model; gets a line in ``kept`` where pruning was taken back.
 
     Returns:
-        ``model``.
+        ``model``. Where no channel could be taken out, or pruning was taken back, a warning says why.
 
     Raises:
         ArgumentError: a number out of range, an unknown scope or criterion, data missing, a pattern in ``exclude`` that
@@ -78,15 +82,29 @@ def prune_channels(
         gone = choose(groups, scores, sparsity, round_to, limit)
     else:
         gone = [choose([g], [s], sparsity, round_to)[0] for g, s in zip(groups, scores, strict=True)]
-    if not remove(model, dict(zip(groups, gone, strict=True)), inputs):
+    removed = dict(zip(groups, gone, strict=True))
+    if not remove(model, removed, inputs):
         found.kept[""] = "was left as it is: the smaller model did not give what the masked one does"
+        warnings.warn(f"no channel was taken out: the model {found.kept['']}", UserWarning, stacklevel=2)
+    elif sparsity > 0 and all(len(g) == g.before and not u.any() for g, u in removed.items()):
+        warnings.warn(f"no channel was taken out: {_why_none(groups, candidates)}", UserWarning, stacklevel=2)
     return model
+
+
+def _why_none(groups: Sequence[Group], graph: ChannelGraph) -> str:
+    """Why no channel goes, of groups that have a score."""
+    if groups:
+        return "sparsity, limit and round_to leave each group whole"
+    if graph.groups:
+        return "no group has a score"
+    reasons = [f"{name or '(model)'} {reason}" for name, reason in graph.kept.items()]
+    more = [f"{len(reasons) - _QUOTED} more (see channels_of)"] if len(reasons) > _QUOTED else []
+    return "; ".join(reasons[:_QUOTED] + more) or "no layer has channels that can go"
 
 
 def _check(sparsity: float, scope: str, round_to: int, limit: float) -> None:
     for name, value in (("sparsity", sparsity), ("limit", limit)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ArgumentError(name, repr(value), "a number from 0 to 1 (the fraction of channels that go)")
+        check_fraction(name, value, "channels that go")
     if scope not in SCOPES:
         raise ArgumentError("scope", repr(scope), f"one of {', '.join(map(repr, SCOPES))}")
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
@@ -97,24 +115,27 @@ def remove(model: nn.Module, removed: Mapping[Group, Tensor], example_inputs: tu
     """Take units (bool, one per unit of each group) out of ``model``, in place.
 
     Returns:
-        Whether the smaller model gives on ``example_inputs`` what the masked one does; if not, it is as it was before.
+        Whether the smaller model gives on ``example_inputs`` what the masked one does; if not, or if a layer can't be made
+        smaller, it is as it was before.
     """
     removed = {group: gone for group, gone in removed.items() if gone.any()}
     masks = ChannelGraph(model).masks(removed)
     expected = _run(masked(model, masks), example_inputs)
     before = [_State(node) for node in masks]
-    for group in removed:
-        group.remember()
-    for node, axes in masks.items():
-        node.shrink(axes.get("in"), axes.get("out"))
+    done = False
     try:
-        if _close(_run(model, example_inputs), expected):
-            return True
+        for group in removed:
+            group.remember()
+        for node, axes in masks.items():
+            node.shrink(axes.get("in"), axes.get("out"))
+        done = _close(_run(model, example_inputs), expected)
     except Exception:  # whatever the model's own code raises
         pass
-    for state in before:
-        state.restore()
-    return False
+    finally:  # also where the user interrupts
+        if not done:
+            for state in before:
+                state.restore()
+    return done
 
 
 def masked(model: nn.Module, masks: Mapping[Node, Mapping[str, Tensor]]) -> nn.Module:
