@@ -336,6 +336,11 @@ def test_a_checkpoint_of_another_distillation_is_refused(tmp_path: Path) -> None
     distill(nn.Linear(4, 3), teacher, x, ONE, checkpoint=tmp_path / "c", progress=False)
     with pytest.raises(ArgumentError, match="checkpoint"):
         distill(nn.Linear(4, 3), teacher, x, ONE, temperature=2.0, checkpoint=tmp_path / "c", progress=False)
+    for other in ({"label_weight": 0.2}, {"hint_weight": 2.0}, {"hints": {"": ""}}):
+        with pytest.raises(ArgumentError, match="checkpoint"):
+            distill(nn.Linear(4, 3), teacher, x, ONE, checkpoint=tmp_path / "c", progress=False, **other)  # type: ignore[arg-type]
+    resumed = distill(nn.Linear(4, 3), teacher, x, ONE, temperature=4, checkpoint=tmp_path / "c", progress=False)
+    assert len(resumed.rows) == 1  # 4 is 4.0
 
 
 def test_all_stages_resume_from_a_folder(tmp_path: Path) -> None:
@@ -376,3 +381,51 @@ def test_models_that_are_none_are_typed() -> None:
     student.forward = lambda x: student[0](x)  # type: ignore[method-assign]
     with pytest.raises(ArgumentError, match="never runs"):
         distill(student, nn.Sequential(nn.Linear(4, 3)), x, ONE, hints={"unused": "0"}, progress=False)
+
+
+class Pair(nn.Module):
+    """Returns its logits and its input; so does its module ``pair``."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.pair = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.fc(x), x) if self.pair is None else self.pair(x)[0]
+
+
+def test_what_is_no_distillation_is_typed() -> None:
+    net, x = nn.Linear(4, 3), [torch.randn(8, 4)]
+    cases: list[tuple[nn.Module, nn.Module, dict[str, Any], str]] = [
+        (nn.Linear(4, 3), net, {"label_weight": "a"}, "label_weight"),
+        (nn.Linear(4, 3), net, {"hint_weight": "a"}, "hint_weight"),
+        (nn.Linear(4, 3), net, {"hint_weight": math.inf}, "hint_weight"),
+        (nn.Linear(4, 3), net, {"settings": {"epochs": 1}}, "settings"),
+        (nn.Linear(4, 3), net, {"data": None}, "loader"),
+        (nn.Linear(4, 3), Pair(), {}, "teacher: got a model that returns a tuple"),
+        (Pair(), net, {}, "student: got a model that returns a tuple"),
+        (Pair(Pair()), net, {"hints": {"pair": ""}}, "hints: got 'pair', which returns a tuple"),
+    ]
+    for student, teacher, wrong, message in cases:
+        with pytest.raises(ArgumentError, match=message):
+            distill(student, teacher, **{"data": x, "settings": ONE, "progress": False, **wrong})
+    with pytest.raises(ArgumentError, match="teacher_weight"):
+        KnowledgeDistillation(nn.Linear(4, 3), net, teacher_weight="a")  # type: ignore[arg-type]
+
+
+def test_fit_validates_the_model_of_each_stage_and_refuses_what_a_stage_would() -> None:
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    kd, seen = KnowledgeDistillation(nn.Linear(4, 3), nn.Linear(4, 3), settings=ONE), []
+
+    def validate(model: nn.Module) -> float:
+        seen.append(model)
+        return 0.0
+
+    for unknown in ("checkpoint", "tensorboard", "objective"):  # before the teacher is trained in vain
+        with pytest.raises(TypeError, match=unknown):
+            kd.fit(batches, **{unknown: None})  # type: ignore[arg-type]
+    kd.fit(batches, validate=validate, progress=False)
+    assert [m is kd.teacher_model for m in seen] == [True, False, False] and seen[1] is seen[2] is kd.student_model
+    with pytest.raises(ArgumentError, match="frozen"):
+        kd.fit(batches, progress=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cnncomp.errors import ArgumentError
+from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.evaluation import CORRUPTIONS, corrupt, evaluate, table
 
 
@@ -162,5 +162,10 @@ def test_labels_that_are_none_are_refused() -> None:
     for labels in (y[:, None], -y, y / 3, y + 1):
         with pytest.raises(ArgumentError, match="labels"):
             evaluate(model, images, labels, progress=False)
-    with pytest.raises(ArgumentError, match="batch_size"):
-        evaluate(model, images, y, batch_size=0, progress=False)
+    with pytest.raises(ArgumentError, match="labels: got a list"):
+        evaluate(model, images, y.tolist(), progress=False)  # type: ignore[arg-type]
+    for size in (0, -1, 2.5, "a"):
+        with pytest.raises(ArgumentError, match="batch_size"):
+            evaluate(model, images, y, batch_size=size, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="images"):
+        evaluate(model, images.int(), y, progress=False)

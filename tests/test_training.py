@@ -457,3 +457,62 @@ def test_resumes_exactly_with_a_sampler_of_its_own_generator(tmp_path: Path) -> 
     loader = torch.utils.data.DataLoader(data, 4, num_workers=1, persistent_workers=True)
     with pytest.raises(ArgumentError, match="persistent_workers"):
         train(nn.Linear(4, 3), loader, checkpoint=tmp_path / "c", progress=False)
+
+
+def test_batch_samplers_with_a_generator_of_their_own_resume_exactly(tmp_path: Path) -> None:
+    x, y = images(32)
+    dataset = TensorDataset(x, y)
+
+    def run(name: str, objective: Any = cross_entropy) -> nn.Module:
+        sampler = torch.utils.data.RandomSampler(dataset, generator=torch.Generator().manual_seed(3))
+        loader = DataLoader(dataset, batch_sampler=torch.utils.data.BatchSampler(sampler, 8, drop_last=False))
+        model = toy()
+        train(model, loader, FAST, objective=objective, checkpoint=tmp_path / name, checkpoint_every=1)
+        return model
+
+    whole = run("whole")
+    with pytest.raises(Killed):
+        run("broken", killed_at(7))
+    assert same(run("broken"), whole)
+
+
+def test_validation_may_be_a_tensor_of_one_number() -> None:
+    batches = [images(8)]
+    history = train(toy(), batches, FAST, validate=lambda model: torch.tensor([0.25]))  # type: ignore[arg-type, return-value]
+    assert [row["validation"] for row in history.rows] == [0.25, 0.25] and history.best_epoch == 1
+    for score in (torch.zeros(2), torch.tensor(1j), "0.5"):
+        with pytest.raises(ArgumentError, match="validate"):
+            train(toy(), batches, FAST, validate=lambda model, score=score: score)  # type: ignore[misc]
+
+
+class Scaled(nn.Module):
+    """Takes uint8 images, which it scales itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = toy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.float() / 255)
+
+
+def test_images_of_integers_are_for_models_that_take_them() -> None:
+    x, y = images(8)
+    batches = [((x * 255).to(torch.uint8), y)]
+    with pytest.raises(DtypeError, match=r"loader: got images of torch\.uint8"):
+        train(toy(), batches, FAST)
+    assert len(train(Scaled(), batches, FAST).rows) == 2
+    with pytest.raises(RuntimeError, match=r"^Given groups") as raised:  # not the images' dtype
+        train(toy(), [(x.expand(-1, 2, -1, -1), y)], FAST)
+    assert not isinstance(raised.value, DtypeError)
+
+
+def test_labels_that_are_no_tensor_and_folders_are_refused(tmp_path: Path) -> None:
+    x, y = images(8)
+    with pytest.raises(ArgumentError, match="labels: got a list"):
+        cross_entropy(toy(), x, y.tolist())  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="checkpoint: got the folder"):
+        train(toy(), [(x, y)], FAST, checkpoint=tmp_path)
+    torch.save({"cnncomp_training": 1}, tmp_path / "c")
+    with pytest.raises(ArgumentError, match="checkpoint"):
+        train(toy(), [(x, y)], FAST, checkpoint=tmp_path / "c")

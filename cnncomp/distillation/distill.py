@@ -18,7 +18,7 @@ from cnncomp._batches import evaluating
 from cnncomp.distillation.hints import Features, build_projections, hint_loss
 from cnncomp.distillation.losses import soft_cross_entropy
 from cnncomp.errors import ArgumentError, DeviceError
-from cnncomp.training.loop import History, Validate, cross_entropy, split_batch, train
+from cnncomp.training.loop import History, Validate, check_training, cross_entropy, split_batch, train
 from cnncomp.training.settings import Settings
 
 #: Fine-tuning after pruning: few epochs at a low rate, for the weights that are left are almost right.
@@ -112,6 +112,7 @@ def distill(
     """
     _check(student, teacher, temperature, label_weight, hint_weight)
     settings = Settings() if settings is None else settings
+    check_training(student, data, settings)
     hints = dict(hints or {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(teacher))
@@ -133,7 +134,15 @@ def distill(
             log=log,
             title=title,
             progress=progress,
-            identity=repr((temperature, label_weight, sorted(hints.items()), hint_weight)),
+            # As floats: 4 and 4.0 are the same temperature.
+            identity=repr(
+                (
+                    float(temperature),
+                    None if label_weight is None else float(label_weight),
+                    sorted(hints.items()),
+                    float(hint_weight),
+                )
+            ),
         )
 
 
@@ -160,6 +169,11 @@ def check_temperature(temperature: float) -> None:
         raise ArgumentError("temperature", repr(temperature), "a finite number above 0")
 
 
+def check_weight(name: str, weight: float, largest: float, expected: str) -> None:
+    if not isinstance(weight, Real) or not 0 <= weight <= largest or weight == math.inf:
+        raise ArgumentError(name, repr(weight), expected)
+
+
 def _check(
     student: nn.Module, teacher: nn.Module, temperature: float, label_weight: float | None, hint_weight: float
 ) -> None:
@@ -169,10 +183,9 @@ def _check(
     if not any(True for _ in student.parameters()):
         raise ArgumentError("student", "a model without parameters", "one that can be trained")
     check_temperature(temperature)
-    if label_weight is not None and not 0 <= label_weight <= 1:
-        raise ArgumentError("label_weight", label_weight, "0 to 1, or None")
-    if not hint_weight >= 0:
-        raise ArgumentError("hint_weight", hint_weight, "0 or more")
+    if label_weight is not None:
+        check_weight("label_weight", label_weight, 1, "0 to 1, or None")
+    check_weight("hint_weight", hint_weight, math.inf, "a finite number, 0 or more")
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise ArgumentError(

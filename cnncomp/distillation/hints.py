@@ -57,7 +57,8 @@ def build_projections(
         student, teacher: Features by name, of one batch.
 
     Raises:
-        ArgumentError: features that are neither (N, C) nor (N, C, H, W), or not the same kind for both.
+        ArgumentError: a module that doesn't run or returns no tensor, or features that are neither (N, C) nor (N, C, H, W), or
+            not the same kind for both.
     """
     projections = nn.ModuleList()
     for ours, theirs in hints.items():
@@ -67,6 +68,10 @@ def build_projections(
                 "hints", f"{missing[0]!r}, which the model never runs", "modules that run in each forward"
             )
         s, t = student[ours], teacher[theirs]
+        for name, features in ((ours, s), (theirs, t)):
+            if not isinstance(features, Tensor):
+                got = f"{name!r}, which returns a {type(features).__name__}"
+                raise ArgumentError("hints", got, "modules that return a tensor")
         if s.ndim != t.ndim or s.ndim not in (2, 4):
             got = f"{ours!r} of shape {tuple(s.shape)} for {theirs!r} of shape {tuple(t.shape)}"
             raise ArgumentError("hints", got, "both (N, C) or both (N, C, H, W)")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from cnncomp.distillation.distill import check_temperature, distill
+from cnncomp.distillation.distill import check_temperature, check_weight, distill
 from cnncomp.errors import ArgumentError
-from cnncomp.training.loop import History, train
+from cnncomp.training.loop import History, Validate, train
 from cnncomp.training.settings import Settings
 
 
@@ -59,8 +59,7 @@ class KnowledgeDistillation(nn.Module):
             if not isinstance(model, nn.Module):
                 raise ArgumentError(name, type(model).__name__, "a torch.nn.Module")
         check_temperature(temperature)
-        if not 0 <= teacher_weight <= 1:
-            raise ArgumentError("teacher_weight", teacher_weight, "0 to 1")
+        check_weight("teacher_weight", teacher_weight, 1, "0 to 1")
         if {id(p) for p in teacher_model.parameters()} & {id(p) for p in student_model.parameters()}:
             raise ArgumentError("student_model", "parameters of the teacher", "a model of its own")
         self.teacher_model, self.student_model = teacher_model, student_model
@@ -132,8 +131,11 @@ class KnowledgeDistillation(nn.Module):
         pretrain: Settings | None = None,
         finetune: Settings | None = None,
         checkpoints: str | Path | None = None,
+        checkpoint_every: int | None = None,
         logs: str | Path | None = None,
-        **options: Any,
+        validate: Validate | None = None,
+        after_step: Callable[[int], object] | None = None,
+        progress: bool = True,
     ) -> list[History]:
         """All three stages, once: the teacher is frozen afterwards.
 
@@ -144,7 +146,8 @@ class KnowledgeDistillation(nn.Module):
             checkpoints: Folder of one checkpoint file per stage: a fit that was killed goes on where it was, with new models of
                 the same kind.
             logs: Folder of one CSV file per stage.
-            options: For every stage, as in :func:`cnncomp.training.train`: ``checkpoint_every``, ``progress``, ...
+            validate: Called with the model that learns: the teacher in stage 1, then the student.
+            checkpoint_every, after_step, progress: Of every stage, as in :func:`cnncomp.training.train`.
 
         Returns:
             What happened in each stage.
@@ -154,10 +157,15 @@ class KnowledgeDistillation(nn.Module):
             TrainingError: A loss is not finite.
         """
         target = loader if target_loader is None else target_loader
+        options = {"checkpoint_every": checkpoint_every, "validate": validate, "after_step": after_step}
 
         def of_stage(name: str) -> dict[str, Any]:
             files = {"checkpoint": (checkpoints, f"{name}.ckpt"), "log": (logs, f"{name}.csv")}
-            return {**options, **{k: Path(folder) / file for k, (folder, file) in files.items() if folder is not None}}
+            return {
+                **options,
+                "progress": progress,
+                **{k: Path(folder) / file for k, (folder, file) in files.items() if folder is not None},
+            }
 
         return [
             self.train_teacher(loader, teacher, **of_stage("teacher")),

@@ -13,6 +13,7 @@ from cnncomp._batches import evaluating
 from cnncomp.errors import ArgumentError
 from cnncomp.evaluation.corruptions import CORRUPTIONS, corrupt
 from cnncomp.progress import track
+from cnncomp.training.batches import as_float
 from cnncomp.training.loop import check_labels
 
 Model = Callable[[Tensor], Tensor]
@@ -68,9 +69,10 @@ def evaluate(
 
     Raises:
         ArgumentError: No image, another number of labels, an unknown corruption, or logits that don't fit the labels.
+        DtypeError: Images of integers other than uint8.
     """
-    if batch_size < 1:
-        raise ArgumentError("batch_size", batch_size, "1 or more")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError("batch_size", repr(batch_size), "a whole number, 1 or more")
     if len(images) == 0 or len(images) != len(labels):
         raise ArgumentError("labels", f"{len(labels)} for {len(images)} images", "one for each image, and at least one")
     kinds = ("clean", *corruptions)
@@ -79,7 +81,7 @@ def evaluate(
     with _ready(model, parent), track("evaluating", len(steps), show=progress) as advance:
         for start in steps:
             x, y = images[start : start + batch_size], labels[start : start + batch_size]
-            x = x.float() / 255 if x.dtype == torch.uint8 else x
+            x = as_float(x)
             for kind in kinds:
                 seen = x if kind == "clean" else corrupt(x, kind, severity, seed + start)
                 seen = seen if normalize is None else normalize(seen)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnncomp.errors import FileFormatError
+from cnncomp.errors import ArgumentError, FileFormatError
 
 VERSION = 1
 
@@ -79,11 +79,14 @@ def read(path: Path) -> State | None:
     """The state in a file; None where there is no file.
 
     Raises:
+        ArgumentError: it is a folder.
         FileFormatError: the file is damaged, of another version, or no checkpoint.
         OSError: it can't be read.
     """
     if not path.exists():
         return None
+    if path.is_dir():
+        raise ArgumentError("checkpoint", f"the folder {path}", "a file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnncomp.errors import ArgumentError, DtypeError, TrainingError
+from cnncomp.errors import ArgumentError, CnncompError, DtypeError, TrainingError
 from cnncomp.progress import track
 from cnncomp.training import checkpoint as checkpoints
 from cnncomp.training import distributed
@@ -59,6 +59,8 @@ def check_labels(y: Tensor, logits: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"outputs {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ArgumentError("model", got, "logits (N, classes), as a tensor")
+    if not isinstance(y, Tensor):
+        raise ArgumentError("labels", f"a {type(y).__name__}", f"a tensor of {len(logits)} integers")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1 or len(y) != len(logits):
         raise ArgumentError("labels", f"{y.dtype} of shape {tuple(y.shape)}", f"{len(logits)} integers")
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= logits.shape[1]):
@@ -78,6 +80,16 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2 and all(isinstance(t, Tensor) for t in batch):
         return batch[0], batch[1] if len(batch) == 2 else None
     raise DtypeError("loader", f"a batch that is a {type(batch).__name__}", "images, or (images, labels), as tensors")
+
+
+def check_training(model: nn.Module, loader: Iterable[Any], settings: Settings) -> None:
+    """Raise ArgumentError where one of the three is of another kind."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    if not isinstance(settings, Settings):
+        raise ArgumentError("settings", type(settings).__name__, "a cnncomp.training.Settings")
+    if not isinstance(loader, Iterable):
+        raise ArgumentError("loader", type(loader).__name__, "batches, such as a DataLoader")
 
 
 def train(
@@ -110,8 +122,8 @@ def train(
         identity: What else makes this training what it is, such as numbers in ``objective``: a checkpoint with another is
             refused.
         objective: ``(model, images, labels or None) -> loss``, a mean over the batch.
-        validate: Called with the model in eval mode after each epoch; higher is better. With ``settings.patience``
-            the best epoch's weights are kept.
+        validate: Called with the model in eval mode after each epoch; returns a finite number, higher is better. With
+            ``settings.patience`` the best epoch's weights are kept.
         after_step: Called with the number of steps done before, from 0 on, after each, as pruning schedules want it. What it
             changes must be in the model's ``state_dict`` for a resumed training to be the same.
         checkpoint: File, written after each epoch and read at the start.
@@ -122,16 +134,12 @@ def train(
     Raises:
         ArgumentError: An empty loader, batches without the labels that the objective needs, or a checkpoint of another
             training.
-        TrainingError: The loss is not finite. The model then holds the last good checkpoint.
+        DtypeError: Batches that are no tensors, or images of integers that the model doesn't take.
+        TrainingError: The loss, a weight or the validation is not finite. The model then holds the last good checkpoint.
         FileFormatError: The checkpoint is damaged.
     """
     settings = Settings() if settings is None else settings
-    if not isinstance(model, nn.Module):
-        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
-    if not isinstance(settings, Settings):
-        raise ArgumentError("settings", type(settings).__name__, "a cnncomp.training.Settings")
-    if not isinstance(loader, Iterable):
-        raise ArgumentError("loader", type(loader).__name__, "batches, such as a DataLoader")
+    check_training(model, loader, settings)
     if checkpoint is not None and getattr(loader, "persistent_workers", False):
         # They draw the order of all epochs from what the first began with: no later epoch can be begun anew.
         raise ArgumentError("loader", "one with persistent_workers", "one without, where there is a checkpoint")
@@ -151,6 +159,14 @@ def train(
         checkpoints.set_random_state(outside)
         model.eval()
     return run.history
+
+
+def _number(score: Any) -> float:
+    """What ``validate`` returned, a number of any kind or a tensor of one, as a float."""
+    if isinstance(score, Real) or (isinstance(score, Tensor) and score.numel() == 1 and not score.is_complex()):
+        return float(score)
+    got = f"a tensor of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+    raise ArgumentError("validate", f"a function that returns {got}", "one that returns a number")
 
 
 class _Run:
@@ -233,7 +249,7 @@ class _Run:
         if state is None:
             self.good = {"model": copy.deepcopy(self.model.state_dict()), "position": (0, 0)}
             return
-        if state["fingerprint"] != self.fingerprint():
+        if state.get("fingerprint") != self.fingerprint():
             raise ArgumentError(
                 "checkpoint", f"{self.path}, of another model, data or settings", "one of this training"
             )
@@ -330,7 +346,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(min(1.0, done / self.settings.epochs))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            loss = self.objective(self.wrapped, x, y)
+            loss = self.loss(x, y)
         value = float(distributed.mean(loss.detach().float()))
         if not math.isfinite(value):
             self.diverged("the loss")
@@ -345,18 +361,23 @@ class _Run:
         self.images += len(x)
         return value
 
+    def loss(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """The objective. A model may well take images of integers, so that they are blamed only where it does not."""
+        try:
+            return self.objective(self.wrapped, x, y)
+        except RuntimeError as error:
+            if x.is_floating_point() or isinstance(error, (CnncompError, torch.OutOfMemoryError)):
+                raise
+            got = f"images of {x.dtype}, at which the model raises: {str(error).splitlines()[0]}"
+            raise DtypeError("loader", got, "floating-point images, as Batches makes of uint8") from error
+
     def close_epoch(self) -> Row:
         """Validate, note the row, decide whether to go on, and write the checkpoint."""
         row: Row = {"epoch": self.epoch + 1, "loss": self.total / self.images}
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 3)}
         if self.validate is not None:
             self.model.eval()
-            score = self.validate(self.model)
-            if not isinstance(score, Real):
-                raise ArgumentError(
-                    "validate", f"a function that returns a {type(score).__name__}", "one that returns a number"
-                )
-            row["validation"] = score = distributed.broadcast(float(score))
+            row["validation"] = score = distributed.broadcast(_number(self.validate(self.model)))
             if not math.isfinite(score):
                 self.diverged("what validate returns")
             if self.best is None or score > self.best[0]:
