@@ -1,10 +1,8 @@
 #include "conv2d_depthwise.h"
 
-#include <algorithm>
-#include <stdexcept>
-
 #include "conv2d_depthwise_kernel.h"
 #include "cpuid.h"
+#include "driver.h"
 #include "parallel.h"
 
 namespace cnncomp {
@@ -19,24 +17,10 @@ DepthwiseKernel kernel() {
   return kDepthwiseBaseline;
 }
 
-int64_t output_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
-}
-
-void check(const Conv2dDepthwiseArgs& a) {
-  const int64_t smallest = std::min({a.r, a.s, a.stride_h, a.stride_w, a.dil_h, a.dil_w});
-  if (smallest < 1 || a.pad_h < 0 || a.pad_w < 0) {
-    throw std::invalid_argument("conv2d_depthwise: kernel, stride and dilation must be at least 1, padding at least 0");
-  }
-  if (a.h + 2 * a.pad_h <= a.dil_h * (a.r - 1) || a.w + 2 * a.pad_w <= a.dil_w * (a.s - 1)) {
-    throw std::invalid_argument("conv2d_depthwise: the kernel is larger than the padded image");
-  }
-}
-
 }  // namespace
 
 void conv2d_depthwise(const Conv2dDepthwiseArgs& a) {
-  check(a);
+  check_window("conv2d_depthwise", a);
   const DepthwiseKernel plane = kernel();
   const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
   const int64_t q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);

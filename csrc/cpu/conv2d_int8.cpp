@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpuid.h"
+#include "driver.h"
+#include "int8_constants.h"
 #include "parallel.h"
 
 namespace cnncomp {
@@ -26,34 +26,6 @@ const Int8Kernels& int8_kernels() {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
-  return (size + 2 * pad - dil * (kernel - 1) - 1) / stride + 1;
-}
-
-// Bytes at a multiple of 64; grows on demand and keeps nothing when it grows.
-class Scratch {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const auto bytes = static_cast<size_t>(count) * sizeof(T);
-    if (bytes > size_) {
-      data_.reset(::operator new(bytes, kAlign));
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_.get());
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Delete {
-    void operator()(void* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<void, Delete> data_;
-  size_t size_ = 0;
-};
-
 // Where the channels of the input pixel under each tap begin, for a run of output pixels. Taps outside the image point at
 // zeros. No row reaches past the tensor: the last pixels' rows lie in a copy that zeros follow.
 class Rows {
@@ -61,8 +33,8 @@ class Rows {
   // row_bytes: how much of a row is read; slots: pointers per pixel, those after the taps point at zeros.
   Rows(const Conv2dInt8Args& a, int64_t row_bytes, int64_t slots)
       : a_(a),
-        p_(out_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h)),
-        q_(out_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w)),
+        p_(output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h)),
+        q_(output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w)),
         row_bytes_(row_bytes),
         slots_(slots),
         size_(a.n * a.h * a.w * a.c),
@@ -123,56 +95,20 @@ class Rows {
   std::vector<int64_t> tap_offset_;
 };
 
-// Constants of each group padded to whole blocks, and what its accumulators start from.
-class Constants {
- public:
-  Constants(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t groups, int64_t blocks, int64_t quads)
-      : padded_(ceil_div(blocks * kBlock, kChannelPad) * kChannelPad) {
-    const int64_t per_group = a.k / groups, size = groups * padded_, constants = a.shifted ? 4 : 3;
-    values_.resize(constants * size);
-    init_.resize(size);
-    for (int64_t row = 0; row < constants; row++)
-      for (int64_t g = 0; g < groups; g++)
-        std::copy_n(a.constants + row * a.k + g * per_group, per_group, values_.data() + row * size + g * padded_);
-    if (!a.x_signed) return;
-    // The kernels see x + 128.
-    parallel_for(a.num_threads, groups * blocks, [&](int64_t i) {
-      int32_t* sums = init_.data() + i / blocks * padded_ + i % blocks * kBlock;
-      kernels.sum_weights(a.weight + i * quads * 4 * kBlock, quads, sums);
-      for (int j = 0; j < kBlock; j++) sums[j] *= -128;
-    });
-  }
-
-  const int32_t* init(int64_t group, int64_t channel) const { return init_.data() + group * padded_ + channel; }
-
-  // window: of the pixels from `pixel` on, for a dense convolution with a shift.
-  Int8Epilogue epilogue(const Conv2dInt8Args& a, int64_t pixel, int64_t group, int64_t group_k, int64_t channel,
-                        const int32_t* window) const {
-    const float* constants = values_.data() + group * padded_ + channel;
-    const auto size = static_cast<int64_t>(init_.size());
-    const int64_t at = pixel * a.k + group * group_k + channel;
-    const auto bytes = [](Dtype dtype) { return dtype == kF32 ? 4 : 1; };
-    return {constants,
-            constants + size,
-            constants + 2 * size,
-            a.lo,
-            a.residual_scale,
-            a.residual_dtype,
-            a.out_dtype,
-            a.residual == nullptr ? nullptr : a.residual + at * bytes(a.residual_dtype),
-            a.out + at * bytes(a.out_dtype),
-            a.k,
-            group_k - channel,
-            a.shifted ? constants + 3 * size : nullptr,
-            window,
-            false};
-  }
-
- private:
-  const int64_t padded_;
-  std::vector<float> values_;
-  std::vector<int32_t> init_;
-};
+// blocks: of 16 output channels in a group; quads: in a block.
+Int8Constants make_constants(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t groups, int64_t blocks,
+                             int64_t quads) {
+  Int8Constants constants;
+  constants.assign(a.constants, a.shifted ? 4 : 3, groups, a.k / groups);
+  if (!a.x_signed) return constants;
+  // The kernels see x + 128.
+  parallel_for(a.num_threads, groups * blocks, [&](int64_t i) {
+    int32_t* sums = constants.init(i / blocks, i % blocks * kBlock);
+    kernels.sum_weights(a.weight + i * quads * 4 * kBlock, quads, sums);
+    for (int j = 0; j < kBlock; j++) sums[j] *= -128;
+  });
+  return constants;
+}
 
 // In how many runs of pixels, and in how many ranges of output channels, to cut the work.
 struct Plan {
@@ -193,9 +129,9 @@ Plan make_plan(int64_t pixels, int64_t slots, int64_t c, int64_t groups, int64_t
   return plan;
 }
 
-thread_local Scratch rows_scratch;
-thread_local Scratch weight_scratch;
-thread_local Scratch window_scratch;
+thread_local AlignedArray<const uint8_t*> rows_scratch;
+thread_local AlignedArray<int8_t> weight_scratch;
+thread_local AlignedArray<int32_t> window_scratch;
 
 void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
   const int64_t group_c = a.c / a.groups, group_k = a.k / a.groups, taps = a.r * a.s;
@@ -203,24 +139,29 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
   const int64_t panels = ceil_div(blocks, kernels.max_blocks);
   const int64_t block_bytes = taps * quads * 4 * kBlock;
   const Rows rows(a, 4 * quads, taps);
-  const Constants constants(a, kernels, a.groups, blocks, taps * quads);
+  const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
   const int64_t pixels = rows.pixels();
   const Plan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
-    const auto table = rows_scratch.get<const uint8_t*>(count * taps);
+    const auto table = rows_scratch.get(count * taps);
     rows.fill(begin, count, g * group_c, table);
     int32_t* window = nullptr;
     if (a.shifted) {
-      window = window_scratch.get<int32_t>(count);
+      window = window_scratch.get(count);
       kernels.sum_rows(table, count, taps, group_c, a.x_signed, window);
     }
     const int64_t last = panels * (range + 1) / plan.ranges;
     for (int64_t panel = panels * range / plan.ranges; panel < last; panel++) {
       const int64_t block = blocks * panel / panels, end = blocks * (panel + 1) / panels, channel = block * kBlock;
+      Int8Epilogue epilogue = constants.epilogue(a, begin, g, channel);
+      if (a.shifted) {
+        epilogue.shift = constants.shift(g, channel);
+        epilogue.window = window;
+      }
       kernels.conv({table, count, taps, quads, a.x_signed, a.weight + (g * blocks + block) * block_bytes, end - block,
-                    constants.init(g, channel), constants.epilogue(a, begin, g, group_k, channel, window)});
+                    constants.init(g, channel), epilogue});
     }
   });
 }
@@ -228,15 +169,17 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
 void depthwise(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
   const int64_t quads = ceil_div(a.r * a.s, 4), blocks = ceil_div(a.c, kBlock);
   const Rows rows(a, blocks * kBlock, 4 * quads);
-  const Constants constants(a, kernels, 1, blocks, quads);
+  const Int8Constants constants = make_constants(a, kernels, 1, blocks, quads);
   const int64_t pixels = rows.pixels();
   const Plan plan = make_plan(pixels, 4 * quads, a.c, 1, 1, a.num_threads);
   parallel_for(a.num_threads, plan.runs, [&](int64_t run) {
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
-    const auto table = rows_scratch.get<const uint8_t*>(count * rows.slots());
+    const auto table = rows_scratch.get(count * rows.slots());
     rows.fill(begin, count, 0, table);
-    kernels.depthwise({table, count, quads, a.x_signed, a.weight, blocks, constants.init(0, 0),
-                       weight_scratch.get<int8_t>(quads * 4 * kChannelPad), constants.epilogue(a, begin, 0, a.k, 0, nullptr)});
+    Int8Epilogue epilogue = constants.epilogue(a, begin, 0, 0);
+    if (a.shifted) epilogue.shift = constants.shift(0, 0);
+    kernels.depthwise({table, count, quads, a.x_signed, a.weight, blocks, constants.init(0),
+                       weight_scratch.get(quads * 4 * kChannelPad), epilogue});
   });
 }
 

@@ -65,24 +65,6 @@ bool is_pointwise(const Conv2dSparseArgs& a) {
   return a.r * a.s * a.stride_h * a.stride_w == 1 && a.pad_h + a.pad_w == 0;
 }
 
-void check(const Conv2dSparseArgs& a) {
-  if (a.groups < 1 || a.c % a.groups != 0 || a.k % a.groups != 0) {
-    throw std::invalid_argument("conv2d_sparse: c = " + std::to_string(a.c) + " and k = " + std::to_string(a.k) +
-                                " must be multiples of groups = " + std::to_string(a.groups));
-  }
-  const int64_t smallest = std::min({a.r, a.s, a.stride_h, a.stride_w, a.dil_h, a.dil_w});
-  if (smallest < 1 || a.pad_h < 0 || a.pad_w < 0) {
-    throw std::invalid_argument("conv2d_sparse: kernel, stride and dilation must be at least 1, padding at least 0");
-  }
-  if (a.weights.block < 1 || a.weights.block * a.r * a.s > 65536) {
-    throw std::invalid_argument("conv2d_sparse: block = " + std::to_string(a.weights.block) + ", but 1 <= block and block * " +
-                                std::to_string(a.r * a.s) + " taps <= 65536 are needed");
-  }
-  if (a.h + 2 * a.pad_h <= a.dil_h * (a.r - 1) || a.w + 2 * a.pad_w <= a.dil_w * (a.s - 1)) {
-    throw std::invalid_argument("conv2d_sparse: the kernel is larger than the padded image");
-  }
-}
-
 // The choices below were measured on a Zen 4 over the layers of ResNet-50; the margins are wide.
 void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
@@ -303,7 +285,7 @@ int64_t k_range_begin(const int32_t* row_ptr, int64_t blocks, int64_t group_k, i
 void conv2d_sparse(const Conv2dSparseArgs& given) {
   static thread_local Plan plan;
   Conv2dSparseArgs args = given;
-  check(args);
+  check_sparse_conv("conv2d_sparse", args);
   if (args.n == 0 || args.k == 0) return;
   if (is_pointwise(args)) {
     args.w *= args.h;  // no tap looks at another row: an image is one long row

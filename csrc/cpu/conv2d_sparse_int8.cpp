@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "conv2d_sparse_scratch.h"
+#include "int8_constants.h"
 #include "parallel.h"
 
 namespace cnncomp {
@@ -29,9 +30,7 @@ struct Plan {
   std::vector<int32_t> offset;      // bytes into the planes of a block, by index
   std::vector<uint8_t> zeros, tail; // rows outside the image; the last rows of the input, which may be read past their end
   int64_t tail_begin;               // offset in the input of the first row that is read from `tail`
-  std::vector<float> constants;     // (3, groups, padded_k)
-  std::vector<int32_t> init;        // (groups, padded_k)
-  int64_t padded_k;
+  Int8Constants constants;
   bool bytes;  // outputs and residual are 8 bit, and what is rounded to the outputs fits int32 before it is clamped
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
@@ -47,24 +46,6 @@ struct Scratch {
   std::vector<uint8_t*> out_rows;
   std::vector<const uint8_t*> residual_rows;
 };
-
-void check(const Conv2dSparseInt8Args& a) {
-  const auto fail = [](const std::string& what) { throw std::invalid_argument("conv2d_sparse_int8: " + what); };
-  if (a.groups < 1 || a.c % a.groups != 0 || a.k % a.groups != 0) {
-    fail("c = " + std::to_string(a.c) + " and k = " + std::to_string(a.k) + " must be multiples of groups = " +
-         std::to_string(a.groups));
-  }
-  if (std::min({a.r, a.s, a.stride_h, a.stride_w, a.dil_h, a.dil_w}) < 1 || a.pad_h < 0 || a.pad_w < 0) {
-    fail("kernel, stride and dilation must be at least 1, padding at least 0");
-  }
-  if (a.weights.block < 1 || a.weights.block * a.r * a.s > 65536) {
-    fail("block = " + std::to_string(a.weights.block) + ", but 1 <= block and block * " + std::to_string(a.r * a.s) +
-         " taps <= 65536 are needed");
-  }
-  if (a.h + 2 * a.pad_h <= a.dil_h * (a.r - 1) || a.w + 2 * a.pad_w <= a.dil_w * (a.s - 1)) {
-    fail("the kernel is larger than the padded image");
-  }
-}
 
 // Loads that split no cache line are twice as fast: a plane for each tap of a row, and rows that begin at whole vectors, or
 // else a plane for each row of taps, too.
@@ -121,20 +102,12 @@ void guard_rows(const Conv2dSparseInt8Args& a, Plan& plan) {
   if (guarded > 0) std::memcpy(plan.tail.data(), a.x + plan.tail_begin, guarded);
 }
 
-// Constants of each group padded to whole blocks of output channels, and what the sums start from.
-void pad_constants(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
-  plan.padded_k = ceil_div(plan.group_k, kBlock) * kBlock;
-  const int64_t size = a.groups * plan.padded_k;
-  plan.constants.assign(3 * size, 0.0f);
-  plan.init.assign(size, 0);
-  for (int64_t row = 0; row < 3; row++)
-    for (int64_t g = 0; g < a.groups; g++)
-      std::copy_n(a.constants + row * a.k + g * plan.group_k, plan.group_k,
-                  plan.constants.data() + row * size + g * plan.padded_k);
+void make_constants(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
+  plan.constants.assign(a.constants, 3, a.groups, plan.group_k);
   if (!a.x_signed) return;
   // The kernels see x + 128.
   for (int64_t g = 0; g < a.groups; g++) {
-    int32_t* init = plan.init.data() + g * plan.padded_k;
+    int32_t* init = plan.constants.init(g);
     for (int64_t b = 0; b < plan.blocks; b++) {
       const int32_t* row_ptr = a.weights.row_ptr + (g * plan.blocks + b) * plan.group_k;
       for (int64_t k = 0; k < plan.group_k; k++)
@@ -162,7 +135,7 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   choose_tile(kernels, plan);
   make_offsets(a, plan);
   guard_rows(a, plan);
-  pad_constants(a, kernels, plan);
+  make_constants(a, kernels, plan);
   plan.bytes = fits_bytes(a);
   plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, ceil_div(plan.group_k, kBlock));
 }
@@ -238,26 +211,6 @@ Byte* const* make_rows(const Plan& plan, const Scratch& scratch, Byte* base, int
   return rows.data();
 }
 
-Int8Epilogue make_epilogue(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t group) {
-  const float* constants = plan.constants.data() + group * plan.padded_k;
-  const int64_t size = a.groups * plan.padded_k, k = group * plan.group_k;
-  const auto bytes = [](Dtype dtype) { return dtype == kF32 ? 4 : 1; };
-  return {constants,
-          constants + size,
-          constants + 2 * size,
-          a.lo,
-          a.residual_scale,
-          a.residual_dtype,
-          a.out_dtype,
-          a.residual == nullptr ? nullptr : a.residual + k * bytes(a.residual_dtype),
-          a.out + k * bytes(a.out_dtype),
-          a.k,
-          plan.group_k,
-          nullptr,
-          nullptr,
-          false};
-}
-
 void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t task) {
   static thread_local Scratch scratch;
   const int64_t k_range = task % plan.k_ranges;
@@ -281,10 +234,10 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
   t.values = a.weights.values;
   t.index = a.weights.index;
   t.offset = plan.offset.data();
-  t.init = plan.init.data() + group * plan.padded_k;
+  t.init = plan.constants.init(group);
   t.sums = sums;
   SparseInt8Finish f{sums, plan.tile, 0, 0, scratch.turned.get(plan.tile * kBlock), scratch.segments.data(),
-                     static_cast<int64_t>(scratch.segments.size()), make_epilogue(a, plan, group), nullptr, nullptr};
+                     static_cast<int64_t>(scratch.segments.size()), plan.constants.epilogue(a, 0, group, 0), nullptr, nullptr};
   if (plan.bytes) {
     scratch.spare.resize(plan.group_k);
     uint8_t* const spare = scratch.spare.data();
@@ -314,7 +267,7 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
 
 void conv2d_sparse_int8(const Conv2dSparseInt8Args& args) {
   static thread_local Plan plan;
-  check(args);
+  check_sparse_conv("conv2d_sparse_int8", args);
   if (args.n == 0 || args.k == 0) return;
   const SparseInt8Kernels& kernels = int8_kernels().sparse;
   make_plan(args, kernels, plan);

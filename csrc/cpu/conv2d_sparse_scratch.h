@@ -1,41 +1,31 @@
-// Memory and planning that the drivers of the sparse kernels share. Not for files compiled per instruction set.
+// Checks and planning that the drivers of the sparse kernels share. Not for files compiled per instruction set.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "driver.h"
 
 namespace cnncomp {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Elements from a multiple of 64 bytes on; grows on demand, never shrinks, keeps nothing when it grows.
-template <class T>
-class AlignedArray {
- public:
-  T* get(int64_t size) {
-    if (size > size_) {
-      data_.reset(static_cast<T*>(::operator new[](size * sizeof(T), kAlign)));
-      size_ = size;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Delete {
-    void operator()(T* p) const { ::operator delete[](p, kAlign); }
-  };
-  std::unique_ptr<T, Delete> data_;
-  int64_t size_ = 0;
-};
-
 using AlignedBuffer = AlignedArray<float>;
 
-inline int64_t output_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
+// Throws std::invalid_argument, with the operator's name in front, for sizes that give no sparse convolution.
+template <class Args>
+void check_sparse_conv(const char* name, const Args& a) {
+  const std::string op = name;
+  if (a.groups < 1 || a.c % a.groups != 0 || a.k % a.groups != 0) {
+    throw std::invalid_argument(op + ": c = " + std::to_string(a.c) + " and k = " + std::to_string(a.k) +
+                                " must be multiples of groups = " + std::to_string(a.groups));
+  }
+  check_window(name, a);
+  if (a.weights.block < 1 || a.weights.block * a.r * a.s > 65536) {
+    throw std::invalid_argument(op + ": block = " + std::to_string(a.weights.block) + ", but 1 <= block and block * " +
+                                std::to_string(a.r * a.s) + " taps <= 65536 are needed");
+  }
 }
 
 // How one axis of the image is laid out in the packed copy: element j of a plane is the input at

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "driver.h"
 #include "int8_kernels.h"
 #include "parallel.h"
 
@@ -10,8 +11,8 @@ namespace cnncomp {
 
 void max_pool2d_int8(const MaxPool2dInt8Args& a) {
   const auto max_rows = a.x_signed ? int8_kernels().max_rows_s8 : int8_kernels().max_rows_u8;
-  const int64_t out_h = (a.h + 2 * a.pad_h - a.dil_h * (a.r - 1) - 1) / a.stride_h + 1;
-  const int64_t out_w = (a.w + 2 * a.pad_w - a.dil_w * (a.s - 1) - 1) / a.stride_w + 1;
+  const int64_t out_h = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+  const int64_t out_w = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
   parallel_for(a.num_threads, a.n * out_h, [&](int64_t i) {
     const int64_t n = i / out_h, p = i % out_h;
     std::vector<const uint8_t*> rows(a.r * a.s);
