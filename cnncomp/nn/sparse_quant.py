@@ -8,39 +8,37 @@ import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.nn.quant import QuantConv2d, QuantLinear
+from cnncomp.nn.quant import QuantConv2d, QuantLinear, _QuantLayer
 from cnncomp.ops.packing import PackedSparse, pack_sparse_int8, unpack_sparse_int8
 
 
-def _check_shift(shift: Tensor | None) -> None:
-    if shift is not None:
-        raise ArgumentError("weight_shift", "mean-shift weights", "None: weights that are all shifted have no zeros")
-
-
-class _SparseQuant:
+class _SparseQuant(_QuantLayer):
     """The packed weight: ``weight`` holds the quads with any non-zero, and where they belong is in two more buffers. On a GPU,
     which has no kernel for it, the layer keeps the dense int8 weight and runs as the dense int8 layer."""
 
-    weight: Tensor
     index: Tensor
     row_ptr: Tensor
     block: int
 
-    def _store(self, weight: Tensor, groups: int) -> Tensor:
-        """What becomes ``weight``, for an unpacked int8 one (K, C/G, R, S) on a CPU."""
-        packed = pack_sparse_int8(weight, groups)
+    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
+        if weight_shift is not None:
+            expected = "None: weights that are all shifted have no zeros"
+            raise ArgumentError("weight_shift", "mean-shift weights", expected)
+        super().__init__(*args, **kwargs)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        if weight.device.type != "cpu":
+            empty = torch.empty(0, dtype=torch.int32, device=weight.device)
+            self._place(empty.to(torch.int16), empty, 1)
+            return super()._pack(weight)
+        packed = pack_sparse_int8(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
         self._place(packed.positions, packed.row_ptr, packed.block)
         return packed.values
 
     def _place(self, index: Tensor, row_ptr: Tensor, block: int) -> None:
-        assert isinstance(self, torch.nn.Module)
         self.register_buffer("index", index)
         self.register_buffer("row_ptr", row_ptr)
         self.block = block
-
-    def _no_place(self, weight: Tensor) -> None:
-        empty = torch.empty(0, dtype=torch.int32, device=weight.device)
-        self._place(empty.to(torch.int16), empty, 1)
 
     def _packed(self) -> PackedSparse:
         return PackedSparse(self.weight, self.index, self.row_ptr, self.block)
@@ -56,16 +54,6 @@ class SparseQuantConv2d(_SparseQuant, QuantConv2d):
     """
 
     kernel = "conv2d_sparse_int8"
-
-    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
-        _check_shift(weight_shift)
-        super().__init__(*args, **kwargs)
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        if weight.device.type == "cpu":
-            return self._store(weight, self.groups)
-        self._no_place(weight)
-        return super()._pack(weight)
 
     def weight_int8(self) -> Tensor:
         g = self.geometry
@@ -88,16 +76,6 @@ class SparseQuantLinear(_SparseQuant, QuantLinear):
     """int8 linear that leaves out the quads of four inputs whose weights are all zero. See :class:`SparseQuantConv2d`."""
 
     kernel = "linear_sparse_int8"
-
-    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
-        _check_shift(weight_shift)
-        super().__init__(*args, **kwargs)
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        if weight.device.type == "cpu":
-            return self._store(weight.reshape(*weight.shape, 1, 1), 1)
-        self._no_place(weight)
-        return super()._pack(weight)
 
     def weight_int8(self) -> Tensor:
         if self.weight.device.type != "cpu":

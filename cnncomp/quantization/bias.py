@@ -33,9 +33,8 @@ def correct_biases(
         norms: by layer name, the BatchNorm that alone reads it.
         feed: runs the model that the layers are of.
     """
-    shifts: dict[str, list[tuple[Tensor, int]]] = defaultdict(
-        list
-    )  # and the number of outputs that each is the mean of
+    # Means, each with the number of outputs that it is the mean of.
+    shifts: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
 
     def watch(name: str) -> Any:
         def hook(layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
