@@ -14,12 +14,12 @@ from cnncomp._modules import resolve_device
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.dispatch.plan import Plan, load_cached, store_cached
 from cnncomp.errors import ArgumentError
-from cnncomp.executor import Recordings
 from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.arguments import by_name
 from cnncomp.graph.nodes import cloned
 from cnncomp.nn.base import keeping_dtype
 from cnncomp.progress import track
+from cnncomp.recordings import Recordings
 
 
 @dataclass

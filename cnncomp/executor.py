@@ -8,23 +8,21 @@ between as before. Same kernels, same arguments: the same bits.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
 from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
 
-#: Recordings that a model keeps, one for each kind of input, and idle arenas of each, one for each caller at a time.
-MAX_RECORDINGS = 4
+#: Idle arenas that a recording keeps, one for each caller at a time.
 MAX_ARENAS = 4
 _ALIGN = 64
 
@@ -33,10 +31,8 @@ _VIEWS = frozenset(
     ("view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "permute", "slice")
 )
 
-Key = tuple[Any, ...]
 
-
-class _NotRecordable(Exception):
+class NotRecordable(Exception):
     """A node whose work is not all in kernels of ours, or a network that can't be recorded."""
 
 
@@ -118,7 +114,7 @@ class _Watch(TorchDispatchMode):
         if func.namespace == "cnncomp":
             self.recorder.found(out, ours=True)
         elif func._schema.is_mutable or not _alias(out, (args, kwargs)):
-            raise _NotRecordable(str(func))
+            raise NotRecordable(str(func))
         self.recorder.check(before)
         return out
 
@@ -187,7 +183,7 @@ class _Recorder(fx.Interpreter):
         try:
             with _Watch(self):
                 value = super().run_node(n)
-        except _NotRecordable:
+        except NotRecordable:
             self.program.truncate(begin)
             del self.pointers[pointers:], self.buffers[kept:]
             return None
@@ -210,7 +206,7 @@ class _Recorder(fx.Interpreter):
         item = _Item(node=n)
         for i, t in enumerate(tree_leaves(value)):
             if isinstance(t, Tensor) and t.layout != torch.strided:
-                raise _NotRecordable(f"a tensor of layout {t.layout}")
+                raise NotRecordable(f"a tensor of layout {t.layout}")
             if isinstance(t, Tensor) and t.numel() and n.op != "get_attr" and self.find(t.data_ptr()) is None:
                 item.outside.append((i, _View.of(t, self.found(t, ours=False))))
         if n.op != "output":
@@ -238,7 +234,7 @@ class _Recorder(fx.Interpreter):
                     continue
                 buffer = self.find(address)
                 if buffer is None:
-                    raise _NotRecordable("an operand that was made inside an operator")
+                    raise NotRecordable("an operand that was made inside an operator")
                 self.pointers.append((step, which, buffer, address - buffer.begin))
 
 
@@ -267,19 +263,19 @@ class Recording:
         """Record a call.
 
         Raises:
-            _NotRecordable: the network calls modules that may keep what they see, or returns part of a buffer.
+            NotRecordable: the network calls modules that may keep what they see, or returns part of a buffer.
         """
         self.gm = gm
         self.modules = [gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"]
         if not all(type(m).__module__.startswith(("torch.nn", "cnncomp.nn")) for m in self.modules):
-            raise _NotRecordable("modules of the user's")
+            raise NotRecordable("modules of the user's")
         self.parameters = list(gm.parameters())
         if any(n.op == "placeholder" and str(n.target).startswith("*") for n in gm.graph.nodes):
-            raise _NotRecordable("any number of arguments")
+            raise NotRecordable("any number of arguments")
         recorder = _Recorder(gm)
         recorder.run(*args)
         if not len(recorder.program):
-            raise _NotRecordable("no kernels of ours")
+            raise NotRecordable("no kernels of ours")
         self.program, self.items = recorder.program, recorder.items
         self._check_inputs(recorder)
         self._lay_out(recorder)
@@ -298,7 +294,7 @@ class Recording:
         inputs = [v.buffer for i in recorder.items if i.node and i.node.op == "placeholder" for _, v in i.outside]
         wanted = [n for n in recorder.values if n.op == "placeholder" and isinstance(recorder.values[n], Tensor)]
         if len(inputs) != len(wanted):
-            raise _NotRecordable("inputs that share memory")
+            raise NotRecordable("inputs that share memory")
 
     def _lay_out(self, recorder: _Recorder) -> None:
         """Slots: 0 is the arena, then one for each result and for each tensor from outside."""
@@ -309,7 +305,7 @@ class Recording:
             if buffer is None or not buffer.ours or any(v.buffer is buffer for v in self.results):
                 continue
             if t.nbytes != buffer.end - buffer.begin:
-                raise _NotRecordable("a result that is part of something larger")
+                raise NotRecordable("a result that is part of something larger")
             self.results.append(_View.of(t, buffer))
         returned = [v.buffer for v in self.results]
         inside = [b for b in recorder.buffers if b.ours and not any(b is r for r in returned)]
@@ -347,7 +343,7 @@ class Recording:
         """What the network returns for inputs like the recorded ones.
 
         Raises:
-            _NotRecordable: a function in it returned something of another shape than then.
+            NotRecordable: a function in it returned something of another shape than then.
         """
         try:
             arena = self.arenas.pop()
@@ -379,7 +375,7 @@ class Recording:
                 leaves = tree_leaves(value)
                 for i, view in item.outside:
                     if i >= len(leaves) or not view.fits(leaves[i]):
-                        raise _NotRecordable("another shape than recorded")
+                        raise NotRecordable("another shape than recorded")
                     slots[view.buffer.slot] = leaves[i].data_ptr()
             env[node] = value
             for n in item.drop:
@@ -411,98 +407,3 @@ class _Arena:
         returned = [v.buffer for v in recording.results]
         self.results = [n for n, v in recording.views.items() if any(v.buffer is b for b in returned)]
         self.memory = memory
-
-
-def _watched(network: Recording | nn.Module) -> bool:
-    """Whether hooks or gradients want to see the layers run one by one."""
-    modules, parameters = (
-        (network.modules, network.parameters)
-        if isinstance(network, Recording)
-        else (network.modules(), network.parameters())
-    )
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-    return hooked or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
-
-
-class Recordings:
-    """The recordings of a model. Copies start empty."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_key: dict[Key, Recording | None | Literal[False]] = {}  # None: seen once; False: can't be
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
-        return Recordings()
-
-    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
-        return Recordings, ()
-
-    def __len__(self) -> int:
-        return sum(isinstance(r, Recording) for r in self._by_key.values())
-
-    def __call__(self, network: nn.Module, args: tuple[Any, ...]) -> Any:
-        """``network(*args)``, from a recording where there is one for such inputs."""
-        key = _key(network, args)
-        if key is None:
-            return network(*args)
-        with self._lock:
-            new = key not in self._by_key
-            recording = self._by_key.setdefault(key, None)  # recorded when it comes again
-            while len(self._by_key) > MAX_RECORDINGS:
-                del self._by_key[next(iter(self._by_key))]
-        if new or recording is False or _watched(recording or network):
-            return network(*args)
-        try:
-            if recording is None or not recording.valid(network):
-                recording = self._record(key, network, args)
-            with torch.no_grad():
-                return recording.run(args)
-        except _NotRecordable:
-            with self._lock:
-                self._by_key[key] = False
-        return network(*args)
-
-    def _record(self, key: Key, network: nn.Module, args: tuple[Any, ...]) -> Recording:
-        assert isinstance(network, fx.GraphModule)
-        with self._lock, torch.no_grad():
-            self._by_key[key] = recording = Recording(network, args)
-        return recording
-
-
-def _key(network: nn.Module, args: tuple[Any, ...]) -> Key | None:
-    """What a recording depends on; None where the call has to go through torch: on a GPU, while a compiler or a profiler
-    of operators looks on, or where a gradient is wanted."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(network, fx.GraphModule):
-        return None
-    if _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu"):
-        return None
-    key: list[Any] = [torch.get_num_threads()]
-    for x in args:
-        if type(x) is Tensor:
-            if x.device.type != "cpu" or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
-                return None
-            key.append((x.dtype, tuple(x.shape), x.stride()))
-        elif x is None or type(x) in (bool, int, float, str):
-            key.append((type(x), x))
-        else:
-            return None
-    return tuple(key)
-
-
-def kernels_of(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object] | None:
-    """The kernels that ``layer`` runs on ``inputs``, without Python around them; None if there is more to it."""
-    graph = fx.Graph()
-    graph.output(graph.call_module("layer", tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))))
-    root = nn.Module()
-    root.layer = layer
-    key = _key(gm := fx.GraphModule(root, graph), inputs)
-    if key is None:
-        return None
-    try:
-        with torch.no_grad():
-            recording = Recording(gm, inputs)
-            if any(item.node is not None and item.node.op != "placeholder" for item in recording.items):
-                return None
-            return lambda: recording.run(inputs)
-    except _NotRecordable:
-        return None

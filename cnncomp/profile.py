@@ -22,10 +22,10 @@ from cnncomp.dispatch.choose import to_format
 from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
-from cnncomp.executor import kernels_of
 from cnncomp.nn import ConvertedLayer, DenseConv2d, QuantConv2d, QuantLinear
 from cnncomp.nn.dense import NCHW_KERNELS, dense_kernels
 from cnncomp.progress import track
+from cnncomp.recordings import kernels_of
 
 
 @dataclass

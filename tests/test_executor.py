@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import cnncomp
 from cnncomp.errors import InferenceOnlyError
-from cnncomp.executor import Recordings, _Buffer, _place, kernels_of
+from cnncomp.executor import _Buffer, _place
 from cnncomp.nn import SparseConv2d
+from cnncomp.recordings import Recordings, kernels_of
 from tests.helpers import mask_weights
 from tests.saved_networks import NETWORKS, converted
 

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
 from cnncomp.dispatch.timing import interleaved
-from cnncomp.executor import kernels_of
 from cnncomp.graph.chain import output_specs, passes_8bit
 from cnncomp.graph.nodes import module_at
 from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
+from cnncomp.recordings import kernels_of
 
 #: A compressed kernel has to take at most this much of the best dense one's time. What is closer turns with the noise and with
 #: what ran before in the caches, and dense is the safer choice.

@@ -20,12 +20,12 @@ from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
-from cnncomp.executor import Recordings
 from cnncomp.graph import Traced
 from cnncomp.graph.chain import output_specs, passes_8bit, source
 from cnncomp.graph.nodes import cloned, input_node, module_at, put_module
 from cnncomp.nn import QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 from cnncomp.progress import Advance
+from cnncomp.recordings import Recordings
 
 #: The converted network comes back unless the dense one is faster by more than noise.
 NETWORK_MARGIN = 1.02
