@@ -60,3 +60,8 @@ def randomize_norms(model: nn.Module) -> nn.Module:
                 m.weight.uniform_(-1.5, 1.5)
                 m.bias.uniform_(-0.5, 0.5)
     return model
+
+
+def noise(got: Tensor, expected: Tensor) -> float:
+    """Mean square of the error over that of what is expected."""
+    return ((got - expected).square().mean() / expected.square().mean()).item()
