@@ -198,3 +198,15 @@ class RandomNet(nn.Module):
             else:
                 x = y
         return self.fc(torch.flatten(x, 1) if self.flatten else x.mean([2, 3]))
+
+
+class ReadsItsWidth(nn.Module):
+    """Divides by a number of channels, which no tracing of channels can know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x / x.shape[1])

@@ -99,6 +99,18 @@ def reference(conv: Conv, o: Operands) -> Tensor:
     return t if conv.out == F32 else torch.round(t).to(conv.out)
 
 
+#: Strides, dilations, paddings and groups that are not the usual ones.
+GEOMETRIES = (
+    Conv(3, 64, 1, 33, 31, (7, 7), (2, 2), (3, 3)),
+    Conv(8, 20, 2, 11, 9, (3, 3), (3, 3), (2, 2), (2, 2)),
+    Conv(6, 17, 1, 8, 13, (1, 5), (1, 2), (0, 4), (1, 3)),
+    Conv(5, 8, 3, 6, 6, (5, 2), (1, 1), (4, 1), (1, 2), x=S8),
+    Conv(4, 16, 1, 2, 2, (3, 3), (1, 1), (5, 5)),  # whole tiles of padding
+    Conv(12, 24, 2, 5, 5, (3, 3), (1, 1), (1, 1), groups=3),
+    Conv(15, 60, 1, 7, 7, (3, 3), (2, 1), (1, 0), groups=5, x=S8),
+)
+
+
 def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 

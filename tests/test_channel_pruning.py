@@ -25,6 +25,7 @@ from tests.channel_nets import (
     GatedNet,
     GroupedNet,
     RandomNet,
+    ReadsItsWidth,
     ShuffleNet,
     ViewNet,
 )
@@ -256,18 +257,6 @@ def test_shared_hooked_quantised_and_borrowed_weights_stay() -> None:
     assert not channels_of(borrowing, x).groups
     prune_channels(borrowing, 0.5, x)
     borrowing(x)
-
-
-class ReadsItsWidth(nn.Module):
-    """Divides by a number of channels, which no tracing of channels can know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        return self.b(x / x.shape[1])
 
 
 def test_a_model_that_would_compute_something_else_is_left_as_it_was() -> None:

@@ -13,6 +13,7 @@ import cnncomp
 from cnncomp.models import ConcatNet
 from cnncomp.structured import channels_of, prune_channels
 from cnncomp.structured.layers import Node
+from tests.channel_nets import ReadsItsWidth
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -32,16 +33,6 @@ def tied() -> nn.Sequential:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     model[1].weight = model[0].weight
     return model
-
-
-class ReadsItsWidth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        return self.b(x / x.shape[1])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from cnncomp.ops._openmp import attach
 from tests.int8_convs import (
     CODE,
     F32,
+    GEOMETRIES,
     RANGE,
     S8,
     U8,
@@ -106,13 +107,7 @@ def test_conv(isa: str, c: int, x: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "conv",
     [
-        Conv(3, 64, 1, 33, 31, (7, 7), (2, 2), (3, 3)),
-        Conv(8, 20, 2, 11, 9, (3, 3), (3, 3), (2, 2), (2, 2)),
-        Conv(6, 17, 1, 8, 13, (1, 5), (1, 2), (0, 4), (1, 3)),
-        Conv(5, 8, 3, 6, 6, (5, 2), (1, 1), (4, 1), (1, 2), x=S8),
-        Conv(4, 16, 1, 2, 2, (3, 3), (1, 1), (5, 5)),  # whole tiles of padding
-        Conv(12, 24, 2, 5, 5, (3, 3), (1, 1), (1, 1), groups=3),
-        Conv(15, 60, 1, 7, 7, (3, 3), (2, 1), (1, 0), groups=5, x=S8),
+        *GEOMETRIES,
         Conv(64, 64, 1, 6, 6, (3, 3), (1, 1), (1, 1), groups=32),
         Conv(7, 14, 1, 4, 4, (3, 3), (1, 1), (1, 1), groups=7),  # one input channel, two outputs: not depthwise
     ],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cnncomp.ops  # noqa: F401  (gives the kernels torch's threads)
 from cnncomp import _cpu
-from tests.int8_convs import CODE, F32, S8, U8, Conv, Guarded, Operands, nhwc, random_operands, reference
+from tests.int8_convs import CODE, F32, GEOMETRIES, S8, U8, Conv, Guarded, Operands, nhwc, random_operands, reference
 
 LANES = (4, 8, 16)
 MAX_TILE = 14  # vectors
@@ -124,13 +124,7 @@ def test_channels(isa: str, c: int) -> None:
 @pytest.mark.parametrize(
     "conv",
     [
-        Conv(3, 64, 1, 33, 31, (7, 7), (2, 2), (3, 3)),
-        Conv(8, 20, 2, 11, 9, (3, 3), (3, 3), (2, 2), (2, 2)),
-        Conv(6, 17, 1, 8, 13, (1, 5), (1, 2), (0, 4), (1, 3)),
-        Conv(5, 8, 3, 6, 6, (5, 2), (1, 1), (4, 1), (1, 2), x=S8),
-        Conv(4, 16, 1, 2, 2, (3, 3), (1, 1), (5, 5)),  # whole tiles of padding
-        Conv(12, 24, 2, 5, 5, (3, 3), (1, 1), (1, 1), groups=3),
-        Conv(15, 60, 1, 7, 7, (3, 3), (2, 1), (1, 0), groups=5, x=S8),
+        *GEOMETRIES,
         Conv(66, 36, 1, 6, 16, (3, 3), (1, 1), (1, 1), groups=2),
         Conv(7, 7, 2, 9, 9, (3, 3), (1, 1), (1, 1), groups=7, x=S8),
         Conv(20, 33, 2, 32, 30, (3, 3), (1, 1), (1, 1), x=S8),  # rows padded to whole vectors, several tiles
