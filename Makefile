@@ -16,10 +16,10 @@ SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
 	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-full sanitize lint format bench bench-cpu bench-gpu-model gpu-check clean
+.PHONY: help demo test test-gpu-full sanitize lint format bench bench-crossover bench-cpu bench-gpu-model gpu-check clean
 
 help:  ## these lines
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed $(VENV)/.data  ## accuracy, size and time on real data, in some minutes
 	$(BIN)/cnncomp demo $(ARGS)
@@ -44,6 +44,9 @@ bench: $(VENV)/.test  ## kernels and networks against torch, into build/bench
 	mkdir -p build/bench
 	$(BIN)/pytest bench --benchmark-json=build/bench/kernels.json $(ARGS)
 	$(BIN)/python bench/plot.py build/bench/kernels.json
+
+bench-crossover: $(VENV)/.test  ## from how many zeros on sparse kernels win, layer by layer, into build/bench
+	$(BIN)/python -m bench.crossover $(ARGS)
 
 bench-cpu: $(VENV)/.test  ## CPU engines side by side, peers in environments of their own, into build/bench
 	$(BIN)/python -m bench.peers.environments

@@ -15,12 +15,11 @@ import torch
 
 import cnncomp
 from bench import Compare
-from bench.layers import NETWORKS, ConvShape, conv_shapes
+from bench.layers import NETWORKS, ConvShape, calls, conv_shapes
 from cnncomp import _cpu
 from cnncomp.dispatch import cpu_name, interleaved
 from cnncomp.dispatch.candidates import options_for
-from cnncomp.dispatch.choose import to_format
-from cnncomp.nn import DenseConv2d, QuantConv2d, QuantSpec
+from cnncomp.nn import DenseConv2d
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,18 +90,11 @@ def compare_layer(compare: Compare) -> Compare:
     ``also``, each on the image ``x`` in the format that it takes."""
 
     def run(kernel: str, layer: DenseConv2d, x: torch.Tensor, shape: ConvShape, also: tuple[str, ...] = ()) -> None:
-        fns: dict[str, Callable[[], object]] = {}
         options, why_not = options_for(layer, "cpu")
-        for option in options:
-            candidate, built = option.candidate, option.layer
-            if not candidate.dense and candidate.kernel not in (kernel, *also):
-                continue
-            if isinstance(built, QuantConv2d):
-                built.set_output(QuantSpec(0.05, torch.uint8))  # as in the middle of a network: 8 bit in, 8 bit out
-            own = to_format(x, candidate.takes, layer.info.input)
-            fns[candidate.kernel] = lambda built=built, own=own: built(own)  # type: ignore[misc]
-        if kernel not in fns:
+        wanted = [o.candidate for o in options if o.candidate.dense or o.candidate.kernel in (kernel, *also)]
+        if kernel not in (candidate.kernel for candidate in wanted):
             pytest.skip(why_not)
+        fns = calls(layer, x, wanted)
         labels = {"network": shape.network, "layer": shape.name, "count": shape.count, "shape": str(layer.geometry)}
         compare(fns, kernel, shape.macs, pattern=layer.info.pattern, **labels)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cnncomp.nn import Clamp, DenseConv2d, Geometry, QuantSpec
+from cnncomp.dispatch import Candidate
+from cnncomp.dispatch.choose import to_format
+from cnncomp.nn import Clamp, DenseConv2d, Geometry, QuantConv2d, QuantSpec
+from cnncomp.recordings import kernels_of
 
 FOLDER = Path(__file__).parent / "shapes"
 NETWORKS = tuple(sorted(path.stem for path in FOLDER.glob("*.csv")))
@@ -19,6 +24,8 @@ GPU_NETWORKS = tuple(sorted({*NETWORKS, *(path.stem for path in GPU_FOLDER.glob(
 
 #: How the input of a quantised layer is quantised: the step does not change the time, the sign may.
 INPUT = QuantSpec(0.02, torch.uint8)
+#: How its output is: 8 bit, as in the middle of a network.
+OUTPUT = QuantSpec(0.05, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -90,3 +97,23 @@ def random_layer(
     layer.info.name = shape.name
     layer.info.input = INPUT if quantized else None
     return layer, torch.rand((1, shape.c, shape.h, shape.w), generator=generator)
+
+
+def calls(layer: DenseConv2d, x: Tensor, candidates: Iterable[Candidate]) -> dict[str, Callable[[], object]]:
+    """The layer on each kernel, called as in a network: without Python between kernels, on ``x`` (float) in the format that the
+    kernel takes.
+
+    Args:
+        candidates: Entries of dispatch's table, whether dispatch would try them on this layer or not.
+
+    Raises:
+        CnncompError: a kernel that can't run it.
+    """
+    found: dict[str, Callable[[], object]] = {}
+    for candidate in candidates:
+        built = candidate.build(layer)
+        if isinstance(built, QuantConv2d):
+            built.set_output(OUTPUT)
+        given = (to_format(x, candidate.takes, layer.info.input),)
+        found[candidate.kernel] = kernels_of(built, given) or partial(built, *given)
+    return found

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import cnncomp
-from bench.layers import NETWORKS, conv_shapes, random_layer
+from bench.crossover import LEVELS, PATTERNS, crossover
+from bench.layers import NETWORKS, OUTPUT, calls, conv_shapes, random_layer
 from bench.plot import read_results
 from cnncomp.dispatch import CONV_CANDIDATES
 
@@ -89,3 +90,39 @@ def test_random_layer_has_the_zeros_that_were_asked_for() -> None:
     assert zeros == pytest.approx(0.9, abs=0.02)
     assert tuple(layer(x).shape[1:2]) == (shape.k,) and layer.info.input is None
     assert random_layer(shape, quantized=True)[0].info.input is not None
+
+
+def test_calls_are_the_layer_on_each_kernel() -> None:
+    """All kernels of the table give the float layer's output, up to the steps of 8 bit."""
+    shape = min(conv_shapes("resnet50"), key=lambda s: s.macs)
+    layer, x = random_layer(shape, zeros=0.5, quantized=True)
+    expected = layer(x)
+    found = calls(layer, x, [c for c in CONV_CANDIDATES if c.kernel in PATTERNS[1].kernels])
+    assert tuple(sorted(found)) == tuple(sorted(PATTERNS[1].kernels))
+    with torch.inference_mode():
+        for name, call in found.items():
+            out = call()
+            assert isinstance(out, torch.Tensor)
+            got = out.float() * (OUTPUT.scale if out.dtype == torch.uint8 else 1.0)
+            torch.testing.assert_close(got, expected, atol=2 * OUTPUT.scale, rtol=0.05)
+
+
+def test_crossover_is_where_sparse_stays_ahead() -> None:
+    assert crossover([(0.0, 1.2), (0.5, 1.4)]) == 0.0
+    assert crossover([(0.0, 0.5), (0.5, 0.9)]) is None
+    assert crossover([(0.0, 0.5), (0.4, 1.1), (0.6, 0.8), (0.8, 1.2)]) == pytest.approx(0.7)
+
+
+def test_a_quick_crossover_bench(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.crossover", "--quick", "--networks", "mobilenet_v2", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    records = json.loads((tmp_path / "crossover.json").read_text())["records"]
+    assert {(r["pattern"], r["sparsity"]) for r in records} == {(p.name, z) for p in PATTERNS for z in (0.0, 0.9, 0.99)}
+    assert set(LEVELS) >= {r["sparsity"] for r in records}
+    for r in records:
+        pattern = next(p for p in PATTERNS if p.name == r["pattern"])
+        assert set(r["ms"]) == set(pattern.kernels) and r["ms"][r["winner"]] == min(r["ms"].values())
+        assert (r["ratio"] > 1) == (r["winner"] == pattern.kernels[-1])
+    assert (tmp_path / "crossover.png").read_bytes().startswith(b"\x89PNG")
+    assert "sparse from" in run.stdout
