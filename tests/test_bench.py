@@ -100,7 +100,7 @@ def test_calls_are_the_layer_on_each_kernel() -> None:
     found = calls(layer, x, [c for c in CONV_CANDIDATES if c.kernel in PATTERNS[1].kernels])
     assert tuple(sorted(found)) == tuple(sorted(PATTERNS[1].kernels))
     with torch.inference_mode():
-        for name, call in found.items():
+        for call in found.values():
             out = call()
             assert isinstance(out, torch.Tensor)
             got = out.float() * (OUTPUT.scale if out.dtype == torch.uint8 else 1.0)
