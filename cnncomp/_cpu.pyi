@@ -106,6 +106,34 @@ def conv2d_depthwise(
     out: int,
     num_threads: int,
 ) -> None: ...
+def conv2d_dense(
+    x: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    values: int,
+    block: int,
+    k: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    groups: int,
+    bias: int,
+    residual: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+) -> None:
+    """float32 convolution. ``x`` (n, c, h, w), ``residual`` and ``out`` (n, k, p, q), ``values`` by
+    :func:`cnncomp.ops.packing.pack_dense`."""
+
 def conv2d_sparse(
     x: int,
     n: int,

@@ -22,7 +22,7 @@ from cnncomp.nn import (
     SparseQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL
 from cnncomp.ops.packing import quad_sparsity
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
@@ -85,6 +85,11 @@ def _has_onednn(layer: ConvertedLayer) -> str | None:
 def _is_depthwise(layer: ConvertedLayer) -> str | None:
     assert isinstance(layer, DenseConv2d)
     return None if layer.geometry.depthwise else "not depthwise"
+
+
+def _not_depthwise(layer: ConvertedLayer) -> str | None:
+    assert isinstance(layer, DenseConv2d)
+    return "depthwise" if layer.geometry.depthwise else None
 
 
 def _is_quantized(layer: ConvertedLayer) -> str | None:
@@ -164,6 +169,7 @@ CONV_CANDIDATES = (
     Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense_conv("dense.channels_last")),
     Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense_conv("dense.fused")),
     Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense_conv(DEPTHWISE_KERNEL)),
+    Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense_conv(DIRECT_KERNEL)),
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),

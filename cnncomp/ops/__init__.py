@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cnncomp.ops import (
+    conv2d_dense,
     conv2d_depthwise,
     conv2d_int8,
     conv2d_sparse,
@@ -15,6 +16,7 @@ from cnncomp.ops._openmp import attach
 attach()
 
 __all__ = [
+    "conv2d_dense",
     "conv2d_depthwise",
     "conv2d_int8",
     "conv2d_sparse",

@@ -11,6 +11,7 @@ struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kChains = 4;  // multiply-adds in flight
+  static constexpr int kRegisters = 32;
 
   static Vec broadcast(float v) { return _mm512_set1_ps(v); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
