@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
-from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
+from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
 MAX_ARENAS = 4
@@ -29,6 +29,16 @@ _ALIGN = 64
 #: Operators that compute nothing.
 _VIEWS = frozenset(
     ("view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "permute", "slice")
+)
+
+
+#: What gives a view of its input, or the input itself, where that has the layout for it.
+_LOOKS = frozenset(
+    (
+        ("call_function", torch.flatten),
+        *(("call_method", name) for name in ("contiguous", "flatten", "reshape", "view")),
+        *(("call_module", cls) for cls in (nn.Dropout, nn.Flatten, nn.Identity)),
+    )
 )
 
 
@@ -141,7 +151,7 @@ class _Recorder(fx.Interpreter):
         value = self._kernels(n) if n.op == "call_module" else None
         if value is None:
             value = super().run_node(n)
-            if not self._is_contiguous(n, value):
+            if not self._is_view(n, value):
                 self._python(n, value)
         self.values[n] = value
         self.keep.append(value)
@@ -176,7 +186,7 @@ class _Recorder(fx.Interpreter):
         """The node's value if it is all kernels of ours, which are then recorded."""
         layer = self.fetch_attr(str(n.target))
         ours = isinstance(layer, ConvertedLayer) and layer.own_kernels
-        if not ours and not isinstance(layer, QuantMaxPool2d):
+        if not ours and not isinstance(layer, (MeanPool2d, QuantMaxPool2d)):
             return None
         begin, pointers, kept = len(self.program), len(self.pointers), len(self.buffers)
         self.program.record(True)
@@ -195,12 +205,14 @@ class _Recorder(fx.Interpreter):
             self.items.append(_Item(begin, len(self.program)))
         return value
 
-    def _is_contiguous(self, n: fx.Node, value: Any) -> bool:
-        """Whether ``n`` asks for a layout that its input, a tensor of ours, has: then it has it every time."""
-        if n.op != "call_method" or n.target != "contiguous" or value is not self.values[n.all_input_nodes[0]]:
+    def _is_view(self, n: fx.Node, value: Any) -> bool:
+        """Whether ``n`` only looks in another way at its input, a tensor of ours: then it does so every time."""
+        what = type(self.fetch_attr(str(n.target))) if n.op == "call_module" else n.target
+        if (n.op, what) not in _LOOKS or len(n.all_input_nodes) != 1 or not value.numel():
             return False
+        x = self.values[n.all_input_nodes[0]]
         buffer = self.find(value.data_ptr())
-        return buffer is not None and buffer.ours
+        return buffer is not None and buffer.ours and _alias(value, x)
 
     def _python(self, n: fx.Node, value: Any) -> None:
         item = _Item(node=n)

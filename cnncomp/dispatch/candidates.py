@@ -22,7 +22,7 @@ from cnncomp.nn import (
     SparseQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
 from cnncomp.ops.packing import quad_sparsity
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
@@ -124,6 +124,14 @@ def _dense_conv(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     return build
 
 
+def _dense_linear(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
+    def build(layer: ConvertedLayer) -> ConvertedLayer:
+        assert isinstance(layer, DenseLinear)
+        return layer.with_kernel(kernel)
+
+    return build
+
+
 def _int8_weight(weight: Tensor, info: LayerInfo) -> tuple[Tensor, Tensor, Tensor | None]:
     """int8 weight, its scale and its shift.
 
@@ -176,6 +184,7 @@ CONV_CANDIDATES = (
 )
 LINEAR_CANDIDATES = (
     Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
+    Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense_linear(ROWS_KERNEL)),
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),

@@ -157,7 +157,7 @@ class Chooser:
 
         def make() -> Callable[[], object]:
             module = module_at(self.gm, node)
-            if fmt == Q8 and isinstance(module, nn.MaxPool2d):
+            if isinstance(module, nn.MaxPool2d) and passes_8bit(self.gm, node):
                 module = QuantMaxPool2d.from_float(module)
             x = to_format(_noise(shape, self.device), fmt, QuantSpec(1.0, torch.uint8))
             return lambda: module(x)

@@ -36,11 +36,25 @@ OWN_KERNELS = frozenset((DEPTHWISE_KERNEL, DIRECT_KERNEL))
 NCHW_KERNELS = frozenset(("dense.nchw", *OWN_KERNELS))
 
 
+#: Kernels of a dense linear layer: torch's, and this package's own for few rows, on a CPU.
+ROWS_KERNEL = "dense.rows"
+LINEAR_KERNELS = ("dense.linear", ROWS_KERNEL)
+#: The most rows that it takes: with more, torch's is faster on every CPU measured.
+MAX_ROWS = 16
+
+
 def dense_kernels(geometry: Geometry, device: str) -> tuple[str, ...]:
     """The dense kernels that can run a convolution on a kind of device ("cpu", "cuda")."""
     if device != "cpu":
         return tuple(k for k in CONV_KERNELS if k != "dense.fused")
     return (*CONV_KERNELS, DEPTHWISE_KERNEL if geometry.depthwise else DIRECT_KERNEL)
+
+
+def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
+    """Fused operators have no gradient, and oneDNN's with a residual no fake function; a compiler fuses by itself."""
+    if x.requires_grad or (residual is not None and residual.requires_grad) or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.numel() > 0
 
 
 class _Dense(ConvertedLayer):
@@ -147,24 +161,17 @@ class DenseConv2d(_Dense, ConvLayer):
         g = self.geometry
         if self.kernel in NCHW_KERNELS:
             x = x.contiguous()
-            if self.kernel in OWN_KERNELS and self._can_fuse(x, residual):
+            if self.kernel in OWN_KERNELS and _can_fuse(x, residual):
                 where, epilogue = (g.stride, g.padding, g.dilation), (self.bias, residual, act.lo, act.hi)
                 if self.kernel == DEPTHWISE_KERNEL:
                     return torch.ops.cnncomp.conv2d_depthwise(x, self.plain, *epilogue, *where)
                 return torch.ops.cnncomp.conv2d_dense(x, self.packed, *epilogue, g.out_channels, *where)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
-            if self.kernel == "dense.fused" and self._can_fuse(x, residual):
+            if self.kernel == "dense.fused" and _can_fuse(x, residual):
                 return self._fused(x, residual, act)
         t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
         return clamp_add(t, residual, act)
-
-    @staticmethod
-    def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
-        """Fused operators have no gradient, and oneDNN's with a residual no fake function; a compiler fuses by itself."""
-        if x.requires_grad or (residual is not None and residual.requires_grad) or torch.compiler.is_compiling():
-            return False
-        return x.device.type == "cpu" and x.numel() > 0
 
     def _fused(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
         g = self.geometry
@@ -219,28 +226,42 @@ class DenseConv2d(_Dense, ConvLayer):
 
 
 class DenseLinear(_Dense, LinearLayer):
-    """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K)."""
+    """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K).
 
-    kernel = "dense.linear"
+    ``kernel`` is one of :data:`LINEAR_KERNELS`. :data:`ROWS_KERNEL` runs on the CPU in inference only, and on few rows;
+    elsewhere torch's stands in.
+    """
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None = None,
         activation: Clamp = LINEAR,
+        kernel: str = "dense.linear",
     ) -> None:
         super().__init__()
+        if kernel not in LINEAR_KERNELS:
+            raise ArgumentError("kernel", kernel, f"one of {', '.join(LINEAR_KERNELS)}")
+        self.kernel = kernel
         self.out_features, self.in_features = weight.shape
         self._bound(activation)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
+    @property
+    def own_kernels(self) -> bool:
+        return self.kernel == ROWS_KERNEL
+
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
-        t = F.linear(x, self.weight, self.bias)
-        return self._bounded(clamp_add(t, residual, self._interval)) if clamped else clamp_add(t, residual, LINEAR)
+        act = self._interval if clamped else LINEAR
+        if self.own_kernels and _can_fuse(x, residual) and x.numel() <= MAX_ROWS * self.in_features:
+            t = torch.ops.cnncomp.linear_dense(x, self.weight, self.bias, residual, act.lo, act.hi)
+        else:
+            t = clamp_add(F.linear(x, self.weight, self.bias), residual, act)
+        return self._bounded(t) if clamped else t
 
     def config(self) -> dict[str, Any]:
-        return {"activation": clamp_config(self.activation)}
+        return {"activation": clamp_config(self.activation), "kernel": self.kernel}
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"weight": self.weight.detach()}
@@ -248,10 +269,15 @@ class DenseLinear(_Dense, LinearLayer):
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseLinear:
-        return cls(tensors["weight"], tensors.get("bias"), clamp_from_config(config["activation"]))
+        activation = clamp_from_config(config["activation"])
+        return cls(tensors["weight"], tensors.get("bias"), activation, config.get("kernel", "dense.linear"))
 
     def to_dense(self) -> DenseLinear:
         return self
 
+    def with_kernel(self, kernel: str) -> DenseLinear:
+        """The same layer on another of :data:`LINEAR_KERNELS`."""
+        return DenseLinear(self.weight, self.bias, self.activation, kernel)
+
     def extra_repr(self) -> str:
-        return f"{self.in_features}→{self.out_features} {self.activation}"
+        return f"{self.in_features}→{self.out_features} {self.activation} kernel={self.kernel}"

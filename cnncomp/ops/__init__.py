@@ -8,7 +8,9 @@ from cnncomp.ops import (
     conv2d_int8,
     conv2d_sparse,
     conv2d_sparse_int8,
+    linear_dense,
     max_pool2d_int8,
+    pool2d,
     quantize,
 )
 from cnncomp.ops._openmp import attach
@@ -21,6 +23,8 @@ __all__ = [
     "conv2d_int8",
     "conv2d_sparse",
     "conv2d_sparse_int8",
+    "linear_dense",
     "max_pool2d_int8",
+    "pool2d",
     "quantize",
 ]

@@ -8,6 +8,8 @@ namespace cnncomp {
 void bind_int8(pybind11::module_& m);
 void bind_conv2d_depthwise(pybind11::module_& m);
 void bind_conv2d_sparse(pybind11::module_& m);
+void bind_linear_dense(pybind11::module_& m);
+void bind_pool2d(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
 
 }  // namespace cnncomp

@@ -99,13 +99,15 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
 }
 
 // As few tiles as the first-level cache allows: while a tile is computed, all of its inputs in a block of channels are read
-// again and again. Tiles of more than kPixels gain nothing; those of fewer than kVectors are short of sums to work on.
+// again and again. Tiles of more than kPixels gain nothing, but where so few channels are read that each row of weights is
+// short; those of fewer than kVectors are short of sums to work on.
 void choose_tile(const Conv2dSparseArgs& a, int64_t lanes, Plan& plan) {
-  constexpr int64_t kBytes = 49152, kPixels = 112, kVectors = 4;
+  constexpr int64_t kBytes = 49152, kCache = 32768, kPixels = 112, kVectors = 4;
   const int64_t planes = plan.rows.planes() * plan.columns.planes();
   const int64_t bytes = std::min(a.weights.block, plan.group_c) * planes * static_cast<int64_t>(sizeof(float));
+  const int64_t widest = kSparseMaxTile * lanes, pixels = bytes * widest <= kCache ? widest : kPixels;
   const int64_t most = plan.dense ? int64_t{kDenseMaxTile}
-                                  : std::clamp(std::min(kPixels, kBytes / bytes) / lanes, kVectors, int64_t{kSparseMaxTile});
+                                  : std::clamp(std::min(pixels, kBytes / bytes) / lanes, kVectors, int64_t{kSparseMaxTile});
   plan.lanes = lanes;
   plan.vectors = ceil_div(plan.pixels, lanes);
   plan.tiles = ceil_div(plan.vectors, most);

@@ -213,9 +213,19 @@ void pack_vector(const SparsePack& a, float* dst, const float* src, int first, i
   }
 }
 
+// The first `length` floats of all channels, one channel after the other: streams that the prefetchers follow.
+template <class V>
+void copy_rows(const SparsePack& a, float* dst, const float* src, int64_t length) {
+  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.h * a.w;
+  for (int64_t c = 0; c < a.channels; c++, dst += dst_stride, src += src_stride) {
+    for (int64_t i = 0; i < length; i += V::kLanes) V::store(dst + i, V::load(src + i));
+  }
+}
+
 // Runs in order: what a run's last vector writes past its end, the next run writes again.
 template <class V>
 void pack(const SparsePack& a) {
+  constexpr int64_t kShort = 2;  // vectors of a run that are better copied one by one, for all channels
   int64_t begin = 0;
   for (int64_t i = 0; i < a.num_runs; begin += a.runs[i++ * a.column_planes].length) {
     for (int64_t plane = 0; plane < a.row_planes * a.column_planes; plane++) {
@@ -225,7 +235,12 @@ void pack(const SparsePack& a) {
       const int64_t first = outside ? 0 : run.first, last = outside ? 0 : run.last;
       float* const dst = a.dst + plane * a.plane_length + begin;
       const float* const src = a.x + run.image + row * a.w + run.column - run.first * a.stride_w;
-      for (int64_t j = 0; j < run.length; j += V::kLanes) {
+      int64_t j = 0;
+      if (run.length > kShort * V::kLanes && a.stride_w == 1 && run.first == 0 && first < last) {
+        j = last / V::kLanes * V::kLanes;
+        copy_rows<V>(a, dst, src, j);
+      }
+      for (; j < run.length; j += V::kLanes) {
         const int64_t left = a.plane_length - begin - j;
         pack_vector<V>(a, dst + j, src + j * a.stride_w, static_cast<int>(first - j), static_cast<int>(last - j),
                        static_cast<int>(left < V::kLanes ? left : V::kLanes));
