@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
@@ -292,6 +292,8 @@ class Recording:
         self._check_inputs(recorder)
         self._lay_out(recorder)
         self._drop_values(recorder)
+        #: Each node's value, its tensors as on the meta device.
+        self.values = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), recorder.values)
         trim_heap()  # all intermediate values were kept at once
         self.unchanged = [
             (owner, name, value)
