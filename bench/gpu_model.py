@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -190,17 +190,19 @@ def _record(shape: Any, batch: int, gpu: Gpu, **rest: Any) -> dict[str, Any]:
 
 
 def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, plain Triton."""
+    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, inductor's, plain Triton."""
     from bench import gpu_peers
 
     groups = [list(gpu_peers.conv_candidates(shape, batch, arch, dtype)) for dtype in dtypes]
     if arch != "75":  # whose tensor cores Triton does not feed with int8, and which have no 2:4
         groups += [list(gpu_peers.triton_candidates(shape, batch, dtype)) for dtype in dtypes]
+        groups += [list(gpu_peers.inductor_candidates(shape, batch, dtype)) for dtype in dtypes]
         groups += [list(gpu_peers.sparse_candidates(shape, batch))] if "int8" in dtypes else []
     found = []
     for candidates in filter(None, groups):
         _, peer, dtype, pattern, _ = candidates[0]
-        timed = [(model(*c.counted, gpu), c.kernel, c.counted[0], varied(*c.counted, gpu)) for c in candidates]
+        fitting = [c for c in candidates if resident(c.counted[1], gpu, c.counted[0]["shared_bytes"])]
+        timed = [(model(*c.counted, gpu), c.kernel, c.counted[0], varied(*c.counted, gpu)) for c in fitting]
         if gpu.arch == "sm_90" and (peer, pattern) == ("cutlass", "dense"):
             bound = gpu_peers.wgmma_bound(shape, batch, gpu, dtype)
             timed.append((bound, "bound: 75 % of the wgmma peak", {}, [bound["us"]] * len(VARIATIONS)))
@@ -209,6 +211,9 @@ def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[s
         about |= {
             "sparsity": 0.5 if pattern == "2:4" else 0.0,
             "us_varied": [min(v) for v in zip(*(t[3] for t in timed), strict=True)],
+            "pass_us": gpu_peers.requantize_pass(shape, batch, gpu)
+            if counts and (peer, dtype) == ("cutlass", "int8")
+            else 0.0,
         }
         found.append(_record(shape, batch, gpu, **about, **answer, counters=counts))
     return found
@@ -225,7 +230,7 @@ def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[s
             for gpu in gpus:
                 (counts, launch), kernel = run_layer(shape, batch, arch, gpu)
                 about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
-                about["us_varied"] = varied(counts, launch, gpu)
+                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
                 found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
                 found += peer_records(shape, batch, arch, gpu, dtypes)
     return found
@@ -253,8 +258,8 @@ def report(rows: list[dict[str, Any]]) -> str:
 Ratios = dict[tuple[str, str, int, str], dict[str, list[float]]]
 
 
-def ratios(rows: list[dict[str, Any]]) -> Ratios:
-    """The peers' times over the package's, layer by layer."""
+def ratios(rows: list[dict[str, Any]], passes: bool = False) -> Ratios:
+    """The peers' times over the package's, layer by layer; with the pass for what a peer's kernel can't fuse if asked."""
     ours = {(r["network"], r["gpu"], r["batch"], r["layer"]): r["us_varied"] for r in rows if r["peer"] is None}
     found: Ratios = {}
     for r in rows:
@@ -262,25 +267,43 @@ def ratios(rows: list[dict[str, Any]]) -> Ratios:
             mine = ours[r["network"], r["gpu"], r["batch"], r["layer"]]
             key = (r["network"], r["gpu"], r["batch"], f"{r['peer']} {r['dtype']} {r['pattern']}")
             found.setdefault(key, {})[r["layer"]] = [
-                theirs / us for theirs, us in zip(r["us_varied"], mine, strict=True)
+                (theirs + passes * r["pass_us"]) / us for theirs, us in zip(r["us_varied"], mine, strict=True)
             ]
     return found
 
 
-def compare(rows: list[dict[str, Any]]) -> str:
-    """A table of geometric means over the distinct layers that a peer has a kernel for, for each network, GPU and batch.
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    logarithms = [math.log(v) for v in values]
+    return math.exp(sum(logarithms) / len(logarithms))
 
-    The range is over the constants' uncertainty; the worst layer is with the frozen constants.
+
+def compare(rows: list[dict[str, Any]]) -> str:
+    """A table in Markdown of geometric means over the distinct layers that a peer has a kernel for.
+
+    The range is over the constants' uncertainty; worst layer and the column with the pass that the peer can't fuse are with the
+    frozen constants.
     """
-    head = f"{'network':14} {'GPU':10} {'batch':>5} {'peer':20} {'layers':>6} {'times as fast':>13} {'range':>12} {'worst':>6}"
-    lines = [f"{head}  ({LABEL})"]
-    for (network, gpu, batch, peer), values in sorted(ratios(rows).items()):
-        means = [math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*values.values(), strict=True)]
-        extent = f"{min(means):.2f}..{max(means):.2f}"
+    titles = (
+        "network",
+        "GPU",
+        "batch",
+        "peer",
+        "layers",
+        f"times as fast, {LABEL}",
+        "range",
+        "worst layer",
+        "with its pass",
+    )
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    passes = ratios(rows, passes=True)
+    for key, values in sorted(ratios(rows).items()):
+        means = [geometric_mean(column) for column in zip(*values.values(), strict=True)]
         worst = min(v[0] for v in values.values())
-        lines.append(
-            f"{network:14} {gpu:10} {batch:5d} {peer:20} {len(values):6d} {means[0]:13.2f} {extent:>12} {worst:6.2f}"
-        )
+        whole = geometric_mean(v[0] for v in passes[key].values())
+        numbers = f"{means[0]:.2f} | {min(means):.2f}..{max(means):.2f} | {worst:.2f} | "
+        numbers += f"{whole:.2f}" if whole != means[0] else ""
+        lines.append(f"| {' | '.join(map(str, key))} | {len(values)} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -180,7 +180,7 @@ def test_layers_of_vgg16():
 
 def row_of(layer, us, peer=None):
     return {"network": "n", "layer": layer, "gpu": "A100", "batch": 8, "peer": peer, "dtype": "int8", "pattern": "dense",
-            "us": us, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
+            "us": us, "pass_us": 20.0 if peer else 0.0, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
 
 
 def test_comparison(tmp_path):
@@ -192,6 +192,6 @@ def test_comparison(tmp_path):
         row_of("c", 1.0),
     ]
     assert ratios(rows) == {("n", "A100", 8, "cutlass int8 dense"): {"a": [4.0, 6.0], "b": [1.0, 1.5]}}
-    text = compare(rows)
-    assert LABEL in text and "2.00" in text and "2.00..3.00" in text and text.split()[-1] == "1.00"
+    head, _, line = compare(rows).splitlines()
+    assert LABEL in head and line == "| n | A100 | 8 | cutlass int8 dense | 2 | 2.00 | 2.00..3.00 | 1.00 | 4.24 |"
     assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000
