@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: exact in the interpreter, compiled ahead of time for three architectures."""
+"""Triton kernels without a GPU: exact in the interpreter, and as compiled ahead of time in the emulator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from cnncomp import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
 ROOT = Path(__file__).parent.parent
-ARCHS = (80, 90, 120)
 
 
 def test_available_needs_no_triton():
@@ -35,102 +34,6 @@ def test_in_interpreter():
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile into a folder of this run, not into the user's cache."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
-
-
-def int8_arguments(dtype: str, residual: str | None, out: str, names: list[str], odd: bool) -> tuple[Any, ...]:
-    pointers = {"x_ptr": dtype, "weight_ptr": "i8", "constants_ptr": "fp32", "residual_ptr": residual, "out_ptr": out}
-    multiples = {"c", "k", "c_group", "k_group"} if not odd else set()
-    return pointers, {name: name in multiples for name in names}, ("residual_scale", "lo")
-
-
-def check(report: Any, arch: int, mma: bool, copies: bool) -> None:
-    """No spills, tensor cores used, tiles copied asynchronously, nothing contracted in the epilogue."""
-    spilled = report.stack + report.opcodes["LDL"] + report.opcodes["STL"]
-    assert spilled == 0, f"{report.stack} bytes of stack, {report.registers} registers"
-    assert "fma.rn" not in report.ptx, "a multiply and an add were contracted"
-    if mma:
-        assert sum(n for name, n in report.opcodes.items() if name in ("IMMA", "IGMMA", "HMMA", "HGMMA", "QMMA")) > 0
-    if copies:
-        assert report.opcodes["LDGSTS"] > 0, "no asynchronous copies"
-    assert report.shared <= 99 * 1024 if arch in (86, 89, 120) else report.shared <= 163 * 1024
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    "dtype, residual, out, size",
-    [("u8", "u8", "u8", "LARGE"), ("u8", "u8", "u8", "WIDE"), ("i8", None, "fp32", "SMALL")],
-)
-def test_gemm_compiles(arch, dtype, residual, out, size):
-    from cnncomp.kernels import launch
-    from cnncomp.kernels.gemm_int8 import gemm_int8_kernel
-    from tests.triton_aot import compile_kernel, inspect
-
-    tile = getattr(launch, size)
-    arguments = int8_arguments(dtype, residual, out, ["m", "c", "k"], odd=False)
-    meta = tile.meta() | {"WORDS": True}
-    check(inspect(compile_kernel(gemm_int8_kernel, *arguments, meta, arch, tile.options())), arch, True, True)
-
-
-CONV_INTEGERS = [
-    "m",
-    "h",
-    "w",
-    "c",
-    "k",
-    "p",
-    "q",
-    "k_group",
-    "stride_h",
-    "stride_w",
-    "pad_h",
-    "pad_w",
-    "dil_h",
-    "dil_w",
-]
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype, residual, out", [("u8", "u8", "u8")])
-@pytest.mark.parametrize(
-    "size, flat", [("SMALL", False), ("MEDIUM", False), ("LARGE", False), ("WIDE", False), ("FLAT_TILE", True)]
-)
-def test_conv_compiles(arch, dtype, residual, out, size, flat):
-    from cnncomp.kernels import conv2d_int8, launch
-    from tests.triton_aot import compile_kernel, inspect
-
-    tile = conv2d_int8.FLAT_TILE if flat else getattr(launch, size)
-    arguments = int8_arguments(dtype, residual, out, [*CONV_INTEGERS, "c_group"], odd=flat)
-    meta = tile.meta() | {"R": 3, "S": 3, "FLAT": flat, "WORDS": not flat}
-    report = inspect(compile_kernel(conv2d_int8.conv2d_int8_kernel, *arguments, meta, arch, tile.options()))
-    check(report, arch, True, not flat)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_depthwise_compiles(arch):
-    from cnncomp.kernels.conv2d_int8 import DEPTHWISE_TILE, depthwise_int8_kernel
-    from tests.triton_aot import compile_kernel, inspect
-
-    arguments = int8_arguments("u8", "u8", "u8", CONV_INTEGERS, odd=False)
-    meta = {"R": 3, "S": 3, "BLOCK_M": DEPTHWISE_TILE.block_m, "BLOCK_N": DEPTHWISE_TILE.block_n}
-    report = inspect(compile_kernel(depthwise_int8_kernel, *arguments, meta, arch, DEPTHWISE_TILE.options()))
-    check(report, arch, False, False)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype, mma", [("fp16", True), ("fp32", False)])
-def test_sparse_compiles(arch, dtype, mma):
-    from cnncomp.kernels.conv2d_sparse import conv2d_sparse_kernel
-    from tests.triton_aot import compile_kernel, inspect
-
-    data = dict.fromkeys(["x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"], dtype)
-    pointers: dict[str, str | None] = data | {"positions_ptr": "i32", "block_ptr_ptr": "i32"}
-    integers = dict.fromkeys([*CONV_INTEGERS, "c_group", "blocks"], False)
-    meta = {"R": 3, "S": 3, "V": 32, "BLOCK_M": 64, "BLOCK_K": 32, "PRECISION": "ieee"}
-    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    compiled = compile_kernel(conv2d_sparse_kernel, pointers, integers, ("lo", "hi"), meta, arch, options)
-    report = inspect(compiled)
-    assert report.stack == 0 and report.opcodes["LDL"] == 0
-    assert (report.opcodes["HMMA"] + report.opcodes["HGMMA"] > 0) == mma
 
 
 TYPES = {"u8": torch.uint8, "i8": torch.int8, "fp32": torch.float32}
@@ -161,6 +64,19 @@ def compiled_case(dtype: str, residual: str | None, out: str, sizes: tuple[Any, 
     return emulated.Case(x, weight, constants, res, shape, TYPES[out]), expected
 
 
+def compiled_conv(
+    tile: Any, dtype: str, residual: str | None, out: str, taps: tuple[int, int], flat: bool, arch: int
+) -> Any:
+    from cnncomp.kernels.conv2d_int8 import conv2d_int8_kernel
+    from tests.triton_gate import CONV_INTEGERS, int8_variant
+
+    meta = {"R": taps[0], "S": taps[1], "FLAT": flat, "WORDS": not flat}
+    integers = (*CONV_INTEGERS, "c_group")
+    return int8_variant("", conv2d_int8_kernel, integers, tile, meta, dtype, residual, out, aligned=not flat).compiled(
+        arch
+    )
+
+
 def run_compiled(compiled: Any, case: Any, grid: tuple[int, ...], warps: int, integers: list[int]) -> Any:
     from tests.ptx import emulate
 
@@ -180,15 +96,12 @@ def run_compiled(compiled: Any, case: Any, grid: tuple[int, ...], warps: int, in
 def test_compiled_conv_is_exact_in_the_emulator(arch, name, size, dtype, residual, out):
     """What Triton makes of the kernel, not what its interpreter thinks: the PTX itself, against the reference."""
     from cnncomp.kernels import conv2d_int8, launch
-    from tests.triton_aot import compile_kernel
 
     n, c, h, w, k, r, s, stride, padding, dilation, groups = COMPILED[name]
     flat = size == "FLAT_TILE"
     tile = conv2d_int8.FLAT_TILE if flat else getattr(launch, size)
     case, expected = compiled_case(dtype, residual, out, COMPILED[name])
-    arguments = int8_arguments(dtype, residual, out, [*CONV_INTEGERS, "c_group"], odd=flat)
-    meta = tile.meta() | {"R": r, "S": s, "FLAT": flat, "WORDS": not flat}
-    compiled = compile_kernel(conv2d_int8.conv2d_int8_kernel, *arguments, meta, arch, tile.options())
+    compiled = compiled_conv(tile, dtype, residual, out, (r, s), flat, arch)
     p, q = expected.shape[2:]
     integers = [n * p * q, h, w, c, k, p, q, c // groups, k // groups, *stride, *padding, *dilation]
     grid = (launch.cdiv(n * p * q, tile.block_m) * launch.cdiv(k // groups, tile.block_n), groups, 1)
@@ -204,16 +117,12 @@ def test_compiled_conv_is_exact_in_the_emulator(arch, name, size, dtype, residua
 def test_compiled_gemm_is_exact_in_the_emulator(dtype, size, m, c, k):
     from cnncomp.kernels import launch
     from cnncomp.kernels.gemm_int8 import gemm_int8_kernel
-    from tests.triton_aot import compile_kernel
+    from tests.triton_gate import int8_variant
 
     tile = getattr(launch, size)
     case, expected = compiled_case(dtype, None, "u8", (m, c, 1, 1, k, 1, 1, (1, 1), (0, 0), (1, 1), 1))
-    arguments = int8_arguments(dtype, None, "u8", ["m", "c", "k"], odd=False)
-    pointers, _, floats = arguments
-    aligned = {"m": False, "c": True, "k": True}
-    compiled = compile_kernel(
-        gemm_int8_kernel, pointers, aligned, floats, tile.meta() | {"WORDS": True}, 80, tile.options()
-    )
+    variant = int8_variant("", gemm_int8_kernel, ("m", "c", "k"), tile, {"WORDS": True}, dtype, None)
+    compiled = variant.compiled(80)
     grid = (launch.cdiv(m, tile.block_m) * launch.cdiv(k, tile.block_n), 1, 1)
     run_compiled(compiled, case, grid, tile.num_warps, [m, c, k])
     assert torch.equal(case.output(), expected)
@@ -231,14 +140,11 @@ def test_compiled_gemm_is_exact_in_the_emulator(dtype, size, m, c, k):
 def test_instructions_of_a_useful_product(size, dtype, c, pixels, most):
     """Warp instructions per useful m16n8k32 of a 3x3 convolution on sm_80: bytes are not unpacked."""
     from bench.gpu_model import sample_of
-    from cnncomp.kernels import conv2d_int8, launch
+    from cnncomp.kernels import launch
     from tests.ptx import Checks, emulate, load
-    from tests.triton_aot import compile_kernel
 
     tile = getattr(launch, size)
-    arguments = int8_arguments(dtype, None, "u8", [*CONV_INTEGERS, "c_group"], odd=False)
-    meta = tile.meta() | {"R": 3, "S": 3, "FLAT": False, "WORDS": True}
-    compiled = compile_kernel(conv2d_int8.conv2d_int8_kernel, *arguments, meta, 80, tile.options())
+    compiled = compiled_conv(tile, dtype, None, "u8", (3, 3), False, 80)
     m = pixels**2
     kind = torch.uint8 if dtype == "u8" else torch.int8
     tensors = torch.zeros(m * c, dtype=kind), torch.zeros(c * 9 * c, dtype=torch.int8), torch.ones(3 * c)
