@@ -57,7 +57,7 @@ def compiled_case(dtype: str, residual: str | None, out: str, sizes: tuple[Any, 
     x = torch.randint(*((0, 256) if dtype == "u8" else (-128, 128)), (n, c, h, w), dtype=TYPES[dtype])
     weight = torch.randint(-127, 128, (k, c // geometry[3], r, s), dtype=torch.int8)
     scale = (torch.rand(k) + 0.5) * 100 / (7000 * (weight[0].numel()) ** 0.5)
-    constants = torch.stack([scale, torch.randn(k) * 30 + 60, torch.full((k,), 200.0)])
+    constants = torch.stack([scale, torch.randn(k) * 30 + 60, torch.rand(k) * 100 + 100])
     shape = tuple(torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape)
     res = None if residual is None else torch.randint(-128, 128, shape, dtype=torch.int8)
     expected = reference.conv2d_int8(x, weight, constants, res, 0.37, 0.0, *geometry, TYPES[out])
@@ -77,14 +77,28 @@ def compiled_conv(
     )
 
 
-def run_compiled(compiled: Any, case: Any, grid: tuple[int, ...], warps: int, integers: list[int]) -> Any:
+def run_compiled(
+    compiled: Any, case: Any, grid: tuple[int, ...], warps: int, integers: list[int], **options: Any
+) -> Any:
+    """``options`` are emulate's; ``kernel`` among them stands for what was compiled."""
     from tests.ptx import emulate
 
     pointers = [case.x, case.weight, case.constants, *([case.residual] if case.residual else []), case.out]
+    kernel = options.pop("kernel", compiled.asm["ptx"])
     return emulate(
-        compiled.asm["ptx"], grid, 32 * warps, [*pointers, 0.37, 0.0, *integers], memory=case.memory,
-        shared=compiled.metadata.shared,
+        kernel, grid, 32 * warps, [*pointers, 0.37, 0.0, *integers], memory=case.memory, shared=compiled.metadata.shared,
+        **options,
     )  # fmt: skip
+
+
+def conv_launch(tile: Any, expected: torch.Tensor, sizes: tuple[Any, ...]) -> tuple[tuple[int, int, int], list[int]]:
+    """Grid and integer arguments of a convolution."""
+    from cnncomp.kernels.launch import cdiv
+
+    n, c, h, w, k, _, _, stride, padding, dilation, groups = sizes
+    p, q = expected.shape[2:]
+    integers = [n * p * q, h, w, c, k, p, q, c // groups, k // groups, *stride, *padding, *dilation]
+    return (cdiv(n * p * q, tile.block_m) * cdiv(k // groups, tile.block_n), groups, 1), integers
 
 
 @pytest.mark.parametrize("dtype, residual, out", [("u8", "i8", "u8"), ("i8", None, "fp32")])
@@ -97,14 +111,12 @@ def test_compiled_conv_is_exact_in_the_emulator(arch, name, size, dtype, residua
     """What Triton makes of the kernel, not what its interpreter thinks: the PTX itself, against the reference."""
     from cnncomp.kernels import conv2d_int8, launch
 
-    n, c, h, w, k, r, s, stride, padding, dilation, groups = COMPILED[name]
+    r, s = COMPILED[name][5:7]
     flat = size == "FLAT_TILE"
     tile = conv2d_int8.FLAT_TILE if flat else getattr(launch, size)
     case, expected = compiled_case(dtype, residual, out, COMPILED[name])
     compiled = compiled_conv(tile, dtype, residual, out, (r, s), flat, arch)
-    p, q = expected.shape[2:]
-    integers = [n * p * q, h, w, c, k, p, q, c // groups, k // groups, *stride, *padding, *dilation]
-    grid = (launch.cdiv(n * p * q, tile.block_m) * launch.cdiv(k // groups, tile.block_n), groups, 1)
+    grid, integers = conv_launch(tile, expected, COMPILED[name])
     result = run_compiled(compiled, case, grid, tile.num_warps, integers)
     assert torch.equal(case.output(), expected)
     assert any(opcode.startswith("wgmma" if arch == 90 else "mma") for opcode in result.instructions)
