@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,79 +236,10 @@ def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[s
     return found
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """A table: time per network, batch and GPU of the package's kernels, and how often each resource binds."""
-    lines = [f"{'network':14} {'batch':>5} {'GPU':10} {'ms':>8} {'of int8 peak':>12}  bound by  ({LABEL})"]
-    ours = [r for r in rows if r["peer"] is None]
-    for network, batch, name in sorted({(r["network"], r["batch"], r["gpu"]) for r in ours}):
-        mine = [r for r in ours if (r["network"], r["batch"], r["gpu"]) == (network, batch, name)]
-        gpu = next(g for g in GPUS if g.name == name)
-        seconds = sum(r["us"] * r["count"] for r in mine) * 1e-6
-        useful = sum(2 * r["macs"] * r["count"] for r in mine)
-        binding: dict[str, int] = {}
-        for r in mine:
-            binding[r["bound"]] = binding.get(r["bound"], 0) + 1
-        share = useful / seconds / gpu.int8_peak
-        lines.append(f"{network:14} {batch:5d} {name:10} {seconds * 1e3:8.3f} {share:11.1%}   {binding}")
-    return "\n".join(lines)
-
-
-#: By network, GPU, batch and peer ("cutlass int8 dense"): layer to how many times as fast as the peer the package's kernel is,
-#: with each of VARIATIONS.
-Ratios = dict[tuple[str, str, int, str], dict[str, list[float]]]
-
-
-def ratios(rows: list[dict[str, Any]], passes: bool = False) -> Ratios:
-    """The peers' times over the package's, layer by layer; with the pass for what a peer's kernel can't fuse if asked."""
-    ours = {(r["network"], r["gpu"], r["batch"], r["layer"]): r["us_varied"] for r in rows if r["peer"] is None}
-    found: Ratios = {}
-    for r in rows:
-        if r["peer"]:
-            mine = ours[r["network"], r["gpu"], r["batch"], r["layer"]]
-            key = (r["network"], r["gpu"], r["batch"], f"{r['peer']} {r['dtype']} {r['pattern']}")
-            found.setdefault(key, {})[r["layer"]] = [
-                (theirs + passes * r["pass_us"]) / us for theirs, us in zip(r["us_varied"], mine, strict=True)
-            ]
-    return found
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers."""
-    logarithms = [math.log(v) for v in values]
-    return math.exp(sum(logarithms) / len(logarithms))
-
-
-def compare(rows: list[dict[str, Any]]) -> str:
-    """A table in Markdown of geometric means over the distinct layers that a peer has a kernel for.
-
-    The range is over the constants' uncertainty; worst layer and the column with the pass that the peer can't fuse are with the
-    frozen constants.
-    """
-    titles = (
-        "network",
-        "GPU",
-        "batch",
-        "peer",
-        "layers",
-        f"times as fast, {LABEL}",
-        "range",
-        "worst layer",
-        "with its pass",
-    )
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    passes = ratios(rows, passes=True)
-    for key, values in sorted(ratios(rows).items()):
-        means = [geometric_mean(column) for column in zip(*values.values(), strict=True)]
-        worst = min(v[0] for v in values.values())
-        whole = geometric_mean(v[0] for v in passes[key].values())
-        numbers = f"{means[0]:.2f} | {min(means):.2f}..{max(means):.2f} | {worst:.2f} | "
-        numbers += f"{whole:.2f}" if whole != means[0] else ""
-        lines.append(f"| {' | '.join(map(str, key))} | {len(values)} | {numbers} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
+    from bench import gpu_report
     from bench.layers import GPU_NETWORKS
+    from cnncomp.results.report import replace_section
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
@@ -316,6 +247,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed"
     )
+    parser.add_argument("--docs", type=Path, help="a Markdown file to put the tables into")
     arguments = parser.parse_args()
     dtypes = arguments.peers
     if dtypes is None:
@@ -328,12 +260,14 @@ def main() -> None:
             rows += records(network, batch, dtypes)
             OUT.parent.mkdir(parents=True, exist_ok=True)
             OUT.write_text(json.dumps(rows, indent=1))
-    print(report(rows), compare(rows), sep="\n\n")
+    print(gpu_report.report(rows), gpu_report.compare(rows), gpu_report.overview(rows), sep="\n\n")
+    if arguments.docs:
+        replace_section(arguments.docs, "gpu-model", gpu_report.document(rows))
     print(f"{OUT}: {len(rows)} records")
     if dtypes:
         from bench.plot import plot_gpu
 
-        print(plot_gpu(ratios(rows), OUT.with_suffix(".png")))
+        print(plot_gpu(gpu_report.ratios(rows), OUT.with_suffix(".png")))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ from bench.gpu_model import (
     Calibration,
     Launch,
     bounds,
-    compare,
     model,
-    ratios,
-    report,
     sample_of,
     touched,
 )
+from bench.gpu_report import compare, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman
 from bench.layers import gpu_shapes
 from bench.plot import plot_gpu
@@ -194,4 +192,9 @@ def test_comparison(tmp_path):
     assert ratios(rows) == {("n", "A100", 8, "cutlass int8 dense"): {"a": [4.0, 6.0], "b": [1.0, 1.5]}}
     head, _, line = compare(rows).splitlines()
     assert LABEL in head and line == "| n | A100 | 8 | cutlass int8 dense | 2 | 2.00 | 2.00..3.00 | 1.00 | 4.24 |"
+    whole = overview(rows, ["A100"]).splitlines()
+    assert (
+        whole[2].split("|")[1:6] == [" n ", " A100 ", " 8 ", " 2.00 ", " 4.24 "]
+        and overview(rows, ["T4"]).count("\n") == 1
+    )
     assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000
