@@ -123,9 +123,9 @@ the distinct convolution and linear layers that the peer has a kernel for. u8 in
 {overview(rows, shown)}
 
 "And its pass": CUTLASS fuses one scale, not one per channel; the pass that scales each channel reads 32-bit sums and writes
-bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak. CUTLASS 2:4
-multiplies half as much, in layers that are matrix products. Neither CUTLASS nor Triton has int8 for depthwise layers, and
-inductor has int8 for products alone.
+bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak, with no
+tile, wave or multiprocessor wasted, which no kernel reaches on small batches. CUTLASS 2:4 multiplies half as much, in layers
+that are matrix products. Neither CUTLASS nor Triton has int8 for depthwise layers, and inductor has int8 for products alone.
 
 <details><summary>Other GPUs</summary>
 
