@@ -122,3 +122,17 @@ def test_layer_holds_its_weight_once_and_gives_it_back() -> None:
         torch.ops.cnncomp.conv2d_dense(
             torch.randn(1, 99, 5, 5), layer.packed, None, None, 0.0, 1.0, 24, (1, 1), (1, 1), (1, 1)
         )
+
+
+@pytest.mark.parametrize("kernel", ["dense.nchw", "dense.channels_last", "dense.fused", DIRECT_KERNEL])
+def test_a_state_dict_has_the_weight_before_and_after_calls(kernel: str) -> None:
+    geometry, x = Geometry(3, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1), torch.randn(1, 3, 9, 7)
+    first, second = (
+        DenseConv2d(geometry, torch.randn(8, 3, 3, 3), torch.randn(8), Clamp(0.0), kernel) for _ in range(2)
+    )
+    with torch.inference_mode():
+        expected, before = first(x), second(x)
+    assert not torch.equal(expected, before)
+    second.load_state_dict(first.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(second(x), expected) and torch.equal(first(x), expected)

@@ -148,6 +148,14 @@ class DenseConv2d(_Dense, ConvLayer):
         self._unpack()
         return super()._apply(fn, recurse)
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args)
+
     @property
     def own_kernels(self) -> bool:
         return self.kernel in OWN_KERNELS
