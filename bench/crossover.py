@@ -7,7 +7,6 @@ of dispatch's table, in turn, in one process. One thread, unless CNNCOMP_BENCH_T
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.layers import NETWORKS, ConvShape, calls, conv_shapes, random_layer
+from bench.options import chosen, threads
 from cnncomp.demo.common import machine
 from cnncomp.dispatch import CONV_CANDIDATES, interleaved
 from cnncomp.progress import track
@@ -176,11 +176,8 @@ def main(
 ) -> None:
     """Time every layer at every level and print where sparse begins to win; records go to OUT/crossover.json, a picture to
     OUT/crossover.png."""
-    picked = [name.strip() for name in only.split(",") if name.strip()] or list(NETWORKS)
-    for name in picked:
-        if name not in NETWORKS:
-            raise typer.BadParameter(f"{name}: not one of {', '.join(NETWORKS)}", param_hint="--networks")
-    torch.set_num_threads(int(os.environ.get("CNNCOMP_BENCH_THREADS", "1")))
+    picked = chosen(only, NETWORKS, "--networks")
+    torch.set_num_threads(threads())
     shapes = [s for name in picked for s in conv_shapes(name) if not s.geometry.depthwise]
     if quick:
         shapes = sorted(shapes, key=lambda s: s.macs)[:2]
