@@ -23,6 +23,7 @@ from bench.layers import NETWORKS, ConvShape, calls, conv_shapes, random_layer
 from bench.options import chosen, threads
 from cnncomp.demo.common import machine
 from cnncomp.dispatch import CONV_CANDIDATES, interleaved
+from cnncomp.nn.dense import DEPTHWISE_KERNEL
 from cnncomp.progress import track
 
 matplotlib.use("Agg")
@@ -44,7 +45,7 @@ class Pattern:
     kernels: tuple[str, ...]
 
 
-_FLOAT = ("dense.nchw", "dense.channels_last", "dense.fused")
+_FLOAT = tuple(c.kernel for c in CONV_CANDIDATES if c.dense and c.kernel != DEPTHWISE_KERNEL)
 _INT8 = (*_FLOAT, "conv2d_int8", "conv2d_sparse_int8")
 PATTERNS = (
     Pattern("fp32, unstructured", 1, False, (*_FLOAT, "conv2d_sparse")),
