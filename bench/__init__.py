@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Benches take the cnncomp that is installed: its source beside this folder, which python -m finds first, may hold no compiled
-# modules.
+# `tests` and `bench` are packages in the folder above, and so is the source of cnncomp, which may hold no compiled modules. At
+# the end of the path, the first two are found there and cnncomp where it is installed.
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != _ROOT] + [str(_ROOT)]
 

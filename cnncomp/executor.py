@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
+from cnncomp.graph import operations as op
 from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
@@ -31,15 +32,8 @@ _VIEWS = frozenset(
     ("view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "permute", "slice")
 )
 
-
 #: What gives a view of its input, or the input itself, where that has the layout for it.
-_LOOKS = frozenset(
-    (
-        ("call_function", torch.flatten),
-        *(("call_method", name) for name in ("contiguous", "flatten", "reshape", "view")),
-        *(("call_module", cls) for cls in (nn.Dropout, nn.Flatten, nn.Identity)),
-    )
-)
+_LOOKS = op.FLATTENING | op.RESHAPING | {"contiguous", nn.Dropout, nn.Flatten, nn.Identity}
 
 
 class NotRecordable(Exception):
@@ -208,7 +202,7 @@ class _Recorder(fx.Interpreter):
     def _is_view(self, n: fx.Node, value: Any) -> bool:
         """Whether ``n`` only looks in another way at its input, a tensor of ours: then it does so every time."""
         what = type(self.fetch_attr(str(n.target))) if n.op == "call_module" else n.target
-        if (n.op, what) not in _LOOKS or len(n.all_input_nodes) != 1 or not value.numel():
+        if what not in _LOOKS or len(n.all_input_nodes) != 1 or not value.numel():
             return False
         x = self.values[n.all_input_nodes[0]]
         buffer = self.find(value.data_ptr())

@@ -105,12 +105,14 @@ def images_apart(recording: Recording) -> bool:
     batch in its first dimension, and comes from the same images of its inputs."""
     values, images = recording.values, LEAST
     for node, value in values.items():
-        for t in tree_leaves(value) if node.op != "get_attr" else ():
-            if isinstance(t, Tensor) and (not t.dim() or t.shape[0] != images):
-                return False
+        if node.op == "get_attr":
+            continue
+        leaves = tree_leaves(value)
+        if any(isinstance(t, Tensor) and t.shape[:1] != (images,) for t in leaves):
+            return False
         if node.op == "output":
-            return all(isinstance(t, Tensor) for t in tree_leaves(value))
-        if node.op in ("placeholder", "get_attr"):
+            return all(isinstance(t, Tensor) for t in leaves)
+        if node.op == "placeholder":
             continue
         if not isinstance(value, Tensor):
             # Sizes, which a view may be given; in a sum they would make the batch count.

@@ -116,17 +116,9 @@ def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
     return f"{empty:.0%} of the quads of input channels are zero: sparse int8 kernels need {MIN_SPARSITY:.0%}"
 
 
-def _dense_conv(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
+def _dense(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     def build(layer: ConvertedLayer) -> ConvertedLayer:
-        assert isinstance(layer, DenseConv2d)
-        return layer.with_kernel(kernel)
-
-    return build
-
-
-def _dense_linear(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
-    def build(layer: ConvertedLayer) -> ConvertedLayer:
-        assert isinstance(layer, DenseLinear)
+        assert isinstance(layer, (DenseConv2d, DenseLinear))
         return layer.with_kernel(kernel)
 
     return build
@@ -173,18 +165,18 @@ def _sparse_linear(layer: ConvertedLayer) -> ConvertedLayer:
 
 _ANY = ("cpu", "cuda")
 CONV_CANDIDATES = (
-    Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense_conv("dense.nchw")),
-    Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense_conv("dense.channels_last")),
-    Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense_conv("dense.fused")),
-    Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense_conv(DEPTHWISE_KERNEL)),
-    Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense_conv(DIRECT_KERNEL)),
+    Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense("dense.nchw")),
+    Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense("dense.channels_last")),
+    Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense("dense.fused")),
+    Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense(DEPTHWISE_KERNEL)),
+    Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
     Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
-    Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense_linear(ROWS_KERNEL)),
+    Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),

@@ -218,8 +218,9 @@ class Chooser:
             node: [o for o in opts if o.candidate.dense or self.beats_dense(node, o)]
             for node, opts in self.options.items()
         }
+        dense = self.cheapest_dense()
         while True:
-            starts = [*self._starts(allowed), self.cheapest_dense()]
+            starts = [*self._starts(allowed), dense]
             best = min((self._descend(start, allowed) for start in starts), key=self.cost)
             costs = self.costs(best)
             losers = [
@@ -239,6 +240,7 @@ class Chooser:
         return option.seconds <= MARGIN * self.best_dense(node)
 
     def _descend(self, current: Assignment, allowed: dict[fx.Node, list[Option]]) -> Assignment:
+        current = dict(current)
         best = self.cost(current)
         improved = True
         while improved:

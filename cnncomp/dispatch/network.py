@@ -246,5 +246,5 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
         module = module_at(gm, node)
         if MeanPool2d.applies(module):
             put_module(gm, node, MeanPool2d())
-        elif isinstance(module, nn.MaxPool2d) and type(module) is nn.MaxPool2d and passes_8bit(gm, node):
+        elif type(module) is nn.MaxPool2d and passes_8bit(gm, node):
             put_module(gm, node, QuantMaxPool2d.from_float(module))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
 from cnncomp.ops.library import (
     Pair,
-    check_dtype,
+    check_float32,
     check_residual,
-    check_same_device,
+    contiguous,
     conv_out_shape,
     define,
     num_threads,
@@ -38,7 +37,7 @@ def _fake(
     return x.new_empty(conv_out_shape(x, out_channels, weight.shape[4:6], stride, padding, dilation))
 
 
-def _cpu(
+def _conv_cpu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -53,10 +52,7 @@ def _cpu(
     """``weight``: as :func:`cnncomp.ops.packing.pack_dense` gives it."""
     from cnncomp import _cpu
 
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None:
-            check_dtype(name, t, torch.float32)
-    check_same_device(x, weight=weight, bias=bias, residual=residual)
+    check_float32(x, weight=weight, bias=bias, residual=residual)
     if weight.dim() != 7 or not weight.is_contiguous():
         raise ArgumentError("weight", f"shape {tuple(weight.shape)}", "(G, NB, KB, block, R, S, 8), contiguous")
     groups, blocks, rows, block, r, s, width = weight.shape
@@ -71,8 +67,7 @@ def _cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    residual = contiguous(residual)
     _cpu.conv2d_dense(
         x.data_ptr(), n, c, h, w, weight.data_ptr(), block, out_channels, r, s, *stride, *padding, *dilation, groups,
         pointer(bias), pointer(residual), lo, hi, out.data_ptr(), num_threads(),
@@ -80,4 +75,4 @@ def _cpu(
     return out
 
 
-define("conv2d_dense", SCHEMA, _fake, _cpu)
+define("conv2d_dense", SCHEMA, _fake, _conv_cpu)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.library import check_dtype, check_residual, check_same_device, define, num_threads, pointer
+from cnncomp.ops.library import check_float32, check_residual, contiguous, define, num_threads, pointer
 
 SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float lo, float hi) -> Tensor"
 
@@ -15,13 +14,12 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, lo: float, hi: float) -> Tensor:
-    from cnncomp import _cpu as kernels
+def _linear_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, lo: float, hi: float
+) -> Tensor:
+    from cnncomp import _cpu
 
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None:
-            check_dtype(name, t, torch.float32)
-    check_same_device(x, weight=weight, bias=bias, residual=residual)
+    check_float32(x, weight=weight, bias=bias, residual=residual)
     k, c = weight.shape
     if x.shape[-1] != c:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", f"{c} channels, as the weight has")
@@ -30,13 +28,12 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     if out.numel() == 0:
         return out
     x, weight = x.contiguous(), weight.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
-    kernels.linear_dense(
+    residual = contiguous(residual)
+    _cpu.linear_dense(
         x.data_ptr(), out.numel() // k, c, weight.data_ptr(), k, pointer(bias), pointer(residual), lo, hi, out.data_ptr(),
         num_threads(),
     )  # fmt: skip
     return out
 
 
-define("linear_dense", SCHEMA, _fake, _cpu)
+define("linear_dense", SCHEMA, _fake, _linear_cpu)

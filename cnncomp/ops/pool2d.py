@@ -16,7 +16,7 @@ def _max_fake(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilatio
 
 
 def _max_cpu(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    from cnncomp import _cpu as kernels
+    from cnncomp import _cpu
 
     check_dtype("x", x, torch.float32)
     out = _max_fake(x, kernel_size, stride, padding, dilation)
@@ -24,9 +24,7 @@ def _max_cpu(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation
         return out
     n, c, h, w = x.shape
     x = x.contiguous()
-    kernels.max_pool2d(
-        x.data_ptr(), n, c, h, w, *kernel_size, *stride, *padding, *dilation, out.data_ptr(), num_threads()
-    )
+    _cpu.max_pool2d(x.data_ptr(), n, c, h, w, *kernel_size, *stride, *padding, *dilation, out.data_ptr(), num_threads())
     return out
 
 
@@ -35,7 +33,7 @@ def _mean_fake(x: Tensor) -> Tensor:
 
 
 def _mean_cpu(x: Tensor) -> Tensor:
-    from cnncomp import _cpu as kernels
+    from cnncomp import _cpu
 
     check_dtype("x", x, torch.float32)
     out = _mean_fake(x)
@@ -44,7 +42,7 @@ def _mean_cpu(x: Tensor) -> Tensor:
     if not last:
         x = x.contiguous()
     if out.numel():
-        kernels.mean_pool2d(x.data_ptr(), n, c, h * w, last, out.data_ptr(), num_threads())
+        _cpu.mean_pool2d(x.data_ptr(), n, c, h * w, last, out.data_ptr(), num_threads())
     return out
 
 

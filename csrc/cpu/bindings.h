@@ -3,7 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace cnncomp {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 void bind_int8(pybind11::module_& m);
 void bind_conv2d_depthwise(pybind11::module_& m);

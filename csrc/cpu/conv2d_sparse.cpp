@@ -281,12 +281,7 @@ void run(Conv2dSparseArgs args) {
 }  // namespace
 
 const SparseKernels& sparse_kernels() {
-#if defined(__x86_64__)
-  const Isa isa = current_isa();
-  if (isa == Isa::avx512 || isa == Isa::avx512vnni) return kSparseAvx512;
-  if (isa != Isa::baseline) return kSparseAvx2;
-#endif
-  return kSparseBaseline;
+  return CNNCOMP_FP32_KERNELS(kSparse);
 }
 
 int64_t count_k_ranges(int64_t tasks, int64_t threads, int64_t group_k) {

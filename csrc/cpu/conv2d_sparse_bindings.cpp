@@ -9,11 +9,6 @@ namespace py = pybind11;
 namespace cnncomp {
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 SparseWeights weights(uintptr_t values, uintptr_t index, uintptr_t row_ptr, int64_t block) {
   return {at<const float>(values), at<const uint16_t>(index), at<const int32_t>(row_ptr), block};
 }

@@ -11,12 +11,7 @@ namespace cnncomp {
 namespace {
 
 DotKernel kernel() {
-#if defined(__x86_64__)
-  const Isa isa = current_isa();
-  if (isa == Isa::avx512 || isa == Isa::avx512vnni) return kDotAvx512;
-  if (isa != Isa::baseline) return kDotAvx2;
-#endif
-  return kDotBaseline;
+  return CNNCOMP_FP32_KERNELS(kDot);
 }
 
 }  // namespace
@@ -35,8 +30,7 @@ void linear_dense(const LinearDenseArgs& a) {
           float t = sums[i];
           if (a.bias != nullptr) t += a.bias[k];
           if (a.residual != nullptr) t += a.residual[at];
-          t = t < a.lo ? a.lo : t;  // NaN stays
-          a.out[at] = t > a.hi ? a.hi : t;
+          a.out[at] = clamp(t, a.lo, a.hi);
         }
       }
     }

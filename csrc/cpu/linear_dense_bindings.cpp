@@ -8,11 +8,6 @@ namespace py = pybind11;
 namespace cnncomp {
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void linear(uintptr_t x, int64_t m, int64_t c, uintptr_t weight, int64_t k, uintptr_t bias, uintptr_t residual, float lo,
             float hi, uintptr_t out, int num_threads) {
   linear_dense({at<const float>(x), m, c, at<const float>(weight), k, at<const float>(bias), at<const float>(residual), lo, hi,

@@ -3,19 +3,10 @@
 #pragma once
 
 #include "linear_dense_kernel.h"
+#include "sum_of_lanes.h"
 
 namespace cnncomp {
 namespace {
-
-template <class V>
-float sum_of(typename V::Vec v) {
-  alignas(64) float lane[V::kLanes];
-  V::store(lane, v);
-  for (int width = V::kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  }
-  return lane[0];
-}
 
 // Enough sums at once to fill the latency of the multiply-add: kSets for each of ROWS rows.
 template <class V, int ROWS>
@@ -45,7 +36,7 @@ void dot_rows(const float* x, int64_t stride, const float* w, int64_t length, fl
   }
   for (int r = 0; r < ROWS; r++) {
     for (int s = 1; s < kSets; s++) sum[r][0] = V::add(sum[r][0], sum[r][s]);
-    sums[r] = sum_of<V>(sum[r][0]);
+    sums[r] = sum_of_lanes<V>(sum[r][0]);
   }
 }
 

@@ -13,12 +13,7 @@ namespace cnncomp {
 namespace {
 
 const PoolKernels& kernels() {
-#if defined(__x86_64__)
-  const Isa isa = current_isa();
-  if (isa == Isa::avx512 || isa == Isa::avx512vnni) return kPoolAvx512;
-  if (isa != Isa::baseline) return kPoolAvx2;
-#endif
-  return kPoolBaseline;
+  return CNNCOMP_FP32_KERNELS(kPool);
 }
 
 struct Scratch {

@@ -8,11 +8,6 @@ namespace py = pybind11;
 namespace cnncomp {
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void max_pool(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t r, int64_t s, int64_t stride_h,
               int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, uintptr_t out, int num_threads) {
   max_pool2d({at<const float>(x), n, c, h, w, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, at<float>(out),

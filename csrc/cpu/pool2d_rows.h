@@ -4,6 +4,7 @@
 
 #include "pool2d_kernel.h"
 #include "strided_load.h"
+#include "sum_of_lanes.h"
 
 namespace cnncomp {
 namespace {
@@ -46,12 +47,7 @@ float sum(const float* x, int64_t length) {
     const int64_t left = length - i;
     v = V::add(v, left >= V::kLanes ? V::load(x + i) : V::load_between(x + i, 0, static_cast<int>(left)));
   }
-  alignas(64) float lane[V::kLanes];
-  V::store(lane, v);
-  for (int width = V::kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  }
-  return lane[0];
+  return sum_of_lanes<V>(v);
 }
 
 template <class V>
