@@ -21,6 +21,7 @@ struct Avx512 {
   static Vec load_masked(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
   static Vec load_between(const float* p, int first, int last) { return load_masked(p, between(first, last)); }
   static void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
+  static __m256 low(Vec v) { return _mm512_castps512_ps256(v); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) {  // the instruction gives b if either is NaN
