@@ -150,7 +150,7 @@ def run_case(
 def sample(name: str) -> tuple[list[Mutant], list[Callable[[str], Any]]]:
     """A fixed sample of a kernel's mutants, in statements that its cases reach."""
     arch, sizes = KERNELS[name]
-    text = emulated.ptx_of(name.split("_int8")[0] + "_int8", arch)
+    text = emulated.ptx_of(emulated.source_of(name), arch)
     own = single_entry(text, emulated.entry_of(name, text))
     cases = [run_case(name, arch, **size) for size in sizes]
     reached: set[int] = set()
