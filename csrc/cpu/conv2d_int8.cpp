@@ -39,6 +39,7 @@ class Rows {
         slots_(slots),
         size_(a.n * a.h * a.w * a.c),
         tail_size_(std::min(size_, row_bytes)),
+        pixel_by_pixel_(slots == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0),
         zeros_(row_bytes),
         tail_(tail_size_ + row_bytes),
         tap_offset_(a.r * a.s) {
@@ -52,6 +53,14 @@ class Rows {
 
   // rows: (count, slots). channel: where to begin in each input pixel.
   void fill(int64_t first, int64_t count, int64_t channel, const uint8_t** rows) const {
+    if (pixel_by_pixel_) {
+      const uint8_t* const from = a_.x + first * a_.c + channel;
+      const int64_t last = size_ - row_bytes_ - channel, inside = last < 0 ? 0 : std::min(count, last / a_.c + 1 - first);
+      for (int64_t i = 0; i < inside; i++) rows[i] = from + i * a_.c;
+      for (int64_t i = std::max<int64_t>(inside, 0); i < count; i++)
+        rows[i] = tail_.data() + ((first + i) * a_.c + channel - (size_ - tail_size_));
+      return;
+    }
     int64_t q = first % q_, p = first / q_ % p_, n = first / (q_ * p_);
     const int64_t taps = a_.r * a_.s, slots = slots_, last = size_ - row_bytes_ - tap_offset_[taps - 1];
     const int64_t reach_h = (a_.r - 1) * a_.dil_h, reach_w = (a_.s - 1) * a_.dil_w;
@@ -91,6 +100,7 @@ class Rows {
 
   const Conv2dInt8Args& a_;
   const int64_t p_, q_, row_bytes_, slots_, size_, tail_size_;
+  const bool pixel_by_pixel_;  // the output's pixels are the input's
   std::vector<uint8_t> zeros_, tail_;
   std::vector<int64_t> tap_offset_;
 };
@@ -100,6 +110,7 @@ Int8Constants make_constants(const Conv2dInt8Args& a, const Int8Kernels& kernels
                              int64_t quads) {
   Int8Constants constants;
   constants.assign(a.constants, a.shifted ? 4 : 3, groups, a.k / groups);
+  constants.use_bytes(a);
   if (!a.x_signed) return constants;
   // The kernels see x + 128.
   parallel_for(a.num_threads, groups * blocks, [&](int64_t i) {
@@ -108,6 +119,12 @@ Int8Constants make_constants(const Conv2dInt8Args& a, const Int8Kernels& kernels
     for (int j = 0; j < kBlock; j++) sums[j] *= -128;
   });
   return constants;
+}
+
+// The first block of a panel: panels are full but for the last, or the last two where one block would be left.
+int64_t panel_begin(int64_t panel, int64_t panels, int64_t blocks, int64_t max_blocks) {
+  const int64_t begin = std::min(panel * max_blocks, blocks);
+  return panel == panels - 1 && panels > 1 && blocks - begin == 1 && max_blocks > 2 ? begin - 1 : begin;
 }
 
 // In how many runs of pixels, and in how many ranges of output channels, to cut the work.
@@ -154,7 +171,8 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
     }
     const int64_t last = panels * (range + 1) / plan.ranges;
     for (int64_t panel = panels * range / plan.ranges; panel < last; panel++) {
-      const int64_t block = blocks * panel / panels, end = blocks * (panel + 1) / panels, channel = block * kBlock;
+      const int64_t block = panel_begin(panel, panels, blocks, kernels.max_blocks);
+      const int64_t end = panel_begin(panel + 1, panels, blocks, kernels.max_blocks), channel = block * kBlock;
       Int8Epilogue epilogue = constants.epilogue(a, begin, g, channel);
       if (a.shifted) {
         epilogue.shift = constants.shift(g, channel);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -9,6 +10,20 @@
 #include "int8_kernels.h"
 
 namespace cnncomp {
+
+// Whether the epilogue of the call `a` may round before it clamps, and pack. With |sum| <= 2^31, the bounds keep the number
+// below 2^30.
+template <class Args>
+bool rounds_to_bytes(const Args& a) {
+  if (a.out_dtype == kF32 || std::isnan(a.lo)) return false;
+  if (a.residual != nullptr && (a.residual_dtype == kF32 || !(std::abs(a.residual_scale) < 0x1p20f))) return false;
+  bool fits = true;
+  for (int64_t k = 0; k < a.k; k++) {
+    const float scale = a.constants[k], bias = a.constants[a.k + k], hi = a.constants[2 * a.k + k];
+    fits &= (std::abs(scale) < 0.25f) & (std::abs(bias) < 0x1p28f) & (hi == hi);
+  }
+  return fits;
+}
 
 // The rows of a call's constants, each group padded to where the kernels may read, and what the accumulators start from.
 class Int8Constants {
@@ -23,6 +38,21 @@ class Int8Constants {
     for (int64_t row = 0; row < rows; row++)
       for (int64_t g = 0; g < groups; g++)
         std::copy_n(constants + (row * groups + g) * per_group, per_group, values_.data() + row * row_ + g * padded_);
+  }
+
+  // Lets epilogues round before they clamp, where rounds_to_bytes(a). After assign.
+  template <class Args>
+  void use_bytes(const Args& a) {
+    const float least = a.out_dtype == kS8 ? -128.0f : 0.0f, most = a.out_dtype == kS8 ? 127.0f : 255.0f;
+    const auto byte = [&](float bound) { return static_cast<uint8_t>(std::lrintf(std::clamp(bound, least, most))); };
+    const float* const hi = values_.data() + 2 * row_;
+    bytes_ = rounds_to_bytes(a);
+    if (!bytes_) return;
+    bool clamped = a.lo > least;
+    for (int64_t k = 0; k < a.k; k++) clamped |= a.constants[2 * a.k + k] < most;
+    lo_byte_ = byte(a.lo);
+    hi_bytes_.resize(clamped ? row_ : 0);
+    for (size_t i = 0; i < hi_bytes_.size(); i++) hi_bytes_[i] = byte(hi[i]);
   }
 
   int32_t* init(int64_t group, int64_t channel = 0) { return init_.data() + group * padded_ + channel; }
@@ -47,7 +77,10 @@ class Int8Constants {
             per_group_ - channel,
             nullptr,
             nullptr,
-            false};
+            false,
+            bytes_,
+            lo_byte_,
+            hi_bytes_.empty() ? nullptr : hi_bytes_.data() + group * padded_ + channel};
   }
 
   // The fourth row, for weights with a shift.
@@ -57,6 +90,9 @@ class Int8Constants {
   int64_t per_group_ = 0, padded_ = 0, row_ = 0;
   std::vector<float> values_;
   std::vector<int32_t> init_;
+  bool bytes_ = false;
+  uint8_t lo_byte_ = 0;
+  std::vector<uint8_t> hi_bytes_;
 };
 
 }  // namespace cnncomp

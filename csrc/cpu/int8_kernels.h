@@ -26,6 +26,9 @@ struct Int8Epilogue {
   const float* shift;    // of the first channel, or null
   const int32_t* window;     // with a shift: sums of the inputs under the window, of the first pixel on, or ...
   bool window_per_channel;   // ... of the first channel on, for one pixel
+  bool bytes;                // out and residual are 8 bit, and what is rounded fits int32 before it is clamped
+  uint8_t lo_byte;           // lo and hi, rounded to outputs
+  const uint8_t* hi_bytes;   // of the first channel, or null where clamping to them changes nothing
 };
 
 // A panel: up to kMaxBlocks blocks of output channels, any number of pixels.
