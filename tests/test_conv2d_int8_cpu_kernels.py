@@ -46,9 +46,11 @@ def pack(weight: Tensor, groups: int, depthwise: bool) -> Tensor:
     """docs/design.md, "Packed weights", element by element of the definition."""
     k, cg, r, s = weight.shape
     if depthwise:
-        packed = torch.zeros(-(-k // 16) * 16, -(-r * s // 4) * 4, dtype=S8)
-        packed[:k, : r * s] = weight.reshape(k, r * s)
-        return packed.reshape(-1, 16, packed.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        taps = weight[:, 0].transpose(1, 2) if r > 1 else weight[:, 0]  # (k, columns, taps of a column)
+        columns, length = taps.shape[1:]
+        packed = torch.zeros(-(-k // 16) * 16, columns, -(-length // 4) * 4, dtype=S8)
+        packed[:k, :, :length] = taps
+        return packed.reshape(-1, 16, packed.shape[1] * packed.shape[2] // 4, 4).transpose(1, 2).contiguous()
     kg, kb, cq = k // groups, -(-k // groups // 16), -(-cg // 4)
     packed = torch.zeros(groups, kb * 16, cq * 4, r * s, dtype=S8)
     packed[:, :kg, :cg] = weight.reshape(groups, kg, cg, r * s)
@@ -123,7 +125,10 @@ def test_depthwise(isa: str, c: int, x: torch.dtype) -> None:
     conv = Conv(c, c, 2, 6, 7, (3, 3), (1, 1), (1, 1), groups=c, x=x)
     check(conv)
     check(replace(conv, stride=(2, 2), out=S8, threads=2))
-    check(replace(conv, kernel=(5, 5), pad=(2, 2)))
+    check(replace(conv, kernel=(5, 5), pad=(2, 2), n=3, threads=3))
+    check(replace(conv, kernel=(5, 5), pad=(2, 1), stride=(1, 2), dil=(2, 1), h=11))
+    check(replace(conv, pad=(4, 4), dil=(3, 1), out=S8))  # columns and rows of zeros alone
+    check(replace(conv, kernel=(1, 6), pad=(0, 2)))
     check(replace(conv, kernel=(2, 1), pad=(0, 0), dil=(2, 1), stride=(3, 1)))
     check(replace(conv, h=1, w=1, out=F32))
     for residual in (U8, S8, F32):

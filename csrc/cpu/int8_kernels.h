@@ -53,6 +53,22 @@ struct DepthwisePanel {
   Int8Epilogue epilogue;
 };
 
+// Rows of output pixels of a window that moves by one or two columns; 8-bit output, no residual, no shift.
+struct DepthwiseColumns {
+  const uint8_t* const* rows;  // (rows, taps of a column): where the input row under a tap begins
+  int64_t num_rows, q;         // of the output
+  int64_t w, c, pad;           // of the input; channels can be read up to whole blocks
+  const uint8_t* zeros;        // for the channels of a pixel outside
+  bool x_signed;
+  const int8_t* weight;        // (blocks, columns, quads of a column, 16, 4)
+  int64_t block, end;          // the blocks of channels to compute, the first a multiple of four
+  const int32_t* init;
+  int8_t* scratch;             // columns * quads * 256 bytes, at a multiple of 64
+  Int8Epilogue epilogue;       // from channel 0 on
+};
+
+using DepthwiseColumnsFn = void (*)(const DepthwiseColumns&);
+
 constexpr int kSparseInt8MaxTile = 14;  // vectors of pixels
 
 // Copies the channels of some pixels to planes of quads: dst (quads, quad_stride bytes).
@@ -119,6 +135,7 @@ struct Int8Kernels {
   int max_pixels[kMaxBlocks];   // pixels in the register tile of 1, 2, ... blocks
   void (*conv)(const ConvPanel&);
   void (*depthwise)(const DepthwisePanel&);
+  DepthwiseColumnsFn depthwise_columns[2][2];  // of 3x3 and 5x5 windows, stride 1 and 2 along the row
   // sums[i] = sum of the weights of channel i in one block of (quads, 16, 4).
   void (*sum_weights)(const int8_t* block, int64_t quads, int32_t* sums);
   // sums[i] = sum of `channels` inputs under each of the taps of pixel i. rows: (pixels, taps).
