@@ -61,7 +61,8 @@ def unpack_int8(
     r, s = kernel_size
     if is_depthwise(in_channels, out_channels, groups):
         columns, length = depthwise_columns(kernel_size)
-        taps = packed.unflatten(1, (columns, -1)).permute(0, 3, 2, 4, 1).reshape(packed.shape[0] * OUT_BLOCK, -1, columns)
+        taps = packed.unflatten(1, (columns, -1)).permute(0, 3, 2, 4, 1)
+        taps = taps.reshape(packed.shape[0] * OUT_BLOCK, -1, columns)
         return taps[:out_channels, :length].reshape(out_channels, 1, r, s).contiguous()
     kg, cg = out_channels // groups, in_channels // groups
     w = packed.permute(0, 1, 4, 3, 5, 2).reshape(groups, packed.shape[1] * OUT_BLOCK, -1, r * s)
