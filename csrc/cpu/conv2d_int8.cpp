@@ -31,23 +31,73 @@ int64_t panel_begin(int64_t panel, int64_t panels, int64_t blocks, int64_t max_b
 
 thread_local AlignedArray<const uint8_t*> rows_scratch;
 thread_local AlignedArray<int32_t> window_scratch;
+thread_local AlignedArray<uint8_t> flip_scratch, folded_scratch;
 
-void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
-  const int64_t group_c = a.c / a.groups, group_k = a.k / a.groups, taps = a.r * a.s;
+void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict to) {
+  for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ 0x80;
+}
+
+// Where a pixel has few channels, those of all taps in a row of the window, which lie next to each other, are taken as one
+// pixel's: quads would be half empty.
+bool folds(const Conv2dInt8Args& a) { return a.groups == 1 && a.c < 4 && a.s > 1 && a.dil_w == 1; }
+
+// The same convolution by a window of one column, on rows with their padding. Its pixels overlap: c is the step from one to
+// the next.
+struct Folded {
+  Conv2dInt8Args args;
+  std::vector<int8_t> weight;
+
+  explicit Folded(const Conv2dInt8Args& a) : args(a) {
+    const int64_t q = output_columns(a), columns = std::max((q - 1) * a.stride_w + a.s, a.w + a.pad_w);
+    args.w = ceil_div(columns, a.stride_w);
+    args.c = a.c * a.stride_w;
+    args.s = args.stride_w = 1;
+    args.pad_w = 0;
+    const int64_t row = args.w * args.c, left = a.pad_w * a.c, size = a.w * a.c;
+    uint8_t* const x = folded_scratch.get(a.n * a.h * row);
+    args.x = x;
+    parallel_for(a.num_threads, a.n * a.h, [&](int64_t i) {
+      std::memset(x + i * row, 0, left);
+      std::memcpy(x + i * row + left, a.x + i * size, size);
+      std::memset(x + i * row + left + size, 0, row - left - size);
+    });
+    const int64_t rows = ceil_div(a.k, kBlock) * a.r, bytes = ceil_div(a.s * a.c, 4) * 4 * kBlock;
+    weight.resize(rows * bytes);
+    args.weight = weight.data();
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t at = 0; at < a.s * a.c; at++)
+        for (int64_t k = 0; k < kBlock; k++)
+          weight[i * bytes + (at / 4 * kBlock + k) * 4 + at % 4] = a.weight[((i * a.s + at / a.c) * kBlock + k) * 4 + at % a.c];
+  }
+};
+
+// group_c: channels that a window sums over at each tap; q: columns of the output.
+void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q) {
+  const int64_t group_k = a.k / a.groups, taps = a.r * a.s;
   const int64_t quads = ceil_div(group_c, 4), blocks = ceil_div(group_k, kBlock);
   const int64_t panels = ceil_div(blocks, kernels.max_blocks);
   const int64_t block_bytes = taps * quads * 4 * kBlock;
   std::vector<Tap> window_taps;
   for (int64_t t = 0; t < taps; t++) window_taps.push_back({t / a.s, t % a.s});
-  const ConvRows rows(a, 4 * quads, std::move(window_taps));
+  const ConvRows rows(a, 4 * quads, q, std::move(window_taps));
   const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
   const int64_t pixels = rows.pixels();
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
+  // Top bits flipped once for all panels.
+  const bool flips = a.x_signed && a.groups == 1 && rows.pixel_by_pixel() && !a.shifted;
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get(count * taps);
-    rows.fill(begin, count, g * group_c, table);
+    if (flips) {
+      const int64_t c = a.c, bytes = count * c;
+      uint8_t* const flipped = flip_scratch.get(bytes + 4);
+      flip_bytes(a.x + begin * c, bytes, flipped);
+      std::memset(flipped + bytes, 0, 4);
+      for (int64_t i = 0; i < count; i++) table[i] = flipped + i * c;
+    } else {
+      rows.fill(begin, count, g * a.c / a.groups, table);
+    }
     int32_t* window = nullptr;
     if (a.shifted) {
       window = window_scratch.get(count);
@@ -62,7 +112,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
         epilogue.shift = constants.shift(g, channel);
         epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed, a.weight + (g * blocks + block) * block_bytes, end - block,
+      kernels.conv({table, count, taps, quads, a.x_signed && !flips, a.weight + (g * blocks + block) * block_bytes, end - block,
                     constants.init(g, channel), epilogue});
     }
   });
@@ -72,7 +122,9 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
 
 void conv2d_int8(const Conv2dInt8Args& a) {
   if (a.n * a.k == 0) return;
-  (a.depthwise ? depthwise_int8 : dense)(a, int8_kernels());
+  if (a.depthwise) return depthwise_int8(a, int8_kernels());
+  if (folds(a)) return dense(Folded(a).args, int8_kernels(), a.s * a.c, output_columns(a));
+  dense(a, int8_kernels(), a.c / a.groups, output_columns(a));
 }
 
 }  // namespace cnncomp

@@ -23,15 +23,15 @@ struct Tap {
 // that are none, point at zeros. No row reaches past the tensor: the last pixels' rows lie in a copy that zeros follow.
 class ConvRows {
  public:
-  // row_bytes: how much of a row is read; taps: of each pixel's pointers.
-  ConvRows(const Conv2dInt8Args& a, int64_t row_bytes, std::vector<Tap> taps)
+  // row_bytes: how much of a row is read; q: columns of the output; taps: of each pixel's pointers.
+  ConvRows(const Conv2dInt8Args& a, int64_t row_bytes, int64_t q, std::vector<Tap> taps)
       : a_(a),
         p_(output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h)),
-        q_(output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w)),
+        q_(q),
         row_bytes_(row_bytes),
         size_(a.n * a.h * a.w * a.c),
         tail_size_(std::min(size_, row_bytes)),
-        pixel_by_pixel_(a.r * a.s == 1 && taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0),
+        pixel_by_pixel_(taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 && q == a.w),
         zeros_(row_bytes),
         tail_(tail_size_ + row_bytes),
         taps_(std::move(taps)) {
@@ -42,6 +42,8 @@ class ConvRows {
   }
 
   int64_t pixels() const { return a_.n * p_ * q_; }
+  // Whether the output's pixels are the input's.
+  bool pixel_by_pixel() const { return pixel_by_pixel_; }
   int64_t taps() const { return static_cast<int64_t>(taps_.size()); }
 
   // rows: (count, taps). channel: where to begin in each input pixel.
@@ -90,7 +92,7 @@ class ConvRows {
 
   const Conv2dInt8Args& a_;
   const int64_t p_, q_, row_bytes_, size_, tail_size_;
-  const bool pixel_by_pixel_;  // the output's pixels are the input's
+  const bool pixel_by_pixel_;
   std::vector<uint8_t> zeros_, tail_;
   std::vector<Tap> taps_;
   std::vector<int64_t> tap_offset_;
@@ -131,6 +133,8 @@ inline ConvPlan make_plan(int64_t pixels, int64_t slots, int64_t c, int64_t grou
   }
   return plan;
 }
+
+inline int64_t output_columns(const Conv2dInt8Args& a) { return output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w); }
 
 void depthwise_int8(const Conv2dInt8Args& a, const Int8Kernels& kernels);
 

@@ -18,11 +18,9 @@ std::vector<Tap> quads_of_taps(const Conv2dInt8Args& a) {
   return taps;
 }
 
-void by_pixels(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
-  std::vector<Tap> taps = quads_of_taps(a);
+void by_pixels(const Conv2dInt8Args& a, const Int8Kernels& kernels, const Int8Constants& constants, std::vector<Tap> taps) {
   const int64_t quads = static_cast<int64_t>(taps.size()) / 4, blocks = ceil_div(a.c, kBlock);
-  const ConvRows rows(a, blocks * kBlock, std::move(taps));
-  const Int8Constants constants = make_constants(a, kernels, 1, blocks, quads);
+  const ConvRows rows(a, blocks * kBlock, output_columns(a), std::move(taps));
   const int64_t pixels = rows.pixels();
   const ConvPlan plan = make_plan(pixels, 4 * quads, a.c, 1, 1, a.num_threads);
   parallel_for(a.num_threads, plan.runs, [&](int64_t run) {
@@ -60,13 +58,12 @@ class InputRows {
   std::vector<uint8_t> zeros_, tail_;
 };
 
-void by_columns(const Conv2dInt8Args& a, const Int8Kernels& kernels, DepthwiseColumnsFn kernel) {
+void by_columns(const Conv2dInt8Args& a, const Int8Constants& constants, DepthwiseColumnsFn kernel) {
   constexpr int64_t kInputBytes = 256 << 10, kTasksPerThread = 4;
   const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h), rows = a.n * p;
-  const int64_t q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w), blocks = ceil_div(a.c, kBlock);
+  const int64_t q = output_columns(a), blocks = ceil_div(a.c, kBlock);
   const int64_t quads = ceil_div(a.r, 4) * a.s, parts = ceil_div(a.c, kChannelPad);
   const InputRows input(a);
-  const Int8Constants constants = make_constants(a, kernels, 1, blocks, quads);
   // A run's input stays in the second-level cache while its channels go by.
   int64_t runs = ceil_div(rows, std::max<int64_t>(1, kInputBytes / (a.w * a.c * a.stride_h))), ranges = 1;
   if (a.num_threads > 1) {
@@ -89,11 +86,13 @@ void by_columns(const Conv2dInt8Args& a, const Int8Kernels& kernels, DepthwiseCo
 }  // namespace
 
 void depthwise_int8(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
+  std::vector<Tap> taps = quads_of_taps(a);
+  const auto constants = make_constants(a, kernels, 1, ceil_div(a.c, kBlock), static_cast<int64_t>(taps.size()) / 4);
   const bool square = a.r == a.s && a.dil_w == 1 && (a.stride_w == 1 || a.stride_w == 2);
-  if (square && (a.r == 3 || a.r == 5) && a.residual == nullptr && !a.shifted && rounds_to_bytes(a)) {
-    by_columns(a, kernels, kernels.depthwise_columns[a.r == 5][a.stride_w - 1]);
+  if (square && (a.r == 3 || a.r == 5) && constants.bytes() && a.residual == nullptr && !a.shifted) {
+    by_columns(a, constants, kernels.depthwise_columns[a.r == 5][a.stride_w - 1]);
   } else {
-    by_pixels(a, kernels);
+    by_pixels(a, kernels, constants, std::move(taps));
   }
 }
 

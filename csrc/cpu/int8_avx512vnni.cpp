@@ -14,10 +14,10 @@ constexpr int kPixels[kMaxBlocks] = {14, 12, 8, 6};
 
 void conv(const ConvPanel& a) {
   switch (a.blocks) {
-    case 1: return conv_blocks<Vec512, 1, kPixels[0]>(a);
-    case 2: return conv_blocks<Vec512, 2, kPixels[1]>(a);
-    case 3: return conv_blocks<Vec512, 3, kPixels[2]>(a);
-    default: return conv_blocks<Vec512, 4, kPixels[3]>(a);
+    case 1: return conv_blocks<Vec512, 1, kPixels[0], 8>(a);
+    case 2: return conv_blocks<Vec512, 2, kPixels[1], 8>(a);
+    case 3: return conv_blocks<Vec512, 3, kPixels[2], 8>(a);
+    default: return conv_blocks<Vec512, 4, kPixels[3], 6>(a);
   }
 }
 
