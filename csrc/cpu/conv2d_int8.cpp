@@ -33,33 +33,39 @@ thread_local AlignedArray<const uint8_t*> rows_scratch;
 thread_local AlignedArray<int32_t> window_scratch;
 thread_local AlignedArray<uint8_t> flip_scratch, folded_scratch;
 
-void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict to) {
-  for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ 0x80;
+void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t flip, uint8_t* __restrict to) {
+  for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ flip;
 }
 
 // Where a pixel has few channels, those of all taps in a row of the window, which lie next to each other, are taken as one
 // pixel's: quads would be half empty.
 bool folds(const Conv2dInt8Args& a) { return a.groups == 1 && a.c < 4 && a.s > 1 && a.dil_w == 1; }
 
-// The same convolution by a window of one column, on rows with their padding. Its pixels overlap: c is the step from one to
-// the next.
+// Whether the top bits of int8 inputs can be flipped before the kernels see them: sums of windows need them as they were.
+bool can_flip(const Conv2dInt8Args& a) { return a.x_signed && !a.shifted; }
+
+// The same convolution by a window of one column, on an image with its padding, flipped if it can be. Its pixels overlap: c is
+// the step from one to the next.
 struct Folded {
   Conv2dInt8Args args;
   std::vector<int8_t> weight;
 
   explicit Folded(const Conv2dInt8Args& a) : args(a) {
-    const int64_t q = output_columns(a), columns = std::max((q - 1) * a.stride_w + a.s, a.w + a.pad_w);
+    const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h), columns = (output_columns(a) - 1) * a.stride_w + a.s;
+    args.h = (p - 1) * a.stride_h + a.dil_h * (a.r - 1) + 1;
     args.w = ceil_div(columns, a.stride_w);
     args.c = a.c * a.stride_w;
     args.s = args.stride_w = 1;
-    args.pad_w = 0;
-    const int64_t row = args.w * args.c, left = a.pad_w * a.c, size = a.w * a.c;
-    uint8_t* const x = folded_scratch.get(a.n * a.h * row);
+    args.pad_h = args.pad_w = 0;
+    const int64_t row = args.w * args.c, left = std::min(row, a.pad_w * a.c), inside = std::min(row - left, a.w * a.c);
+    uint8_t* const x = folded_scratch.get(a.n * args.h * row);
     args.x = x;
-    parallel_for(a.num_threads, a.n * a.h, [&](int64_t i) {
-      std::memset(x + i * row, 0, left);
-      std::memcpy(x + i * row + left, a.x + i * size, size);
-      std::memset(x + i * row + left + size, 0, row - left - size);
+    const uint8_t flip = can_flip(a) ? 0x80 : 0;
+    parallel_for(a.num_threads, a.n * args.h, [&](int64_t i) {
+      const int64_t n = i / args.h, h = i % args.h - a.pad_h, size = h >= 0 && h < a.h ? inside : 0;
+      std::memset(x + i * row, flip, left);
+      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, size, flip, x + i * row + left);
+      std::memset(x + i * row + left + size, flip, row - left - size);
     });
     const int64_t rows = ceil_div(a.k, kBlock) * a.r, bytes = ceil_div(a.s * a.c, 4) * 4 * kBlock;
     weight.resize(rows * bytes);
@@ -71,8 +77,8 @@ struct Folded {
   }
 };
 
-// group_c: channels that a window sums over at each tap; q: columns of the output.
-void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q) {
+// group_c: channels that a window sums over at each tap; q: columns of the output; flipped: whether the input is already.
+void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q, bool flipped) {
   const int64_t group_k = a.k / a.groups, taps = a.r * a.s;
   const int64_t quads = ceil_div(group_c, 4), blocks = ceil_div(group_k, kBlock);
   const int64_t panels = ceil_div(blocks, kernels.max_blocks);
@@ -84,17 +90,17 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const int64_t pixels = rows.pixels();
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
   // Top bits flipped once for all panels.
-  const bool flips = a.x_signed && a.groups == 1 && rows.pixel_by_pixel() && !a.shifted;
+  const bool flips = can_flip(a) && !flipped && a.groups == 1 && rows.pixel_by_pixel();
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get(count * taps);
     if (flips) {
       const int64_t c = a.c, bytes = count * c;
-      uint8_t* const flipped = flip_scratch.get(bytes + 4);
-      flip_bytes(a.x + begin * c, bytes, flipped);
-      std::memset(flipped + bytes, 0, 4);
-      for (int64_t i = 0; i < count; i++) table[i] = flipped + i * c;
+      uint8_t* const run_x = flip_scratch.get(bytes + 4);
+      flip_bytes(a.x + begin * c, bytes, 0x80, run_x);
+      std::memset(run_x + bytes, 0, 4);
+      for (int64_t i = 0; i < count; i++) table[i] = run_x + i * c;
     } else {
       rows.fill(begin, count, g * a.c / a.groups, table);
     }
@@ -112,7 +118,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
         epilogue.shift = constants.shift(g, channel);
         epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed && !flips, a.weight + (g * blocks + block) * block_bytes, end - block,
+      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !flipped, a.weight + (g * blocks + block) * block_bytes, end - block,
                     constants.init(g, channel), epilogue});
     }
   });
@@ -123,8 +129,8 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
 void conv2d_int8(const Conv2dInt8Args& a) {
   if (a.n * a.k == 0) return;
   if (a.depthwise) return depthwise_int8(a, int8_kernels());
-  if (folds(a)) return dense(Folded(a).args, int8_kernels(), a.s * a.c, output_columns(a));
-  dense(a, int8_kernels(), a.c / a.groups, output_columns(a));
+  if (folds(a)) return dense(Folded(a).args, int8_kernels(), a.s * a.c, output_columns(a), can_flip(a));
+  dense(a, int8_kernels(), a.c / a.groups, output_columns(a), false);
 }
 
 }  // namespace cnncomp

@@ -37,8 +37,6 @@ class ConvRows {
         taps_(std::move(taps)) {
     if (tail_size_ > 0) std::memcpy(tail_.data(), a.x + size_ - tail_size_, tail_size_);
     for (const Tap& tap : taps_) tap_offset_.push_back((tap.r * a.dil_h * a.w + tap.s * a.dil_w) * a.c);
-    for (size_t t = 0; t < taps_.size(); t++)
-      if (taps_[t].none) none_.push_back(t);
   }
 
   int64_t pixels() const { return a_.n * p_ * q_; }
@@ -56,27 +54,37 @@ class ConvRows {
         rows[i] = tail_.data() + ((first + i) * a_.c + channel - (size_ - tail_size_));
       return;
     }
-    int64_t q = first % q_, p = first / q_ % p_, n = first / (q_ * p_);
     const int64_t num_taps = taps(), last = size_ - row_bytes_ - *std::max_element(tap_offset_.begin(), tap_offset_.end());
-    const int64_t reach_h = (a_.r - 1) * a_.dil_h, reach_w = (a_.s - 1) * a_.dil_w;
-    const int64_t* __restrict tap_offset = tap_offset_.data();
-    for (int64_t i = 0; i < count; i++, rows += num_taps) {
-      const int64_t h = p * a_.stride_h - a_.pad_h, w = q * a_.stride_w - a_.pad_w;
-      const int64_t at = ((n * a_.h + h) * a_.w + w) * a_.c + channel;
-      if (h >= 0 && w >= 0 && h + reach_h < a_.h && w + reach_w < a_.w && at <= last) {
-        const uint8_t* const base = a_.x + at;
-        const uint8_t** __restrict row = rows;
-        for (int64_t t = 0; t < num_taps; t++) row[t] = base + tap_offset[t];
-        for (const size_t t : none_) row[t] = zeros_.data();
-      } else {
-        fill_border(h, w, at, rows);
-      }
-      if (++q == q_) q = 0, ++p;
-      if (p == p_) p = 0, ++n;
+    const int64_t reach_h = (a_.r - 1) * a_.dil_h, reach_w = (a_.s - 1) * a_.dil_w, step = a_.stride_w * a_.c;
+    int64_t q = first % q_, p = first / q_ % p_, n = first / (q_ * p_);
+    for (int64_t left = count; left > 0;) {
+      const int64_t h = p * a_.stride_h - a_.pad_h, end = std::min(q_, q + left);
+      // Where column 0 of the output begins to read. The columns [from, to) read no border and nothing past the last row.
+      const int64_t at = ((n * a_.h + h) * a_.w - a_.pad_w) * a_.c + channel;
+      const bool inside = h >= 0 && h + reach_h < a_.h && a_.w + a_.pad_w > reach_w && at <= last;
+      const int64_t from = inside ? std::clamp(ceil_div(a_.pad_w, a_.stride_w), q, end) : end;
+      const int64_t width = (a_.w + a_.pad_w - reach_w - 1) / a_.stride_w + 1;
+      const int64_t to = inside ? std::clamp(std::min(width, (last - at) / step + 1), from, end) : end;
+      left -= end - q;
+      for (; q < from; q++, rows += num_taps) fill_border(h, q * a_.stride_w - a_.pad_w, at + q * step, rows);
+      fill_inside(to - q, at + q * step, rows);
+      rows += (to - q) * num_taps;
+      for (q = to; q < end; q++, rows += num_taps) fill_border(h, q * a_.stride_w - a_.pad_w, at + q * step, rows);
+      q = 0;
+      if (++p == p_) p = 0, ++n;
     }
   }
 
  private:
+  void fill_inside(int64_t count, int64_t at, const uint8_t** rows) const {
+    const int64_t num_taps = taps(), step = a_.stride_w * a_.c;
+    for (int64_t t = 0; t < num_taps; t++) {
+      const uint8_t* const from = taps_[t].none ? zeros_.data() : a_.x + at + tap_offset_[t];
+      const int64_t stride = taps_[t].none ? 0 : step;
+      for (int64_t i = 0; i < count; i++) rows[i * num_taps + t] = from + i * stride;
+    }
+  }
+
   void fill_border(int64_t h, int64_t w, int64_t at, const uint8_t** rows) const {
     for (size_t t = 0; t < taps_.size(); t++) {
       const int64_t hr = h + taps_[t].r * a_.dil_h, ws = w + taps_[t].s * a_.dil_w, offset = at + tap_offset_[t];
@@ -96,7 +104,6 @@ class ConvRows {
   std::vector<uint8_t> zeros_, tail_;
   std::vector<Tap> taps_;
   std::vector<int64_t> tap_offset_;
-  std::vector<size_t> none_;
 };
 
 // blocks: of 16 output channels in a group; quads: in a block.
