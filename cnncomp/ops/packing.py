@@ -19,6 +19,12 @@ def is_depthwise(in_channels: int, out_channels: int, groups: int) -> bool:
     return groups > 1 and groups == in_channels == out_channels
 
 
+def depthwise_columns(kernel_size: tuple[int, int]) -> tuple[int, int]:
+    """How many columns a depthwise window (R, S) is packed by, and the taps of each; a window of one row is one column."""
+    r, s = kernel_size
+    return (1, s) if r == 1 else (s, r)
+
+
 def _pad_to(x: Tensor, dim: int, multiple: int) -> Tensor:
     missing = -x.shape[dim] % multiple
     if not missing:
@@ -35,12 +41,14 @@ def pack_int8(weight: Tensor, groups: int = 1) -> Tensor:
         groups: G.
 
     Returns:
-        ``(G, KB, R*S, CQ, 16, 4)`` int8; for a depthwise convolution ``(CB, TQ, 16, 4)``.
+        ``(G, KB, R*S, CQ, 16, 4)`` int8; for a depthwise convolution ``(CB, S*RQ, 16, 4)``.
     """
     k, cg, r, s = weight.shape
     if is_depthwise(groups * cg, k, groups):
-        taps = _pad_to(_pad_to(weight.reshape(k, r * s), 0, OUT_BLOCK), 1, QUAD)
-        return taps.reshape(-1, OUT_BLOCK, taps.shape[1] // QUAD, QUAD).permute(0, 2, 1, 3).contiguous()
+        columns, length = depthwise_columns((r, s))
+        taps = _pad_to(_pad_to(weight.reshape(k, length, columns), 0, OUT_BLOCK), 1, QUAD)
+        taps = taps.reshape(-1, OUT_BLOCK, taps.shape[1] // QUAD, QUAD, columns)
+        return taps.permute(0, 4, 2, 1, 3).flatten(1, 2).contiguous()
     w = _pad_to(_pad_to(weight.reshape(groups, k // groups, cg, r * s), 1, OUT_BLOCK), 2, QUAD)
     w = w.reshape(groups, w.shape[1] // OUT_BLOCK, OUT_BLOCK, w.shape[2] // QUAD, QUAD, r * s)
     return w.permute(0, 1, 5, 3, 2, 4).contiguous()
@@ -52,8 +60,10 @@ def unpack_int8(
     """The inverse of :func:`pack_int8`: ``(K, C/G, R, S)`` int8."""
     r, s = kernel_size
     if is_depthwise(in_channels, out_channels, groups):
-        taps = packed.permute(0, 2, 1, 3).reshape(packed.shape[0] * OUT_BLOCK, -1)
-        return taps[:out_channels, : r * s].reshape(out_channels, 1, r, s).contiguous()
+        columns, length = depthwise_columns(kernel_size)
+        taps = packed.unflatten(1, (columns, -1)).permute(0, 3, 2, 4, 1)
+        taps = taps.reshape(packed.shape[0] * OUT_BLOCK, -1, columns)
+        return taps[:out_channels, :length].reshape(out_channels, 1, r, s).contiguous()
     kg, cg = out_channels // groups, in_channels // groups
     w = packed.permute(0, 1, 4, 3, 5, 2).reshape(groups, packed.shape[1] * OUT_BLOCK, -1, r * s)
     return w[:, :kg, :cg].reshape(out_channels, cg, r, s).contiguous()
