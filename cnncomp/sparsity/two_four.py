@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError, DtypeError, PatternError
+from cnncomp.errors import PatternError
+from cnncomp.sparsity.weights import check_weight, place, round_up
 
 SLICE = 64  # output channels of a slice
 STEP_BYTES = 128  # dense bytes of the reduction in a step
@@ -39,22 +40,6 @@ _SECOND = [1, 1, 2, 1, 3, 2, 2, 0, 3, 3, 3, 0, 3, 0, 0, 0]
 def step_bytes(dtype: torch.dtype) -> int:
     """Bytes of one step of a slice, values and metadata."""
     return VALUE_BYTES + VALUE_BYTES // (4 * dtype.itemsize)
-
-
-def check_weight(weight: Tensor, groups: int, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-    """Raise unless ``weight`` (K, C/G, R, S) is finite, of one of ``dtypes``, and splits into ``groups``.
-
-    Raises:
-        DtypeError: another dtype.
-        ArgumentError: other dimensions, channels that are no multiple of the groups, NaN or infinite values.
-    """
-    if weight.dtype not in dtypes:
-        raise DtypeError("weight", weight.dtype, " or ".join(map(str, dtypes)))
-    if weight.dim() != 4 or weight.shape[0] % groups:
-        expected = f"(K, C/G, R, S) with K a multiple of groups={groups}"
-        raise ArgumentError("weight", f"shape {tuple(weight.shape)}", expected)
-    if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-        raise ArgumentError("weight", "NaN or infinite values", "finite weights")
 
 
 def why_not_2to4(in_channels: int, kernel_size: Sequence[int], groups: int, size: int = 1) -> str | None:
@@ -79,10 +64,6 @@ def _rows(weight: Tensor, groups: int) -> Tensor:
     return F.pad(rows, (0, -rows.shape[2] % per_step, 0, -kg % SLICE)).flatten(0, 1)
 
 
-def _up(value: int, multiple: int) -> int:
-    return value + -value % multiple
-
-
 def first_violation(weight: Tensor, n: int = 2, m: int = 4) -> str | None:
     """The first group of ``m`` input channels of ``weight`` (K, C/G, R, S) with more than ``n`` non-zeros, in words."""
     k, c, r, s = weight.shape
@@ -92,13 +73,12 @@ def first_violation(weight: Tensor, n: int = 2, m: int = 4) -> str | None:
         return None
     out, group, row, column = wrong[0].tolist()
     number = int(count[out, group, row, column])
-    last = min(c, m * group + m) - 1
-    return f"{number} non-zeros at output channel {out}, input channels {m * group} to {last}, tap ({row}, {column})"
+    return f"{number} non-zeros at " + place((out, out), (m * group, min(c, m * group + m) - 1), (row, column))
 
 
 def check_2to4(weight: Tensor, groups: int = 1) -> None:
     """Raise unless a weight can be packed; errors as :func:`pack_2to4`."""
-    check_weight(weight, groups)
+    check_weight(weight, groups, DTYPES)
     if where := first_violation(weight):
         raise PatternError("weight", where, "2:4, at most 2 non-zeros in each 4 input channels")
 
@@ -116,9 +96,9 @@ def pack_2to4(weight: Tensor, groups: int = 1) -> Tensor:
 
     Raises:
         PatternError: more than two non-zeros in four neighbouring input channels; it names the first such four.
-        DtypeError, ArgumentError: as :func:`check_weight`.
+        DtypeError, ArgumentError: as :func:`cnncomp.sparsity.weights.check_weight`.
     """
-    check_weight(weight, groups)
+    check_weight(weight, groups, DTYPES)
     fours = _rows(weight, groups).unflatten(1, (-1, 4))
     filled = (fours != 0).to(torch.uint8)
     bits = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=weight.device)
@@ -187,7 +167,7 @@ def unpack_2to4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups
     values = _unpack_values(flat[..., :VALUE_BYTES], dtype)
     nibble = _unpack_metadata(flat[..., VALUE_BYTES:], dtype).long()
     fours = values.new_zeros(*nibble.shape, 4).scatter_(2, torch.stack([nibble & 3, nibble >> 2], 2), values)
-    padded = _up(c, CHUNK_BYTES // dtype.itemsize)
+    padded = round_up(c, CHUNK_BYTES // dtype.itemsize)
     rows = fours.reshape(groups, -1, fours.shape[1] * 4)[:, : k // groups, : r * s * padded]
     return rows.reshape(k, r * s, padded)[:, :, :c].transpose(1, 2).reshape(k, c, r, s).contiguous()
 
@@ -195,5 +175,5 @@ def unpack_2to4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups
 def packed_shape(shape: Sequence[int], dtype: torch.dtype, groups: int = 1) -> tuple[int, int, int, int]:
     """Shape of the packed weight of ``shape`` (K, C/G, R, S)."""
     k, c, r, s = shape
-    reduction = math.prod((r, s, _up(c, CHUNK_BYTES // dtype.itemsize))) * dtype.itemsize
+    reduction = math.prod((r, s, round_up(c, CHUNK_BYTES // dtype.itemsize))) * dtype.itemsize
     return groups, -(-(k // groups) // SLICE), -(-reduction // STEP_BYTES), step_bytes(dtype)
