@@ -58,6 +58,8 @@ class Launch:
         dtype: Of the tensor cores' operands, "int8" or "fp16" (with fp32 sums).
         input_bytes: What each sweep of the blocks reads.
         sweeps: How often the blocks, in the order of their numbers, go over the input from its start to its end.
+        sparse: Whether the products are 2:4 sparse ones, which the tensor cores compute at twice the rate of dense ones of the
+            same sizes, on all architectures that have them.
     """
 
     grid: int
@@ -67,6 +69,7 @@ class Launch:
     dtype: str = "int8"
     input_bytes: int = 0
     sweeps: int = 1
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def bounds(counts: Mapping[str, Any], launch: Launch, gpu: Gpu, step: float = CA
         again = min(launch.sweeps, math.ceil(load / together)) - 1 if launch.input_bytes > gpu.l2 else 0
         dram = min(launch.least_bytes + again * launch.input_bytes, max(l2, launch.least_bytes))
     barriers = counts["classes"].get("barrier", 0) * each / counts["warps"]
-    rate = gpu.int8_ops if launch.dtype == "int8" else gpu.fp16_ops
+    rate = (gpu.int8_ops if launch.dtype == "int8" else gpu.fp16_ops) * (1 + launch.sparse)
     found = {
         "tensor": counts["tensor_ops"] * each * load / rate / clock,
         "issue": counts["instructions"] * each * load / ISSUE_SLOTS / clock,

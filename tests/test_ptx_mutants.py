@@ -169,7 +169,7 @@ def run_case(
 def cuda_subject(name: str) -> tuple[str, list[Callable[[str], Any]]]:
     """A CUDA kernel's text, and what runs it on its cases."""
     arch, sizes = KERNELS[name]
-    text = emulated.ptx_of(name.split("_int8")[0] + "_int8", arch)
+    text = emulated.ptx_of(emulated.source_of(name), arch)
     return single_entry(text, emulated.entry_of(name, text)), [run_case(name, arch, **size) for size in sizes]
 
 

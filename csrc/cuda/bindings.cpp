@@ -51,22 +51,25 @@ py::dict as_dict(const cuda::Launch& launch) {
   d["kernel"] = launch.kernel;
   d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
   d["block"] = launch.block;
+  d["shared"] = launch.shared;
   d["params"] = py::bytes(launch.params.data(), launch.params.size());
   return d;
 }
 
-// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d.
-template <typename... Args>
-void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*make)(Args...)) {
+// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d
+// and one that plans it for a device of which it knows some numbers.
+template <typename... Args, typename... About>
+void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*make)(Args...),
+            cuda::Launch (*plan)(const cuda::Conv2d&, About...)) {
   m.def(
       name,
-      [make](int device, uintptr_t stream, int multiprocessors, Args... args) {
+      [make, plan](int device, uintptr_t stream, About... about, Args... args) {
         const cuda::Conv2d conv = make(args...);
-        if (!empty(conv)) cuda::run(cuda::plan_conv2d_int8(conv, multiprocessors), device, reinterpret_cast<void*>(stream));
+        if (!empty(conv)) cuda::run(plan(conv, about...), device, reinterpret_cast<void*>(stream));
       },
       doc, py::call_guard<py::gil_scoped_release>());
   m.def((std::string("plan_") + name).c_str(),
-        [make](int multiprocessors, Args... args) { return as_dict(cuda::plan_conv2d_int8(make(args...), multiprocessors)); },
+        [make, plan](About... about, Args... args) { return as_dict(plan(make(args...), about...)); },
         "The kernel, grid, block and parameter bytes that the call would launch with. Touches no device.");
 }
 
@@ -85,11 +88,19 @@ PYBIND11_MODULE(_cuda, m) {
   define(m, "conv2d_int8",
          "conv2d_int8(device, stream, multiprocessors, x, x_signed, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
          "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype)",
-         &make_conv);
+         &make_conv, &cuda::plan_conv2d_int8);
   define(m, "linear_int8",
          "linear_int8(device, stream, multiprocessors, x, x_signed, m, c, weight, k, constants, residual, residual_dtype, "
          "residual_scale, lo, out, out_dtype)",
-         &make_linear);
+         &make_linear, &cuda::plan_conv2d_int8);
+  define(m, "conv2d_sparse24_int8",
+         "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ...), as conv2d_int8; weight: packed by "
+         "cnncomp.sparsity.pack_2to4; shared: bytes of shared memory of a multiprocessor. sm_80 and later.",
+         &make_conv, &cuda::plan_conv2d_sparse24_int8);
+  define(m, "linear_sparse24_int8",
+         "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ...), as linear_int8 with the weight of "
+         "conv2d_sparse24_int8.",
+         &make_linear, &cuda::plan_conv2d_sparse24_int8);
   m.def("supports", &cuda::supports, "Whether this build holds machine code for the device.");
   m.def("device_count", &cuda::device_count, "CUDA devices; 0 without a driver.");
   m.def("device_info", [](int device) {
