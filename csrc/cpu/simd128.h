@@ -5,6 +5,7 @@
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // pack_in_order: the lanes of a, then those of b, c, d; store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes, from the I-th on.
+// store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.
 // load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
 // turn_bytes: of the 4x4 bytes in each 128 bits, rows become columns. clamp_bytes: each byte to at least lo, then at most hi.
 // store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is
