@@ -114,15 +114,19 @@ struct ByteBounds {
   }
 };
 
+__attribute__((noinline)) void store_some(char* out, const char* bytes, int64_t count) {
+  int64_t done = 0;
+  for (; done + 8 <= count; done += 8) __builtin_memcpy(out + done, bytes + done, 8);
+  for (; done < count; done++) out[done] = bytes[done];
+}
+
 // COUNT times 16 channels from chunk I of `bytes` on, of which the first `valid` are wanted.
 template <class S, int I, int COUNT>
 inline void store_chunks(char* out, typename S::Int bytes, int64_t valid) {
   if (valid >= COUNT * kBlock) return S::template store_part<I, COUNT>(out, bytes);
   alignas(64) char spare[COUNT * kBlock];
   S::template store_part<I, COUNT>(spare, bytes);
-  int64_t done = 0;
-  for (; done + 8 <= valid; done += 8) __builtin_memcpy(out + done, spare + done, 8);
-  for (; done < valid; done++) out[done] = spare[done];
+  store_some(out, spare, valid);
 }
 
 // A register tile's outputs where e.bytes; no window. Rounding keeps the order of numbers: rounding, saturating to 8 bit and
