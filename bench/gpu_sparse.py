@@ -21,8 +21,8 @@ from bench.gpu_model import L1, LABEL, OUT, Launch, _record, model, resident, sa
 from bench.gpu_peers import conv_candidates
 from bench.layers import GPU_NETWORKS, ConvShape, gpu_shapes
 from cnncomp import _cuda
-from cnncomp.ops.cuda_sparse import why_not_2to4
 from cnncomp.sparsity import pack_2to4
+from cnncomp.sparsity.two_four import why_not_2to4
 from tests import cuda_emulated as emulated
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
 from tests.ptx.cute import headers

@@ -25,9 +25,8 @@ from cnncomp.nn import (
     quantize_weight,
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
-from cnncomp.ops.cuda_sparse import why_not_2to4
 from cnncomp.ops.packing import quad_sparsity
-from cnncomp.sparsity.two_four import first_violation
+from cnncomp.sparsity.two_four import first_violation, why_not_2to4
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"

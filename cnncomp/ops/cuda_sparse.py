@@ -11,6 +11,7 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
 from cnncomp.ops.library import conv_out_size
+from cnncomp.sparsity.two_four import why_not_2to4
 
 
 def check_device(device: torch.device) -> None:
@@ -30,18 +31,6 @@ def _shared(device: torch.device) -> int:
 def _launch_arguments(x: Tensor) -> tuple[int, int, int, int]:
     """Device index, stream handle, number of multiprocessors, bytes of shared memory of one."""
     return (*cuda._launch_arguments(x), _shared(x.device))
-
-
-def why_not_2to4(in_channels: int, kernel_size: Sequence[int], groups: int, size: int = 1) -> str | None:
-    """Why the 2:4 kernels can't run a convolution of elements of ``size`` bytes, None if they can."""
-    chunk = 16 // size
-    if in_channels // groups % chunk:
-        return (
-            f"2:4 kernels need a multiple of {chunk} input channels, the layer has {in_channels // groups} in a group"
-        )
-    if max(kernel_size) > 15:
-        return f"2:4 kernels take at most 15 rows and columns of taps, the layer has {tuple(kernel_size)}"
-    return None
 
 
 def conv2d_sparse24(

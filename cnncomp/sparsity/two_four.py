@@ -42,6 +42,18 @@ def step_bytes(dtype: torch.dtype) -> int:
     return VALUE_BYTES + VALUE_BYTES // (4 * dtype.itemsize)
 
 
+def why_not_2to4(in_channels: int, kernel_size: Sequence[int], groups: int, size: int = 1) -> str | None:
+    """Why the 2:4 kernels can't run a convolution of elements of ``size`` bytes, None if they can."""
+    chunk = CHUNK_BYTES // size
+    if in_channels // groups % chunk:
+        return (
+            f"2:4 kernels need a multiple of {chunk} input channels, the layer has {in_channels // groups} in a group"
+        )
+    if max(kernel_size) > 15:
+        return f"2:4 kernels take at most 15 rows and columns of taps, the layer has {tuple(kernel_size)}"
+    return None
+
+
 def _rows(weight: Tensor, groups: int) -> Tensor:
     """The weight as rows (G * KB * 64, steps * elements of a step), channels innermost, zeros where it is padded."""
     k, c, r, s = weight.shape
