@@ -44,7 +44,7 @@ void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds
     }
   }
   if constexpr (!SIGNED) {
-    if (out == nullptr) return store_bytes<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
+    if (out == nullptr) return store_tile<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < PIXELS; m++)
@@ -70,7 +70,7 @@ struct ConvTiles {
 };
 
 // Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes through
-// other units of the processor. One tap, e.bytes, unsigned. Returns how many pixels it did: the last ones may be left.
+// other units of the processor. One tap, unsigned inputs. Returns how many pixels it did: the last ones may be left.
 template <class S, int BLOCKS, int QUADS>
 int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
@@ -96,7 +96,7 @@ int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
         for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[quad][v]);
       }
     }
-    store_bytes<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
+    store_tile<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
   }
   return pixel;
 }
@@ -122,7 +122,7 @@ void conv_blocks(const ConvPanel& a) {
   const Int8Epilogue& e = a.epilogue;
   const ByteBounds<BLOCKS> bounds(e);
   // Signed inputs, which for most layers were flipped before, are not worth kernels of their own.
-  const bool direct = e.bytes && e.shift == nullptr && !a.x_signed;
+  const bool direct = e.shift == nullptr && !a.x_signed && (e.out_dtype != kF32 || e.channels >= BLOCKS * kBlock);
   // A residual is read up to whole blocks of channels.
   const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
   const EpilogueFn finish = epilogue_of<S, BLOCKS>(e);
