@@ -21,8 +21,16 @@ SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_tests"
 NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
-KERNELS = ("conv2d_int8", "gemm_int8", "depthwise_int8")
-DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+#: File names of the kernels, with the parts of a launch's name that stand for its template's flags, in order.
+FLAGS_OF = {
+    "conv2d_int8": ("_s8", "_bytes"),
+    "gemm_int8": ("_s8",),
+    "depthwise_int8": ("_s8",),
+    "conv2d_sparse24_int8": ("_s8",),
+    "conv2d_sparse24_f16": ("_bf16",),
+}
+KERNELS = tuple(FLAGS_OF)
+DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
 @cache
@@ -76,16 +84,20 @@ def ptx_of(kernel: str, arch: str) -> str:
     return compiled(kernel, arch, "ptx")[0].read_text()
 
 
+def source_of(launch: str) -> str:
+    """The file, without suffix, of a launch's kernel."""
+    return max((name for name in KERNELS if launch.startswith(name + "_")), key=len)
+
+
 def entry_of(launch: str, ptx: str) -> str:
-    """The mangled kernel of a launch's name: the same numbers, and the same flags for signed and byte loads."""
-    numbers = re.findall(r"(?<=[_x])\d+(?=[_x])", launch.split("int8")[1])
-    flags = ["1" if "_s8" in launch else "0"]
-    if launch.startswith("conv2d"):
-        flags.append("1" if launch.endswith("_bytes") else "0")
+    """The mangled kernel of a launch's name: the same numbers first, and the same flags."""
+    source = source_of(launch)
+    numbers = re.findall(r"(?<=[_x])\d+(?=[_x])", launch.removeprefix(source))
+    flags = ["1" if re.search(f"{flag}(_|$)", launch) else "0" for flag in FLAGS_OF[source]]
     found = [
         name
         for name in entry_names(ptx)
-        if re.findall(r"Li(\d+)E", name) == numbers and re.findall(r"Lb([01])E", name) == flags
+        if re.findall(r"Li(\d+)E", name)[: len(numbers)] == numbers and re.findall(r"Lb([01])E", name) == flags
     ]
     assert len(found) == 1, (launch, found)
     return found[0]
@@ -93,12 +105,14 @@ def entry_of(launch: str, ptx: str) -> str:
 
 def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str | None = None) -> Result:
     """Run in the emulator what the extension module would launch."""
-    ptx = ptx or ptx_of(plan["kernel"].split("_int8")[0] + "_int8", arch)
+    ptx = ptx or ptx_of(source_of(plan["kernel"]), arch)
     kernel = load(ptx, entry_of(plan["kernel"], ptx))
-    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], memory=memory)
+    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=plan["shared"], memory=memory)
 
 
 def nhwc(x: Tensor) -> np.ndarray:
+    """As an array, channels last; bfloat16, which numpy has not, as int16."""
+    x = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
     return x.permute(0, 2, 3, 1).contiguous().numpy() if x.dim() == 4 else x.contiguous().numpy()
 
 
@@ -107,12 +121,12 @@ class Case:
 
     def __init__(
         self, x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: tuple[int, ...],
-        out_dtype: torch.dtype, misalign: int = 0,
+        out_dtype: torch.dtype, misalign: int = 0, packed: bool = False,
     ) -> None:  # fmt: skip
         self.memory = GlobalMemory()
         put = self.memory.allocate
         self.x = put(nhwc(x), misalign)
-        self.weight = put(nhwc(weight))
+        self.weight = put(weight.numpy() if packed else nhwc(weight))
         self.constants = put(constants.numpy())
         self.residual = 0 if residual is None else put(nhwc(residual))
         self.residual_dtype = 0 if residual is None else DTYPE_CODE[residual.dtype]
@@ -126,5 +140,5 @@ class Case:
         return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
 
     def output(self) -> Tensor:
-        out = torch.from_numpy(self.memory.fetch(self.out, self.image))
+        out = torch.from_numpy(self.memory.fetch(self.out, self.image)).view(self.out_dtype)
         return out.permute(0, 3, 1, 2) if out.dim() == 4 else out

@@ -17,7 +17,7 @@ from tests import cuda_emulated as emulated
 
 ARCHS = ("75", "80", "86", "89", "90a", "120a")
 SNAPSHOT = Path(__file__).parent / "cuda_gate.txt"
-COLUMNS = ("IMMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
+COLUMNS = ("MMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,21 @@ class Row:
         shown = self.loop or self.opcodes
         sizes = (self.registers, self.stack, self.shared, self.threads, self.blocks, shown.total())
         return " ".join(
-            [f"{self.kernel:28} {self.arch:>5}", *(f"{n:7d}" for n in sizes), *(f"{shown[c]:6d}" for c in COLUMNS)]
+            [
+                f"{self.kernel:40} {self.arch:>5}",
+                *(f"{n:7d}" for n in sizes),
+                *(f"{count(shown, c):6d}" for c in COLUMNS),
+            ]
         )
 
 
+def count(opcodes: Counter[str], column: str) -> int:
+    """How often an opcode occurs; "MMA": products of tensor cores, of integers or halves."""
+    return opcodes["IMMA"] + opcodes["HMMA"] if column == "MMA" else opcodes[column]
+
+
 HEADER = " ".join(
-    [f"{'kernel':28} {'arch':>5}"]
+    [f"{'kernel':40} {'arch':>5}"]
     + [f"{c:>7}" for c in ("regs", "stack", "shared", "threads", "blocks", "instr")]
     + [f"{c:>6}" for c in COLUMNS]
 )
@@ -92,9 +101,33 @@ def _sections(sass: str) -> dict[str, str]:
     return found
 
 
+def archs_of(kernel: str) -> tuple[str, ...]:
+    """Architectures that a kernel does its work on: Turing's tensor cores have no sparse operand."""
+    return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
+
+
+def dynamic_shared(name: str) -> int:
+    """Bytes that a launch of the kernel of this short name asks for, besides the static ones."""
+    if "_sparse24_" not in name:
+        return 0
+    channels, pixels, _, _, stages, element = map(int, name.split()[1:7])
+    return stages * (channels // 64 * (4096 + 1024 // element) + 128 * pixels)
+
+
+def shipped(name: str, arch: str) -> bool:
+    """Whether a plan takes the kernel of this short name on this architecture: some tiles are for much shared memory, some for
+    little."""
+    if "_sparse24_" not in name:
+        return True
+    tile = " ".join(name.split()[1:6])
+    in_less, in_more = tile in ("128 128 32 1 3", "128 64 32 1 2"), tile in ("128 128 64 1 3", "128 64 32 1 3")
+    much = gpu_of(arch).shared >= 160 << 10
+    return not (in_less if much else in_more)
+
+
 @cache
 def rows(kernel: str, arch: str) -> tuple[Row, ...]:
-    """All variants in csrc/cuda/<kernel>.cu, compiled for sm_<arch>."""
+    """All variants in csrc/cuda/<kernel>.cu that are taken on sm_<arch>, compiled for it."""
     cubin = str(emulated.compiled(kernel, arch, "cubin")[0])
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
@@ -109,14 +142,18 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
         threads = int(most[1], 16) if most else 1024
         sass = sections[mangled]
         opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.M))
-        blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), int(shared))
+        name = short_name(mangled)
+        if not shipped(name, arch):
+            continue
+        memory = int(shared) + dynamic_shared(name)
+        blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), memory)
         found.append(
             Row(
-                short_name(mangled),
+                name,
                 arch,
                 int(registers),
                 int(stack) + int(local),
-                int(shared),
+                memory,
                 threads,
                 blocks,
                 opcodes,
@@ -135,9 +172,10 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: 8 warps at least hide some latency")
     if row.kernel.startswith("depthwise"):
         return found
-    if row.loop["IMMA"] < 8 or row.loop["LDSM"] < 2:
-        found.append(f"the main loop has {row.loop['IMMA']} IMMA and {row.loop['LDSM']} LDSM")
-    bytewise = row.kernel.startswith("conv2d") and row.kernel.endswith(" 1")
+    products = count(row.loop, "MMA")
+    if products < 8 or row.loop["LDSM"] < 2:
+        found.append(f"the main loop has {products} MMA and {row.loop['LDSM']} LDSM")
+    bytewise = row.kernel.startswith("conv2d_int8 ") and row.kernel.endswith(" 1")
     if not bytewise:
         if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"]):
             found.append(
@@ -158,7 +196,7 @@ def compiler() -> str:
 
 def table() -> str:
     """The whole table: loop counts where there is a tensor-core loop, else counts of the kernel."""
-    lines = [str(row) for kernel in emulated.KERNELS for arch in ARCHS for row in rows(kernel, arch)]
+    lines = [str(row) for kernel in emulated.KERNELS for arch in archs_of(kernel) for row in rows(kernel, arch)]
     return "\n".join([compiler(), HEADER, *lines]) + "\n"
 
 

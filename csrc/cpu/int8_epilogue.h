@@ -196,8 +196,8 @@ inline __attribute__((always_inline)) void store_tile(
         store_chunks<S, I, kRun>(out + chunk / BLOCKS * e.stride + chunk % BLOCKS * kBlock, bytes,
                                  e.channels - chunk % BLOCKS * kBlock);
     };
-    auto bytes = e.out_dtype == kS8 ? S::template pack_in_order<true>(q[0], q[1], q[2], q[3])
-                                    : S::template pack_in_order<false>(q[0], q[1], q[2], q[3]);
+    auto bytes = S::in_order(e.out_dtype == kS8 ? S::template pack<true>(q[0], q[1], q[2], q[3])
+                                                : S::template pack<false>(q[0], q[1], q[2], q[3]));
     if (e.hi_bytes != nullptr) {
       const auto lo = S::set(bounds.lo), hi = S::load(bounds.hi + first / 4 * kChunks % BLOCKS * kBlock);
       bytes = e.out_dtype == kS8 ? S::template clamp_bytes<true>(bytes, lo, hi) : S::template clamp_bytes<false>(bytes, lo, hi);

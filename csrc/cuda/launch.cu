@@ -34,8 +34,11 @@ class DeviceGuard {
 
 std::string describe(const Launch& l, int device) {
   return l.kernel + " on device " + std::to_string(device) + ", grid (" + std::to_string(l.grid[0]) + ", " +
-         std::to_string(l.grid[1]) + ", " + std::to_string(l.grid[2]) + "), " + std::to_string(l.block) + " threads";
+         std::to_string(l.grid[1]) + ", " + std::to_string(l.grid[2]) + "), " + std::to_string(l.block) + " threads, " + std::to_string(l.shared) +
+         " bytes of dynamic shared memory";
 }
+
+constexpr uint32_t kSharedByDefault = 48 << 10;
 
 }  // namespace
 
@@ -44,8 +47,13 @@ void run(const Launch& launch, int device, void* stream) {
   void* params = const_cast<char*>(launch.params.data());
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
   // The error comes back from the call itself; an older one of somebody else stays theirs.
-  const cudaError_t error =
-      cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, 0, static_cast<cudaStream_t>(stream));
+  cudaError_t error = cudaSuccess;
+  if (launch.shared > kSharedByDefault)  // no work on a stream: allowed while one is captured
+    error = cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(launch.shared));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, launch.shared,
+                             static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // ours, and reported: don't let the next caller find it
   check(error, describe(launch, device));
