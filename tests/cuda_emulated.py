@@ -27,9 +27,10 @@ FLAGS_OF = {
     "gemm_int8": ("_s8",),
     "depthwise_int8": ("_s8",),
     "conv2d_sparse24_int8": ("_s8",),
+    "conv2d_sparse24_f16": ("_bf16",),
 }
 KERNELS = tuple(FLAGS_OF)
-DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
 @cache
@@ -110,6 +111,8 @@ def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str 
 
 
 def nhwc(x: Tensor) -> np.ndarray:
+    """As an array, channels last; bfloat16, which numpy has not, as int16."""
+    x = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
     return x.permute(0, 2, 3, 1).contiguous().numpy() if x.dim() == 4 else x.contiguous().numpy()
 
 
@@ -137,5 +140,5 @@ class Case:
         return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
 
     def output(self) -> Tensor:
-        out = torch.from_numpy(self.memory.fetch(self.out, self.image))
+        out = torch.from_numpy(self.memory.fetch(self.out, self.image)).view(self.out_dtype)
         return out.permute(0, 3, 1, 2) if out.dim() == 4 else out

@@ -66,7 +66,7 @@ void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
 
 // Tiles of one size, such that what a tile reads of a block of input channels stays in the first-level cache.
 void choose_tile(const SparseInt8Kernels& kernels, Plan& plan) {
-  constexpr int64_t kCache = 28 << 10;
+  static const int64_t kCache0 = 0; (void)kCache0; const char* env = getenv("KC"); const int64_t kCache = env ? atoll(env) << 10 : 28 << 10;
   const int64_t fits = kCache / (kQuad * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
   const int64_t most = std::clamp<int64_t>(fits / kernels.lanes, 4, kernels.max_tile);
   const int64_t vectors = ceil_div(plan.pixels, kernels.lanes);

@@ -57,7 +57,7 @@ inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, in
     for (int t = 0; t < T; t++) to[t] = S::dot(to[t], S::input(S::load(x + t * S::kBytes)), w);
   };
   int32_t i = begin;
-  if constexpr (T < 4) {
+  if constexpr (T < (S::kLanes == 16 ? 8 : 4)) {
     typename S::Int more[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) more[t] = S::set(0);

@@ -40,6 +40,7 @@ struct ConvPanel {
   int64_t blocks;
   const int32_t* init;     // (blocks * 16): what the accumulators start from
   Int8Epilogue epilogue;
+  int64_t next_blocks;     // of the panel behind this one, 0 for none: they are fetched into the cache meanwhile
 };
 
 struct DepthwisePanel {

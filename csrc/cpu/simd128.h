@@ -5,7 +5,8 @@
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // in_order: of what pack gives, the lanes of a, then those of b, c and d. store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes,
-// from the I-th on. load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
+// from the I-th on. store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.
+// load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
 // load_lanes: the same as load_rows, `step` bytes apart from p on; store_lanes: the reverse. clamp_bytes: each byte to at least
 // lo, then at most hi.
 // store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is

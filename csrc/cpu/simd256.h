@@ -82,6 +82,12 @@ struct Vec256 {
     }
   }
   static Int in_order(Int v) { return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+  static void store_triples(uint8_t* p, Int v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    v = _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
+    store_part<0, 1>(p, v);
+    store_part<1, 1>(p + 12, v);
+  }
   template <bool SIGNED>
   static Int clamp_bytes(Int v, Int lo, Int hi) {
     if constexpr (SIGNED) return _mm256_min_epi8(_mm256_max_epi8(v, lo), hi);

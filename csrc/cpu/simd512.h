@@ -88,6 +88,15 @@ struct Vec512 {
     }
   }
 
+  static void store_triples(uint8_t* p, Int v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    v = _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
+    store_part<0, 1>(p, v);
+    store_part<1, 1>(p + 12, v);
+    store_part<2, 1>(p + 24, v);
+    store_part<3, 1>(p + 36, v);
+  }
+
   static Int in_order(Int v) {
     const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, v);
