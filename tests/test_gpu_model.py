@@ -196,6 +196,7 @@ def test_a_sparse_peer_stands_beside_both_patterns():
 
 def test_sparse_kernels_are_among_the_records(monkeypatch):
     pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
+    pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr("bench.layers.gpu_shapes", lambda network: [])
     monkeypatch.setattr("bench.gpu_sparse.records", lambda shapes, batch, gpus: [(batch, len(gpus))])
     assert records("resnet50", 8) == [(8, len(GPUS) - 1)]
