@@ -31,6 +31,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+PICTURE = "gpu_model.png"  # beside the document
+
 #: By network, GPU, batch and peer ("cutlass int8 dense"): layer to how many times as fast as the peer the package's kernel is,
 #: with each of VARIATIONS.
 Ratios = dict[tuple[str, str, int, str], dict[str, list[float]]]
@@ -106,24 +108,34 @@ COLUMNS = (
 )
 
 
+#: By network, GPU and batch: title of the column to the geometric mean over the layers that the peer has a kernel for.
+Means = dict[tuple[str, str, int], dict[str, float]]
+
+
+def averages(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> Means:
+    """The overview's numbers; of all GPUs by default, in their order."""
+    wanted = tuple(gpus) or tuple(gpu.name for gpu in GPUS)
+    found: Means = {}
+    for peer, passes, pattern, title in COLUMNS:
+        for (*place, name), layers in ratios(rows, passes, pattern).items():
+            if name == peer and place[1] in wanted:
+                found.setdefault((place[0], place[1], place[2]), {})[title] = geometric_mean(
+                    v[0] for v in layers.values()
+                )
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], wanted.index(item[0][1]), item[0][2])))
+
+
 def overview(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> str:
     """Geometric means over layers as a table in Markdown: a line for each network, GPU (all by default) and batch.
 
     Columns that no layer has a value for are left out.
     """
-    tables = {(passes, pattern): ratios(rows, passes, pattern) for _, passes, pattern, _ in COLUMNS}
-    wanted = tuple(gpus) or tuple(gpu.name for gpu in GPUS)
-    places = sorted(
-        {key[:3] for key in tables[False, "dense"] if key[1] in wanted}, key=lambda k: (k[0], wanted.index(k[1]), k[2])
-    )
-    cells: dict[str, list[str]] = {}
-    for peer, passes, pattern, title in COLUMNS:
-        values = [tables[passes, pattern].get((*place, peer), {}).values() for place in places]
-        if any(values):
-            cells[title] = [f"{geometric_mean(v[0] for v in layers):.2f}" if layers else "" for layers in values]
-    lines = ["| network | GPU | batch | " + " | ".join(cells) + " |", "|---|---|---:|" + "---:|" * len(cells)]
-    for place, *means in zip(places, *cells.values(), strict=True):
-        lines.append("| " + " | ".join([*map(str, place), *means]) + " |")
+    means = averages(rows, gpus)
+    titles = [title for *_, title in COLUMNS if any(title in found for found in means.values())]
+    lines = ["| network | GPU | batch | " + " | ".join(titles) + " |", "|---|---|---:|" + "---:|" * len(titles)]
+    for place, found in means.items():
+        cells = [f"{found[title]:.2f}" if title in found else "" for title in titles]
+        lines.append("| " + " | ".join([*map(str, place), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -138,6 +150,8 @@ How many times as fast the package's int8 CUDA kernels are as the best of each p
 the distinct convolution and linear layers that the peer has a kernel for. u8 in and out, scale and bias per channel, ReLU.
 
 {overview(rows, shown)}
+
+![the same of all GPUs]({PICTURE})
 
 "And its pass": CUTLASS fuses one scale, not one per channel; the pass that scales each channel reads 32-bit sums and writes
 bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak, with no
@@ -160,13 +174,14 @@ def write(rows: list[dict[str, Any]], docs: Path | None) -> None:
     from cnncomp.results.report import replace_section
 
     print(report(rows), compare(rows), overview(rows), sep="\n\n")
-    if docs:
-        replace_section(docs, "gpu-model", document(rows))
     print(f"{OUT}: {len(rows)} records")
     if any(row["peer"] for row in rows):
-        from bench.plot import plot_gpu
+        from bench.plot import plot_gpu, plot_gpu_means
 
         print(plot_gpu(ratios(rows), OUT.with_suffix(".png")))
+        if docs:
+            replace_section(docs, "gpu-model", document(rows))
+            print(plot_gpu_means(averages(rows), docs.parent / PICTURE))
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ from bench.gpu_model import (
     sample_of,
     touched,
 )
-from bench.gpu_report import compare, overview, ratios, report
+from bench.gpu_report import averages, compare, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman
 from bench.layers import gpu_shapes
-from bench.plot import plot_gpu
+from bench.plot import plot_gpu, plot_gpu_means
 from tests.ptx import emulate, load
 from tests.ptx.test_checks import KERNEL
 
@@ -218,3 +218,5 @@ def test_comparison(tmp_path):
         and overview(rows, ["T4"]).count("\n") == 1
     )
     assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000
+    assert averages(rows)["n", "A100", 8] == {"CUTLASS int8": 2.0, "and its pass": pytest.approx(18**0.5)}
+    assert plot_gpu_means(averages(rows), tmp_path / "b.png").stat().st_size > 5000
