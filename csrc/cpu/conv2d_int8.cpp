@@ -62,10 +62,14 @@ struct Folded {
     args.x = x;
     const uint8_t flip = can_flip(a) ? 0x80 : 0;
     parallel_for(a.num_threads, a.n * args.h, [&](int64_t i) {
-      const int64_t n = i / args.h, h = i % args.h - a.pad_h, size = h >= 0 && h < a.h ? inside : 0;
+      const int64_t n = i / args.h, h = i % args.h - a.pad_h;
+      if (h < 0 || h >= a.h) {
+        std::memset(x + i * row, flip, row);
+        return;
+      }
       std::memset(x + i * row, flip, left);
-      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, size, flip, x + i * row + left);
-      std::memset(x + i * row + left + size, flip, row - left - size);
+      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, inside, flip, x + i * row + left);
+      std::memset(x + i * row + left + inside, flip, row - left - inside);
     });
     const int64_t rows = ceil_div(a.k, kBlock) * a.r, bytes = ceil_div(a.s * a.c, 4) * 4 * kBlock;
     weight.resize(rows * bytes);
@@ -121,8 +125,9 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
         epilogue.shift = constants.shift(g, channel);
         epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !flipped, a.weight + (g * blocks + block) * block_bytes, end - block,
-                    constants.init(g, channel), epilogue, fetches && panel + 1 < last ? next - end : 0});
+      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !flipped,
+                    a.weight + (g * blocks + block) * block_bytes, end - block, constants.init(g, channel), epilogue,
+                    fetches && panel + 1 < last ? next - end : 0});
     }
   });
 }

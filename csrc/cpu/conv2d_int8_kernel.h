@@ -74,8 +74,8 @@ struct ConvTiles {
   }
 };
 
-// Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes through
-// other units of the processor. One tap, unsigned inputs. Returns how many pixels it did: the last ones may be left.
+// Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes
+// through other units of the processor. One tap, unsigned inputs. Returns how many pixels it did: the last ones may be left.
 template <class S, int BLOCKS, int QUADS>
 int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
@@ -126,7 +126,7 @@ void conv_blocks(const ConvPanel& a) {
   const ConvTile<BLOCKS>* const tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
   const Int8Epilogue& e = a.epilogue;
   const ByteBounds<BLOCKS> bounds(e);
-  // Signed inputs, which for most layers were flipped before, are not worth kernels of their own.
+  // Signed inputs, which for most layers were flipped before, are not worth kernels of their own; they go through memory.
   const bool direct = e.shift == nullptr && !a.x_signed && (e.out_dtype != kF32 || e.channels >= BLOCKS * kBlock);
   // A residual is read up to whole blocks of channels.
   const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
