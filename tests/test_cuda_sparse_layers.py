@@ -146,7 +146,7 @@ def test_why_a_layer_has_no_blocks():
 def test_launch_of_a_linear(shape):
     x, weight = random_8bit(shape, INT8), masked_2to4(torch.randint(-127, 128, (24, 48), dtype=INT8))
     constants = random_constants(24)
-    rest = (None, 0.0, -128.0, INT8)
+    rest = (None, 0.0, 0.0, torch.uint8)  # hi is within its range
     expected = reference.linear_int8(x.reshape(-1, 48), weight, constants, *rest).reshape(*shape[:-1], 24)
     packed = pack_2to4(weight[..., None, None])
     with emulated_device():

@@ -138,6 +138,10 @@ class LayerInfo:
     weight_shift: Tensor | None = None  # set for the mean-shift scheme
 
 
+#: Kernels that need no residual after they have written the output in its place.
+IN_PLACE_KERNELS = frozenset(("conv2d_sparse", "dense.direct"))
+
+
 class ConvertedLayer(nn.Module):
     """A drop-in layer for inference. ``forward(x, residual=None)`` gives ``clamp(layer(x) + residual)``.
 
@@ -153,6 +157,12 @@ class ConvertedLayer(nn.Module):
     def own_kernels(self) -> bool:
         """Whether all that it runs on a CPU are kernels of this package."""
         return not self.kernel.startswith("dense.")
+
+    @property
+    def writes_over_residual(self) -> bool:
+        """Whether, on a CPU, the output may be where the residual is: each of its elements is read before that one is
+        written."""
+        return self.kernel in IN_PLACE_KERNELS
 
     def __init__(self) -> None:
         super().__init__()

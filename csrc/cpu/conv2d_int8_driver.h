@@ -31,7 +31,8 @@ class ConvRows {
         row_bytes_(row_bytes),
         size_(a.n * a.h * a.w * a.c),
         tail_size_(std::min(size_, row_bytes)),
-        pixel_by_pixel_(taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 && q == a.w),
+        pixel_by_pixel_(taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 &&
+                        q == a.w),
         zeros_(row_bytes),
         tail_(tail_size_ + row_bytes),
         taps_(std::move(taps)) {
