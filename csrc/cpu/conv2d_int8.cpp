@@ -15,7 +15,13 @@ const Int8Kernels& int8_kernels() {
     case Isa::avx512: return kInt8Avx512;
     case Isa::avxvnni: return kInt8AvxVnni;
     case Isa::avx2: return kInt8Avx2;
-    case Isa::baseline: break;
+    default: break;
+  }
+#elif defined(__aarch64__)
+  switch (current_isa()) {
+    case Isa::i8mm: return kInt8I8mm;
+    case Isa::dotprod: return kInt8Dotprod;
+    default: break;
   }
 #endif
   return kInt8Baseline;
