@@ -15,6 +15,7 @@ from torch import Tensor
 import cnncomp
 from cnncomp.errors import ArgumentError, DtypeError, InferenceOnlyError, OverflowRiskError
 from cnncomp.nn import (
+    LINEAR,
     Clamp,
     DenseConv2d,
     DenseLinear,
@@ -265,7 +266,7 @@ W = torch.ones(8, 4, 3, 3)
 SPEC = QuantSpec(0.1, torch.uint8)
 
 
-def quant(weight: Tensor, bias: Tensor | None, activation: Clamp = Clamp()) -> QuantConv2d:
+def quant(weight: Tensor, bias: Tensor | None, activation: Clamp = LINEAR) -> QuantConv2d:
     return QuantConv2d(CONV, weight.to(torch.int8), torch.ones(weight.shape[0]), bias, SPEC, activation)
 
 
