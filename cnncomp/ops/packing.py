@@ -247,8 +247,9 @@ def pack_scattered_int8(weight: Tensor, groups: int = 1, block: int | None = Non
         ArgumentError: a block whose positions do not fit 16 bits.
     """
     _, cg, r, s = weight.shape
-    # What a tile of 128 pixels reads of a block stays in the second-level cache. Measured on a Zen 4 core.
-    block = _even_block(cg, max(1, 2048 // (r * s))) if block is None else block
+    # What a tile of 128 pixels reads of a block stays in the second-level cache. Measured on a Zen 4 core at 90 % zeros.
+    most = 2048 if r * s == 1 else max(1, 1152 // (r * s))
+    block = _even_block(cg, most) if block is None else block
     packed = _pack_non_zeros(weight, groups, block)
     old = packed.row_ptr.long()
     counts = old.diff()
