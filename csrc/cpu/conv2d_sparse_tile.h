@@ -206,7 +206,8 @@ inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t 
 }
 
 template <class V, int T, class Last, class Inputs>
-void tile(const SparseTile& a) {
+void tile(const SparseTile& given) {
+  const SparseTile a = given;  // a copy that nothing can point to: what is stored leaves it as it is
   constexpr int kTile = T * V::kLanes;
   constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
   const Inputs input(a);
