@@ -82,6 +82,19 @@ def test_touches_nothing_but_its_operands(isa: str, at_end: bool) -> None:
         run(conv, guarded=guarded)
 
 
+@pytest.mark.parametrize("kernel", [4, 5, 7])
+@pytest.mark.parametrize("width", [95, 96, 97, 192])
+def test_stems(isa: str, kernel: int, width: int) -> None:
+    """Kernels that are shifted along a row, on rows that are full vectors or not; several tiles share a copy of the input."""
+    pad = (kernel - 1) // 2
+    for conv in (
+        Conv(c=3, k=10, kernel=(kernel,) * 2, stride=(2, 2), padding=(pad, pad), h=70, w=width, n=2, block=3),
+        Conv(c=12, k=6, groups=2, kernel=(kernel,) * 2, padding=(pad, pad), h=33, w=width, block=4),
+    ):
+        one = run(conv)
+        assert torch.equal(run(conv, 3), one)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_convolutions(data: st.DataObject) -> None:

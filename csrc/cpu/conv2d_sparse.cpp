@@ -22,7 +22,7 @@ struct Plan {
   Axis rows, columns;
   bool one_grid;
   int64_t grids, pixels;  // pixels of each grid
-  int64_t lanes, vectors, tiles;
+  int64_t lanes, vectors, row_tiles, tiles;  // vectors of a row of tiles: of an image's row, or of all its pixels
   int64_t together, packs;  // tiles that share one packed copy, and the number of copies
   int64_t plane_length;
   int64_t group_c, group_k, blocks, k_ranges;
@@ -32,8 +32,12 @@ struct Plan {
   bool far;                     // too large for the second-level cache
   std::vector<int32_t> offset;  // otherwise: bytes into the packed planes, by index
 
-  // The first pixel of a tile: all tiles have the same number of vectors, or one more.
-  int64_t tile_begin(int64_t tile) const { return tile * vectors / tiles * lanes; }
+  // The first pixel of a tile, and how many it has: in a row of tiles, all have the same number of vectors, or one more.
+  int64_t tile_begin(int64_t tile) const { return tile / row_tiles * pitch + vectors_before(tile % row_tiles) * lanes; }
+  int64_t tile_pixels(int64_t tile) const {
+    return (vectors_before(tile % row_tiles + 1) - vectors_before(tile % row_tiles)) * lanes;
+  }
+  int64_t vectors_before(int64_t tile) const { return tile * vectors / row_tiles; }
 
   // The first output channel of one of k_ranges.
   int64_t k_begin(const Conv2dSparseArgs& a, int64_t group, int64_t range) const {
@@ -107,12 +111,13 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.pixels = plan.one_grid ? a.n * plan.p * plan.q : (plan.p - 1) * plan.pitch + plan.q;
 }
 
-// Tiles are packed together, in half of a second-level cache, where more than half of their inputs would be packed again for
-// others. Where it is less, planes of one block and tile are better: they are still in the first-level cache.
-int64_t choose_together(const Conv2dSparseArgs& a, const Plan& plan, int64_t tile, int64_t halo) {
-  if (halo < tile) return 1;
-  const int64_t share = ceil_div(plan.grids * a.groups * plan.tiles, a.num_threads);  // of a thread
-  return std::clamp<int64_t>((packed_pixels(plan) - halo) / tile, 1, std::min(plan.tiles, share));
+// How many of `rows` rows of tiles, of so many pixels, are packed together, in half of a second-level cache: several where more
+// than half of their inputs would be packed again for others. Where it is less, planes of one block and tile are better: they
+// are still in the first-level cache.
+int64_t choose_together(const Conv2dSparseArgs& a, const Plan& plan, int64_t rows, int64_t pixels, int64_t halo) {
+  if (halo < pixels) return 1;
+  const int64_t share = ceil_div(plan.grids * a.groups * rows, a.num_threads);  // of a thread
+  return std::clamp<int64_t>((packed_pixels(plan) - halo) / pixels, 1, std::min(rows, share));
 }
 
 // As few tiles as the first-level cache allows: while a tile is computed, all of its inputs in a block of channels are read
@@ -126,14 +131,19 @@ void choose_tile(const Conv2dSparseArgs& a, int64_t lanes, Plan& plan) {
   const int64_t most = plan.dense ? int64_t{kDenseMaxTile}
                                   : std::clamp(std::min(pixels, kBytes / bytes) / lanes, kVectors, int64_t{kSparseMaxTile});
   plan.lanes = lanes;
-  plan.vectors = ceil_div(plan.pixels, lanes);
-  plan.tiles = ceil_div(plan.vectors, most);
-  const int64_t tile = ceil_div(plan.vectors, plan.tiles) * lanes;
+  // Rows with gaps between them have tiles of their own where those are full.
+  const bool by_row = plan.dense && plan.pitch > plan.q && plan.q % lanes == 0;
+  plan.vectors = ceil_div(by_row ? plan.q : plan.pixels, lanes);
+  plan.row_tiles = ceil_div(plan.vectors, most);
+  plan.tiles = plan.row_tiles * (by_row ? plan.p : 1);
+  const int64_t rows = by_row ? plan.p : plan.tiles, pixels_of_row = by_row ? plan.pitch : ceil_div(plan.vectors, rows) * lanes;
   const int64_t halo = plan.rows.span * plan.pitch + plan.columns.span;
-  plan.together = choose_together(a, plan, tile, halo);
+  const int64_t together = choose_together(a, plan, rows, pixels_of_row, halo);
+  plan.together = together * (by_row ? plan.row_tiles : 1);
   plan.packs = ceil_div(plan.tiles, plan.together);
   // Planes of an even number of cache lines would compete for a part of the cache.
-  plan.plane_length = (ceil_div(plan.together * tile + halo, kSparseMaxLanes) | (plan.together > 1)) * kSparseMaxLanes;
+  const int64_t reach = together * pixels_of_row + halo;
+  plan.plane_length = (ceil_div(reach, kSparseMaxLanes) | (plan.together > 1)) * kSparseMaxLanes;
 }
 
 void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
@@ -284,7 +294,7 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
 // One tile; t holds what does not depend on it. planes: of the tile's first pixel, or null.
 void run_tile(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t grid, int64_t group, int64_t tile,
               const float* planes, Scratch& scratch, SparseTile& t) {
-  const int64_t begin = plan.tile_begin(tile), full = plan.tile_begin(tile + 1) - begin;
+  const int64_t begin = plan.tile_begin(tile), full = plan.tile_pixels(tile);
   const int64_t end = std::min(plan.pixels, begin + full);
   make_segments(a, plan, grid, begin, end, scratch.segments);
   // The input itself serves as the copy where a whole tile of it is there to be read.
