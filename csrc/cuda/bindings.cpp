@@ -105,6 +105,12 @@ PYBIND11_MODULE(_cuda, m) {
                             std::pair{"conv2d_blocks_f16", &cuda::plan_conv2d_blocks_f16}})
     define(m, name, "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_gathered. sm_80 and later.",
            &make_conv, plan);
+  for (auto [name, plan] : {std::pair{"conv2d_vectors_int8", &cuda::plan_conv2d_vectors_int8},
+                            std::pair{"conv2d_vectors_f16", &cuda::plan_conv2d_vectors_f16}})
+    define(m, name,
+           "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
+           "cnncomp.sparsity.vectors.to_units. sm_80 and later.",
+           &make_conv, plan);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ...), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
