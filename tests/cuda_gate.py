@@ -116,8 +116,8 @@ def dynamic_shared(name: str) -> int:
         pixels, _, stages = map(int, numbers[:3])
         return stages * (8192 + 128 * pixels)
     if "_vectors_" in name:
-        pixels, _, stages = map(int, numbers[:3])
-        return stages * 2 * (1024 + 32 * pixels)
+        pixels, _, pieces, stages, element = map(int, numbers[:5])
+        return stages * pieces * (1024 + 32 * pixels + 64 * element)
     if "_sparse24_" not in name:
         return 0
     channels, pixels, _, _, stages, element = map(int, numbers[:6])
@@ -128,7 +128,7 @@ def dynamic_shared(name: str) -> int:
 MUCH_OR_LITTLE = {
     "_sparse24_": (("128 128 64 1 3", "128 64 32 1 3"), ("128 128 32 1 3", "128 64 32 1 2")),
     "_blocks_": (("128 32 3",), ("128 32 2",)),
-    "_vectors_": (("128 64 4",), ("128 64 3",)),
+    "_vectors_": (("128 64 2 3",), ("128 64 2 2",)),
 }
 
 
@@ -196,8 +196,8 @@ def problems(row: Row) -> list[str]:
         found.append(f"the main loop has {products} MMA and {row.loop[loads]} {loads}")
     bytewise = row.kernel.startswith("conv2d_int8 ") and row.kernel.endswith(" 1")
     if not bytewise:
-        # Where the next step's chunks of activations are.
-        places = 1 if "_blocks_" in row.kernel else 2 if "_vectors_" in row.kernel else 0
+        # Where the next step's activations are.
+        places = 1 if "_blocks_" in row.kernel or "_vectors_" in row.kernel else 0
         if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"] > places):
             found.append(
                 f"the main loop has {row.loop['LDGSTS']} asynchronous copies and {row.loop['LDG']} plain loads"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cnncomp.ops import reference
 from cnncomp.sparsity.vectors import columns, pack_vectors, to_units
 from tests import cuda_emulated as emulated
-from tests.ptx import EmulatorError, RaceError
+from tests.ptx import EmulatorError, MemoryFault, RaceError
 from tests.test_cuda_kernels import OUT_DTYPES, RESIDUALS, assert_same, random_constants, random_tensor
 from tests.test_cuda_sparse24 import ARCHS
 from tests.test_cuda_sparse24 import MUTANTS as COMMON
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not insta
 
 #: Multiprocessors and bytes of shared memory that make the plan take these tiles, and their names.
 LARGE, LARGE_IN_LESS, SMALL = (0, 200 << 10), (0, 100 << 10), (10**6, 200 << 10)
-TILES = {LARGE: "128_64_4", LARGE_IN_LESS: "128_64_3", SMALL: "64_32_4"}
+TILES = {LARGE: "128_64_2_3", LARGE_IN_LESS: "128_64_2_2", SMALL: "64_32_4_3"}
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -163,9 +163,14 @@ def test_what_is_zero_is_not_multiplied():
 
 
 MUTANTS = {
-    **{name: COMMON[name] for name in ("barrier removed", "copy of what is outside")},
-    "wait too weak": (RaceError, r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;"),
-    "no wait": (RaceError, r"cp\.async\.wait_group 2;", ""),
+    "barrier removed": COMMON["barrier removed"],
+    "copy of what is outside": (
+        (AssertionError, MemoryFault),
+        r"(cp\.async\.cg\.shared\.global \[[^\]]+\], \[%\w+\], 16), %\w+;",
+        r"\1, 16;",
+    ),
+    "wait too weak": (RaceError, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"),
+    "no wait": (RaceError, r"cp\.async\.wait_group 1;", ""),
     "matrices not turned": (AssertionError, r"\.x4\.trans\.", ".x4."),
     "halves of the depth exchanged": (
         AssertionError,

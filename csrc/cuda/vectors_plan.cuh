@@ -33,7 +33,7 @@ void set_vectors(Launch& launch, const Conv2d& c) {
     throw std::invalid_argument(launch.kernel + ": " + std::to_string(blocks) + " tiles; at most 2^31 - 1 are possible");
   launch.grid[0] = static_cast<uint32_t>(blocks);
   launch.block = Tile::kThreads;
-  launch.shared = Tile::kStages * Tile::kStageBytes;
+  launch.shared = Tile::kStages * (Tile::kStageBytes + Tile::kTableBytes);
   VectorsParams p = {};
   p.epilogue = epilogue_params(c, k_group, Tile::kVec);
   p.x = static_cast<const int8_t*>(c.x), p.weight = c.weight;
@@ -53,9 +53,9 @@ void set_vectors(Launch& launch, const Conv2d& c) {
 // shared memory, of `shared` bytes, would hold too few of them.
 template <int kElement, typename Plan>
 Launch plan_vectors(const Conv2d& conv, int multiprocessors, int shared, Plan&& plan) {
-  using Large = VectorsTile<128, 64, 4, kElement>;
-  using LargeInLess = VectorsTile<128, 64, 3, kElement>;
-  using Small = VectorsTile<64, 32, 4, kElement>;
+  using Large = VectorsTile<128, 64, 2, 3, kElement>;
+  using LargeInLess = VectorsTile<128, 64, 2, 2, kElement>;
+  using Small = VectorsTile<64, 32, 4, 3, kElement>;
   const int64_t units = ceil_div(conv.n, Large::kUnit) * conv.p() * conv.q();
   const int64_t runs = ceil_div(conv.k / conv.groups, Large::kRun) * conv.groups;
   const int64_t blocks = runs * ceil_div(units, Large::kBlockP / Large::kUnit);

@@ -17,29 +17,33 @@
 
 namespace cnncomp::cuda {
 
-template <int kBlockP_, int kWarpP_, int kStages_, int kElement_>
+template <int kBlockP_, int kWarpP_, int kPieces_, int kStages_, int kElement_>
 struct VectorsTile {
   static constexpr int kElement = kElement_;  // bytes
   static constexpr int kBlockP = kBlockP_, kWarpP = kWarpP_, kStages = kStages_;
   static constexpr int kRun = 32;                    // outputs
   static constexpr int kUnit = 8;                    // images
-  static constexpr int kPieces = 2;                  // of a step; a piece is the depth of one mma
+  static constexpr int kPieces = kPieces_;           // of a step; a piece is the depth of one mma
   static constexpr int kRows = kElement == 2 ? 16 : 8;  // of a piece: channels, or fours of them
+  static constexpr int kStepRows = kPieces * kRows;
   static constexpr int kRowBytes = kBlockP * (kElement == 2 ? 2 : 4);
   static constexpr int kChunks = kRowBytes / 16;
   static constexpr int kThreads = 32 * kBlockP / kWarpP;
   static constexpr int kGroups = kThreads / kChunks;  // rows that all threads copy at once
-  static constexpr int kCopies = kPieces * kRows / kGroups;
+  static constexpr int kCopies = kStepRows / kGroups;
   static constexpr int kTilesC = kRun / 16, kTilesP = kWarpP / 8;  // mma tiles of a warp
   static constexpr int kVec = 2 * kTilesC;                         // neighbouring channels of a thread
   static constexpr int kValueBytes = kRun * 32;                    // of a piece
   static constexpr int kPieceBytes = kValueBytes + kRows * 4;      // and its places
-  static constexpr int kStageBytes = kPieces * (kValueBytes + kRows * kRowBytes);
+  static constexpr int kStageBytes = kPieces * kValueBytes + kStepRows * kRowBytes;
+  static constexpr int kTableBytes = kStepRows * 8;  // where the rows of a step are
   static_assert(kThreads % kChunks == 0 && kCopies % 4 == 0 && kRows % kCopies == 0, "a thread's rows are of one piece");
   static_assert(kChunks >= 8 && kTilesP % 4 == 0, "rows that swizzle, and whole loads");
+  static_assert(kThreads >= kStepRows && kPieces * 64 % kThreads == 0, "a thread for each row, and all copy as much");
 
   static std::string name() {
-    return std::to_string(kBlockP) + "_" + std::to_string(kWarpP) + "_" + std::to_string(kStages);
+    return std::to_string(kBlockP) + "_" + std::to_string(kWarpP) + "_" + std::to_string(kPieces) + "_" +
+           std::to_string(kStages);
   }
 };
 
@@ -78,76 +82,102 @@ struct VectorsPlace {
   }
 };
 
-// A run's pieces, and where this thread's chunk of the activations is.
+// 16 bytes to shared memory, zeros where `inside` lacks one of `bits`: nothing is read then.
+template <int kOffset>
+__device__ __forceinline__ void copy_row(uint32_t to, const int8_t* from, uint32_t inside, uint32_t bits) {
+#if !CNNCOMP_TURING
+  asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"((inside & bits) == bits ? 16 : 0),
+               "n"(kOffset)
+               : "memory");
+#endif
+}
+
+// Loads a run's steps, one after the other. What of a row is the same for all pixels, its distance from the first tap and the
+// bits of `inside` that it needs, is worked out once by one thread, a step ahead, and lies in a ring of tables beside the stages.
 template <typename Tile>
 struct VectorsLoader {
   const int8_t* piece;  // the next step's first
   const int8_t* x;      // this thread's chunk at the first tap of its output unit, of the group's first channel
   uint32_t inside;      // as of PixelLoader
-  int32_t left;         // pieces to load
-  int4 places[Tile::kCopies / 4];
+  uint32_t tables;
+  int32_t left, step, place;  // pieces to load; the next step; of this thread's row of the step that has no table yet
 
   __device__ __forceinline__ static int chunk() { return threadIdx.x % Tile::kChunks; }
   __device__ __forceinline__ static int first_row() { return threadIdx.x / Tile::kChunks * Tile::kCopies; }
 
-  __device__ __forceinline__ VectorsLoader(const VectorsParams& p, const VectorsPlace<Tile>& place) {
-    const int table = (2 * p.runs.value + 1 + 3) / 4 * 16;  // bytes
-    piece = p.weight + table + static_cast<int64_t>(place.begin) * Tile::kPieceBytes;
-    left = place.end - place.begin;
+  // After it the tables are complete but for a barrier.
+  __device__ __forceinline__ VectorsLoader(const VectorsParams& p, const VectorsPlace<Tile>& at, uint32_t shared)
+      : x(p.x + at.group * p.group_bytes), inside(0), tables(shared + Tile::kStages * Tile::kStageBytes), step(0) {
+    const int begin = (2 * p.runs.value + 1 + 3) / 4 * 16;  // bytes of the table of runs
+    piece = p.weight + begin + static_cast<int64_t>(at.begin) * Tile::kPieceBytes;
+    left = at.end - at.begin;
     constexpr int kParts = Tile::kElement == 2 ? 1 : 2;  // chunks of a unit
-    const int unit = place.unit0 + chunk() / kParts;
-    x = p.x + place.group * p.group_bytes, inside = 0;
+    const int unit = at.unit0 + chunk() / kParts;
     if (unit < p.units) {
       const int image = divide(unit, p.image), rest = unit - image * p.image.value, row = divide(rest, p.row);
       const int h0 = row * p.stride_h - p.pad_h, w0 = (rest - row * p.row.value) * p.stride_w - p.pad_w;
       x += (image * p.h + h0) * p.row_bytes + w0 * p.unit_bytes + chunk() % kParts * 16;
       inside = taps_inside(h0, p.h, p.r, p.dil_h) | taps_inside(w0, p.w, p.s, p.dil_w) << 16;
     }
-    find();
-  }
-
-  // The places of this thread's rows of the next step. A row that is filled up has place -1: tap (15, 15), of which no bit is set.
-  __device__ __forceinline__ void find() {
-    const int mine = first_row() / Tile::kRows, row = first_row() % Tile::kRows;
-    const int4* at = reinterpret_cast<const int4*>(piece + mine * Tile::kPieceBytes + Tile::kValueBytes) + row / 4;
 #pragma unroll
-    for (int i = 0; i < Tile::kCopies / 4; ++i) places[i] = mine < left ? __ldg(at + i) : make_int4(-1, -1, -1, -1);
+    for (int i = 0; i < Tile::kStages - 1; ++i) {
+      find(i);
+      write_table(p, i);
+    }
+    find(Tile::kStages - 1);
   }
 
-  __device__ __forceinline__ void copy(const VectorsParams& p, int place, uint32_t to) const {
+  // The place of this thread's row, `ahead` steps after the next one. A row that is filled up has place -1: tap (15, 15), of which
+  // no bit is set.
+  __device__ __forceinline__ void find(int ahead) {
+    const int row = threadIdx.x % Tile::kStepRows, mine = ahead * Tile::kPieces + row / Tile::kRows;
+    const int32_t* at = reinterpret_cast<const int32_t*>(piece + mine * Tile::kPieceBytes + Tile::kValueBytes) + row % Tile::kRows;
+    place = mine < left ? __ldg(at) : -1;
+  }
+
+  __device__ __forceinline__ void write_table(const VectorsParams& p, int stage) const {
     const int r = place >> 4 & 15, s = place & 15;
-    const bool real = inside >> r & inside >> (16 + s) & 1;
     const int offset = (place >> 8) * p.channel_bytes + r * p.dil_h * p.row_bytes + s * p.dil_w * p.unit_bytes;
-    copy_async_16(to, real ? x + offset : p.x, real);
+    if (threadIdx.x < Tile::kStepRows)
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(tables + stage * Tile::kTableBytes + threadIdx.x * 8), "r"(offset),
+                   "r"(1u << r | 0x10000u << s)
+                   : "memory");
   }
 
   // Where chunk `chunk` of row `row` of a step is: rows that one instruction reads lie in different banks.
+  __device__ __forceinline__ static constexpr uint32_t turn(int row) {
+    return (Tile::kElement == 2 ? row & 7 : (row & 3) * 2) << 4;
+  }
   __device__ __forceinline__ static uint32_t address(int row, int chunk) {
-    const int turn = Tile::kElement == 2 ? row & 7 : (row & 3) * 2;
-    return row * Tile::kRowBytes + ((chunk ^ turn) << 4);
+    return row * Tile::kRowBytes + (chunk << 4 ^ turn(row));
   }
 
-  __device__ __forceinline__ void load(const VectorsParams& p, uint32_t stage) {
+  template <int kRow>
+  __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t table) const {
+    const uint4 two = load_shared_16(table + kRow * 8);
+    copy_row<kRow * Tile::kRowBytes>(to ^ turn(kRow), x + static_cast<int32_t>(two.x), inside, two.y);
+    copy_row<(kRow + 1) * Tile::kRowBytes>(to ^ turn(kRow + 1), x + static_cast<int32_t>(two.z), inside, two.w);
+    if constexpr (kRow + 2 < Tile::kCopies) copy_rows<kRow + 2>(to, table);
+  }
+
+  __device__ __forceinline__ void load(const VectorsParams& p, uint32_t shared, int stage) {
+    const uint32_t at = shared + stage * Tile::kStageBytes, rows = at + Tile::kPieces * Tile::kValueBytes;
 #pragma unroll
-    for (int i = 0; i < (Tile::kPieces * 64 + Tile::kThreads - 1) / Tile::kThreads; ++i) {
-      const int at = threadIdx.x + i * Tile::kThreads, mine = at / 64;
-      if (mine < min(left, Tile::kPieces))
-        copy_async_16(stage + at * 16, piece + mine * Tile::kPieceBytes + at % 64 * 16, true);
+    for (int i = 0; i < Tile::kPieces * 64 / Tile::kThreads; ++i) {
+      const int chunk16 = threadIdx.x + i * Tile::kThreads, mine = chunk16 / 64;
+      if (mine < left) copy_async_16(at + chunk16 * 16, piece + mine * Tile::kPieceBytes + chunk16 % 64 * 16, true);
     }
-    const uint32_t rows = stage + Tile::kPieces * Tile::kValueBytes;
-    if (first_row() / Tile::kRows < left) {
-#pragma unroll
-      for (int i = 0; i < Tile::kCopies / 4; ++i) {
-        const int row = first_row() + 4 * i;
-        copy(p, places[i].x, rows + address(row, chunk()));
-        copy(p, places[i].y, rows + address(row + 1, chunk()));
-        copy(p, places[i].z, rows + address(row + 2, chunk()));
-        copy(p, places[i].w, rows + address(row + 3, chunk()));
-      }
+    // A thread's first row is a multiple of the rows that swizzle differently, or its bits of the turn are free.
+    static_assert(Tile::kCopies % (Tile::kElement == 2 ? 8 : 4) == 0, "turns are those of the first thread's rows");
+    if (first_row() / Tile::kRows < left)
+      copy_rows<0>(rows + first_row() * Tile::kRowBytes + chunk() * 16, tables + stage * Tile::kTableBytes + first_row() * 8);
+    if (step >= Tile::kStages - 2) {
+      write_table(p, stage + 1 == Tile::kStages ? 0 : stage + 1);
+      find(2);
     }
     piece += Tile::kPieces * Tile::kPieceBytes;
     left -= Tile::kPieces;
-    find();
+    ++step;
   }
 };
 
@@ -198,15 +228,16 @@ __device__ __forceinline__ void multiply_piece(VectorsSums<Tile, Sum>& acc, uint
 template <typename Tile, Operand kOperand, typename Sum>
 __device__ __forceinline__ void vectors_main_loop(VectorsSums<Tile, Sum>& acc, const VectorsParams& p,
                                                   const VectorsPlace<Tile>& place, uint32_t shared) {
-  VectorsLoader<Tile> loader(p, place);
+  VectorsLoader<Tile> loader(p, place, shared);
   int pieces = loader.left;
+  __syncthreads();
   const int first = threadIdx.x / 32 * (Tile::kWarpP * Tile::kRowBytes / Tile::kBlockP / 16);
-  auto load = [&](int stage) { loader.load(p, shared + stage * Tile::kStageBytes); };
+  auto load = [&](int stage) { loader.load(p, shared, stage); };
   run_ring<Tile>((pieces + Tile::kPieces - 1) / Tile::kPieces, load, [&](int stage) {
     const uint32_t values = shared + stage * Tile::kStageBytes, rows = values + Tile::kPieces * Tile::kValueBytes;
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; ++i)
-      if (i < pieces)
+      if (i < pieces)  // the same for all
         multiply_piece<Tile, kOperand>(acc, values + i * Tile::kValueBytes, rows + i * Tile::kRows * Tile::kRowBytes, first);
     pieces -= Tile::kPieces;
   });
