@@ -104,15 +104,6 @@ def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype) -> Im
     return Image(batch, shape.h, shape.w, channels)
 
 
-def units_pass(image: Image, gpu: Gpu, element: int) -> float:
-    """Microseconds of a kernel that copies activations into units of images, at the memory's speed, the L2's where both fit."""
-    moved = 2 * image.elements() * element
-    speed = (
-        CALIBRATION.l2 * gpu.l2_bytes_per_clock * gpu.clock * 1e9 if moved <= gpu.l2 else CALIBRATION.dram * gpu.dram
-    )
-    return (moved / speed + LAUNCH) * 1e6
-
-
 def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) -> tuple[Result, Launch]:
     ptx = emulated.ptx_of(emulated.source_of(plan["kernel"]), arch)
     result = emulate(
@@ -121,6 +112,20 @@ def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) 
         checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
     )  # fmt: skip
     return result, Launch(**{**vars(launch), "registers": registers_of(plan["kernel"], arch)})
+
+
+def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype) -> float:
+    """Microseconds of the copy of activations into units of images: of its kernel, or, where the channels are no whole pieces
+    of 16 bytes and torch copies them, at the memory's speed."""
+    each, moved = dtype.itemsize, 2 * image.elements() * dtype.itemsize
+    if image.c * each % CHUNK_BYTES:
+        return (moved / (CALIBRATION.dram * gpu.dram) + LAUNCH) * 1e6
+    memory, code = GlobalMemory(), emulated.DTYPE_CODE[dtype]
+    x, out = (torch.zeros(n * image.h * image.w * image.c, dtype=dtype) for n in (image.n, round_up(image.n, UNIT)))
+    plan = _cuda.plan_to_units(memory.pointer(x), code, *image, memory.pointer(out))
+    launch = Launch(math.prod(plan["grid"]), plan["block"], 0, moved, input_bytes=x.nbytes)
+    key = (emulated._digest(), plan["kernel"], image, BLOCKS, L1)
+    return float(model(*counted(key, lambda: _run(plan, "80", memory, launch)), gpu)["us"])
 
 
 def run_sparse(
@@ -190,11 +195,11 @@ def records(
                 "pattern": mask.pattern(dtype),
                 "sparsity": mask.sparsity,
             }
-            size = 1 if dtype == "int8" else 2
-            image = image_of(shape, batch, mask, torch.uint8 if dtype == "int8" else torch.float16)
+            kind = torch.uint8 if dtype == "int8" else torch.float16
+            copied = mask.format == "vectors"
             about |= {
                 "us_varied": varied(counts, launch, gpu),
-                "pass_us": units_pass(image, gpu, size) if mask.format == "vectors" else 0.0,
+                "pass_us": units_pass(image_of(shape, batch, mask, kind), gpu, kind) if copied else 0.0,
             }
             about["dense_us"] = dense_us(shape, batch, gpu, dtype)
             found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))

@@ -81,6 +81,15 @@ class EmulatedModule:
         x = images * a["h"] * a["w"] * a["c"] * dtype.itemsize
         self._run(plan, a, x, weights, a["n"] * math.prod(out_size(a)))
 
+    def to_units(
+        self, device: int, stream: int, x: int, x_dtype: int, n: int, h: int, w: int, c: int, out: int
+    ) -> None:
+        pixel = h * w * c * (1 if x_dtype < 2 else 2)
+        memory, source, target = GlobalMemory(), host_bytes(x, n * pixel), host_bytes(out, round_up(n, 8) * pixel)
+        placed = memory.allocate(source), x_dtype, n, h, w, c, memory.allocate(target)
+        emulated.run_planned(_cuda.plan_to_units(*placed), "80", memory)
+        target[:] = memory.fetch(placed[-1], target)
+
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
         names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
         a = dict(zip(names.split(), arguments, strict=True))

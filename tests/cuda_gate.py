@@ -103,8 +103,8 @@ def _sections(sass: str) -> dict[str, str]:
 
 def archs_of(kernel: str) -> tuple[str, ...]:
     """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand; of kernels that
-    gather activations, whose code is the same from sm_80 on, the first alone."""
-    if "_blocks_" in kernel or "_vectors_" in kernel:
+    gather activations or copy them for it, whose code is the same from sm_80 on, the first alone."""
+    if "_blocks_" in kernel or "_vectors_" in kernel or kernel == "to_units":
         return ("80",)
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
@@ -187,7 +187,7 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
     if row.blocks * row.threads < 256:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: 8 warps at least hide some latency")
-    if row.kernel.startswith("depthwise"):
+    if row.kernel.startswith(("depthwise", "to_units")):
         return found
     products = count(row.loop, "MMA")
     # Pixels of runs of bytes are not loaded as matrices.

@@ -146,11 +146,12 @@ def test_why_a_layer_has_no_blocks():
 @needs_nvcc
 @pytest.mark.parametrize("kernel_size, stride, padding", [((3, 2), (2, 1), (1, 0)), ((1, 1), (1, 1), (0, 0))])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
-def test_launch_of_vectors(dtype, kernel_size, stride, padding):
-    """Channels of a group that are no whole fours, batches that are no whole units, and pixels in the place of images."""
+@pytest.mark.parametrize("channels", [30, 32])
+def test_launch_of_vectors(dtype, channels, kernel_size, stride, padding):
+    """Channels of a group that are no whole fours and others, batches that are no whole units, pixels that stand for images."""
     half = dtype == torch.float16
-    x, kind = torch.randint(0, 3, (3, 2 * 30, 7, 9)).to(dtype), dtype if half else INT8
-    weight = masked_blocks(torch.randint(-2, 3, (80, 30, *kernel_size)).to(kind), 32, 1 if half else 4, 2, 0.4)
+    x, kind = torch.randint(0, 3, (3, 2 * channels, 7, 9)).to(dtype), dtype if half else INT8
+    weight = masked_blocks(torch.randint(-2, 3, (80, channels, *kernel_size)).to(kind), 32, 1 if half else 4, 2, 0.4)
     geometry, constants = (stride, padding, (1, 2), 2), random_constants(80)
     acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
     res = torch.randint(-8, 9, acc.shape).to(kind)

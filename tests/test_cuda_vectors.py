@@ -162,6 +162,30 @@ def test_what_is_zero_is_not_multiplied():
     assert half.summary()["tensor_ops"] < 0.6 * whole.summary()["tensor_ops"]
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.uint8, *HALVES])
+@pytest.mark.parametrize("n, c, h, w", [(8, 64, 4, 4), (70, 16, 1, 1), (3, 80, 5, 7), (17, 48, 2, 3)])
+def test_copies_into_units(n, c, h, w, dtype, arch):
+    x = torch.randint(0, 256, (n, c, h, w)).to(dtype)
+    expected = to_units(x)
+    memory = emulated.GlobalMemory()
+    source, image = memory.allocate(emulated.nhwc(x)), emulated.nhwc(torch.zeros_like(expected.flatten()))
+    target = memory.allocate(image)
+    plan = _cuda.plan_to_units(source, emulated.DTYPE_CODE[dtype], n, h, w, c, target)
+    result = emulated.run_planned(plan, arch, memory)
+    got = torch.from_numpy(memory.fetch(target, image)).view(dtype).reshape(expected.shape)
+    assert torch.equal(got, expected)
+    if n % 8 == 0 and h * w % 16 == 0:
+        assert result.sectors * 32 == x.nbytes + expected.nbytes
+
+
+def test_what_cannot_be_copied_into_units_is_refused():
+    for change, match in ((dict(c=24), "whole pieces"), (dict(out=8), "aligned"), (dict(x_dtype=2), "1 or 2")):
+        a = dict(x=0, x_dtype=1, n=8, h=4, w=4, c=32, out=0) | change
+        with pytest.raises(ValueError, match=match):
+            _cuda.plan_to_units(*a.values())
+
+
 MUTANTS = {
     "barrier removed": COMMON["barrier removed"],
     "copy of what is outside": (

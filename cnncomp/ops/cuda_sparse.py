@@ -11,8 +11,8 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
 from cnncomp.ops.library import contiguous, conv_out_size
-from cnncomp.sparsity.vectors import columns, to_units
-from cnncomp.sparsity.weights import too_many_taps, why_not
+from cnncomp.sparsity.vectors import UNIT, columns, to_units
+from cnncomp.sparsity.weights import CHUNK_BYTES, too_many_taps, why_not
 
 
 def check_device(device: torch.device) -> None:
@@ -83,14 +83,14 @@ def conv2d(
         return out
     check_device(x.device)
     shape = tuple(x.shape)
-    if vectors:
-        x, sizes = _units(x, kernel_size, stride, padding, groups)
-    else:
-        x, sizes = _aligned(x.contiguous(memory_format=torch.channels_last)), (n, *x.shape[2:], c)
     weight, constants = _aligned(weight.contiguous()), constants.contiguous()
     residual = contiguous(residual, torch.channels_last)
     launch = getattr(cuda._module(), f"conv2d_{name}_{'int8' if x.itemsize == 1 else 'f16'}")
     try:
+        if vectors:
+            x, sizes = _units(x, kernel_size, stride, padding, groups)
+        else:
+            x, sizes = _aligned(x.contiguous(memory_format=torch.channels_last)), (n, *x.shape[2:], c)
         launch(
             *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], *sizes, weight.data_ptr(), k, *kernel_size,
             *stride, *padding, *dilation, groups, *cuda._epilogue_arguments(constants, residual, residual_scale, lo, out),
@@ -104,10 +104,18 @@ def _units(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> tuple[Tensor, tuple[int, int, int, int]]:
     """``x`` in units of eight images, and the N, H, W and C that the kernel is told. Of a convolution that looks at each pixel
-    alone, pixels are images: whatever the batch, units are full."""
+    alone, pixels are images: whatever the batch, units are full. torch copies channels that are no whole
+    pieces of 16 bytes."""
     if tuple(kernel_size) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
-    units = to_units(x, groups)
+    n, c, h, w = x.shape
+    if c * x.itemsize % CHUNK_BYTES or c // groups % columns(x.dtype):
+        units = to_units(x, groups)
+    else:
+        x, quad = _aligned(x.contiguous(memory_format=torch.channels_last)), columns(x.dtype)
+        units = x.new_empty((c // quad, -(-n // UNIT), h, w, UNIT, *[quad] * (quad > 1)))
+        arguments = (x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, units.data_ptr())
+        cuda._module().to_units(*cuda._launch_arguments(x)[:2], *arguments)
     return units, (len(x), x.shape[2], x.shape[3], len(units) * columns(x.dtype))
 
 
