@@ -8,7 +8,7 @@
 namespace cnncomp::cuda {
 
 template <typename Tile, bool kBfloat16>
-__global__ void __launch_bounds__(Tile::kThreads) conv2d_vectors_f16_kernel(const VectorsParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, 4) conv2d_vectors_f16_kernel(const VectorsParams p) {
   extern __shared__ __align__(128) int8_t stages[];
   VectorsSums<Tile, float> acc = {};
   const VectorsPlace<Tile> place(p);

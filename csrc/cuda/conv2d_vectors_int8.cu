@@ -5,7 +5,7 @@
 namespace cnncomp::cuda {
 
 template <typename Tile, bool kSigned>
-__global__ void __launch_bounds__(Tile::kThreads) conv2d_vectors_int8_kernel(const VectorsParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, 4) conv2d_vectors_int8_kernel(const VectorsParams p) {
   extern __shared__ __align__(128) int8_t stages[];
   VectorsSums<Tile, int32_t> acc = {};
   const VectorsPlace<Tile> place(p);

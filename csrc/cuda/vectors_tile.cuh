@@ -107,18 +107,17 @@ struct VectorsLoader {
 
   // After it the tables are complete but for a barrier.
   __device__ __forceinline__ VectorsLoader(const VectorsParams& p, const VectorsPlace<Tile>& at, uint32_t shared)
-      : x(p.x + at.group * p.group_bytes), inside(0), tables(shared + Tile::kStages * Tile::kStageBytes), step(0) {
+      : x(p.x + at.group * p.group_bytes), tables(shared + Tile::kStages * Tile::kStageBytes), step(0) {
     const int begin = (2 * p.runs.value + 1 + 3) / 4 * 16;  // bytes of the table of runs
     piece = p.weight + begin + static_cast<int64_t>(at.begin) * Tile::kPieceBytes;
     left = at.end - at.begin;
     constexpr int kParts = Tile::kElement == 2 ? 1 : 2;  // chunks of a unit
     const int unit = at.unit0 + chunk() / kParts;
-    if (unit < p.units) {
-      const int image = divide(unit, p.image), rest = unit - image * p.image.value, row = divide(rest, p.row);
-      const int h0 = row * p.stride_h - p.pad_h, w0 = (rest - row * p.row.value) * p.stride_w - p.pad_w;
-      x += (image * p.h + h0) * p.row_bytes + w0 * p.unit_bytes + chunk() % kParts * 16;
-      inside = taps_inside(h0, p.h, p.r, p.dil_h) | taps_inside(w0, p.w, p.s, p.dil_w) << 16;
-    }
+    // Of units past the last one too: a branch here could go on past the barrier.
+    const int image = divide(unit, p.image), rest = unit - image * p.image.value, row = divide(rest, p.row);
+    const int h0 = row * p.stride_h - p.pad_h, w0 = (rest - row * p.row.value) * p.stride_w - p.pad_w;
+    x += (image * p.h + h0) * p.row_bytes + w0 * p.unit_bytes + chunk() % kParts * 16;
+    inside = taps_inside(unit < p.units ? h0 : p.h, p.h, p.r, p.dil_h) | taps_inside(w0, p.w, p.s, p.dil_w) << 16;
 #pragma unroll
     for (int i = 0; i < Tile::kStages - 1; ++i) {
       find(i);
