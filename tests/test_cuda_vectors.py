@@ -92,6 +92,11 @@ def test_conv_of_int8(name, arch):
     check_conv(arch, **CONVS[name], dtype=torch.int8, device=LARGE_IN_LESS)
 
 
+def test_tile_that_ends_past_the_last_pixel_on_sm_120():
+    """There the compiler doubles what follows a branch, barriers too: a warp that parts would meet one in two places."""
+    check_conv("120a", **CONVS["odd channels"], dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("k", [36, 33])  # whole vectors of 4 channels, and not
