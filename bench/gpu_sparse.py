@@ -18,12 +18,26 @@ from torch import Tensor
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import GPUS, Gpu
 from bench.gpu_layers import BLOCKS, out_size, registers_of, run_layer
-from bench.gpu_model import L1, LABEL, OUT, Launch, _record, model, resident, sample_of, touched, varied
+from bench.gpu_model import (
+    CALIBRATION,
+    L1,
+    LABEL,
+    LAUNCH,
+    OUT,
+    Launch,
+    _record,
+    model,
+    resident,
+    sample_of,
+    touched,
+    varied,
+)
 from bench.gpu_peers import conv_candidates
 from bench.layers import GPU_NETWORKS, ConvShape, gpu_shapes
 from cnncomp import _cuda
-from cnncomp.sparsity import pack_2to4, pack_gathered
-from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, why_not
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors
+from cnncomp.sparsity.vectors import RUN, UNIT, columns
+from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, round_up, too_many_taps, why_not
 from tests import cuda_emulated as emulated
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
 from tests.ptx.cute import headers
@@ -38,24 +52,56 @@ class Mask(NamedTuple):
     sparsity: float
 
     def pattern(self, dtype: str) -> str:
+        if self.format == "vectors":
+            return f"{4 if dtype == 'int8' else 1}x{RUN}"
         return "2:4" if self.format == "sparse24" else f"block64x{16 if dtype == 'int8' else 8}"
 
     def packed(self, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> Tensor:
         """A packed weight (K, C/G, R, S) of ones and zeros: the values change no count. 2:4: the first and the third of four
-        input channels; blocks: as many in each slice of 64 outputs, at random."""
+        input channels; blocks: as many in each slice of 64 outputs, at random; runs: at random."""
         if self.format == "sparse24":
             weight = torch.zeros(shape, dtype=dtype)
             weight[:, ::2] = 1
             return pack_2to4(weight, groups)
-        chunk = CHUNK_BYTES // dtype.itemsize
-        slices, chunks = groups * -(-shape[0] // groups // SLICE), -(-shape[1] // chunk)
+        vectors = self.format == "vectors"
+        rows, chunk = (RUN, columns(dtype)) if vectors else (SLICE, CHUNK_BYTES // dtype.itemsize)
+        slices, chunks = groups * -(-shape[0] // groups // rows), -(-shape[1] // chunk)
         score = torch.rand(slices, chunks * math.prod(shape[2:]), generator=torch.Generator().manual_seed(0))
+        score = score.flatten()[None] if vectors else score
         kept = (score.argsort(1).argsort(1) < round((1 - self.sparsity) * score.shape[1])).to(dtype)
-        kept = kept.reshape(groups, -1, chunks, *shape[2:]).repeat_interleave(SLICE, 1)[:, : shape[0] // groups]
-        return pack_gathered(kept.flatten(0, 1).repeat_interleave(chunk, 1)[:, : shape[1]], groups)
+        kept = kept.reshape(groups, -1, chunks, *shape[2:]).repeat_interleave(rows, 1)[:, : shape[0] // groups]
+        kept = kept.flatten(0, 1).repeat_interleave(chunk, 1)[:, : shape[1]]
+        return pack_vectors(kept, groups) if vectors else pack_gathered(kept, groups)
 
 
-MASKS = (Mask("sparse24", 0.5), *(Mask("blocks", zeros) for zeros in (0.5, 0.75, 0.9, 0.95)))
+MASKS = (
+    Mask("sparse24", 0.5),
+    *(Mask("blocks", zeros) for zeros in (0.5, 0.75, 0.9, 0.95)),
+    *(Mask("vectors", zeros) for zeros in (0.5, 0.65, 0.75, 0.85, 0.9, 0.95)),
+)
+
+
+class Image(NamedTuple):
+    """The activations that a kernel reads, as it is told."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+
+    def elements(self) -> int:
+        return math.prod(self)
+
+
+def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype) -> Image:
+    """Those of a layer; of runs of outputs in whole units of images and, for 8 bits, whole fours of channels, as
+    :func:`cnncomp.ops.cuda_sparse.conv2d` makes them."""
+    if mask.format != "vectors":
+        return Image(batch, shape.h, shape.w, shape.c)
+    channels = shape.groups * round_up(shape.c // shape.groups, columns(dtype))
+    if shape.r == shape.s == shape.stride == 1 and shape.padding == 0:
+        return Image(batch * shape.h * shape.w, 1, 1, channels)
+    return Image(batch, shape.h, shape.w, channels)
 
 
 def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) -> tuple[Result, Launch]:
@@ -68,6 +114,20 @@ def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) 
     return result, Launch(**{**vars(launch), "registers": registers_of(plan["kernel"], arch)})
 
 
+def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype) -> float:
+    """Microseconds of the copy of activations into units of images: of its kernel, or, where the channels are no whole pieces
+    of 16 bytes and torch copies them, at the memory's speed."""
+    each, moved = dtype.itemsize, 2 * image.elements() * dtype.itemsize
+    if image.c * each % CHUNK_BYTES:
+        return (moved / (CALIBRATION.dram * gpu.dram) + LAUNCH) * 1e6
+    memory, code = GlobalMemory(), emulated.DTYPE_CODE[dtype]
+    x, out = (torch.zeros(n * image.h * image.w * image.c, dtype=dtype) for n in (image.n, round_up(image.n, UNIT)))
+    plan = _cuda.plan_to_units(memory.pointer(x), code, *image, memory.pointer(out))
+    launch = Launch(math.prod(plan["grid"]), plan["block"], 0, moved, input_bytes=x.nbytes)
+    key = (emulated._digest(), plan["kernel"], image, BLOCKS, L1)
+    return float(model(*counted(key, lambda: _run(plan, "80", memory, launch)), gpu)["us"])
+
+
 def run_sparse(
     shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "int8", mask: Mask = MASKS[0]
 ) -> tuple[Counted, str] | None:
@@ -75,23 +135,25 @@ def run_sparse(
     ``dtype``: "int8", with u8 input and output, or "fp16"."""
     g, half = shape.geometry, dtype == "fp16"
     kind, of_weight = (torch.float16, torch.float16) if half else (torch.uint8, torch.int8)
-    if why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
+    vectors = mask.format == "vectors"
+    if too_many_taps(g.kernel_size) if vectors else why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
         return None
-    memory = GlobalMemory()
-    x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=kind)
+    memory, image = GlobalMemory(), image_of(shape, batch, mask, kind)
+    x = torch.zeros(image._replace(n=round_up(image.n, UNIT)).elements() if vectors else image.elements(), dtype=kind)
     weight = mask.packed((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight, shape.groups)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=kind)
     constants, place, code = torch.ones(3, shape.k), memory.pointer, emulated.DTYPE_CODE[kind]
     planned = getattr(_cuda, f"plan_conv2d_{mask.format}_{'f16' if half else 'int8'}")
     plan = planned(
-        gpu.sms, gpu.shared, place(x), code, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s,
+        gpu.sms, gpu.shared, place(x), code, *image, place(weight), shape.k, shape.r, shape.s,
         *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), code,
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read, grid = int(share * x.nbytes), plan["grid"]
     least = read + weight.nbytes + out.nbytes + constants.nbytes
     sparse = mask.format == "sparse24"
-    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, grid[1] * grid[2], sparse=sparse)
+    sweeps = 1 if vectors else grid[1] * grid[2]
+    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, sweeps, sparse=sparse)
     key = (emulated._digest(), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask)
     return counted(key, lambda: _run(plan, arch, memory, launch)), plan["kernel"]
 
@@ -133,7 +195,12 @@ def records(
                 "pattern": mask.pattern(dtype),
                 "sparsity": mask.sparsity,
             }
-            about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
+            kind = torch.uint8 if dtype == "int8" else torch.float16
+            copied = mask.format == "vectors"
+            about |= {
+                "us_varied": varied(counts, launch, gpu),
+                "pass_us": units_pass(image_of(shape, batch, mask, kind), gpu, kind) if copied else 0.0,
+            }
             about["dense_us"] = dense_us(shape, batch, gpu, dtype)
             found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
     return found
@@ -143,23 +210,27 @@ DEEP = 256  # input channels from which on the reduction is long enough to tell
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """A table: how many times as fast as dense int8, for each pattern, network, GPU and batch: the geometric means over all
-    layers and over those of many channels, the worst layer, and how many layers gain."""
+    """A table: how many times as fast as dense, for each pattern, network, GPU and batch: the geometric means over all layers
+    and over those of many channels, the worst layer, and how many layers gain; where the format has a copy into units, the
+    means with it ("copied"), and how many layers gain still."""
     head = (
-        f"{'pattern':8} {'dtype':6} {'network':14} {'GPU':10} {'batch':>5} {'layers':>6} {'all':>6} {f'C>={DEEP}':>7}"
+        f"{'pattern':10} {'zeros':>5} {'dtype':6} {'network':14} {'GPU':10} {'batch':>5} {'dense':8} {'layers':>6} {'all':>6} "
+        f"{f'C>={DEEP}':>7} {'worst':>6} {'gain':>5}"
     )
-    lines = [f"{head} {'worst':>6} {'gain':>5}  ({LABEL})"]
-    groups: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    lines = [f"{head} {'copied':>6} {f'C>={DEEP}':>7} {'gain':>5}  ({LABEL})"]
+    groups: dict[tuple[Any, ...], list[tuple[int, float, float]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("pattern", "sparsity", "dtype", "network", "gpu", "batch"))
         for than, us in row["dense_us"].items():
-            groups.setdefault((*key, than), []).append((row["shape"]["c"], us / row["us"]))
+            ratios = us / row["us"], us / (row["us"] + row["pass_us"])
+            groups.setdefault((*key, than), []).append((row["shape"]["c"], *ratios))
     for (pattern, zeros, dtype, network, gpu, batch, than), found in sorted(groups.items()):
-        means = [_mean([ratio for c, ratio in found if c >= least]) for least in (0, DEEP)]
-        worst, gain = min(ratio for _, ratio in found), sum(ratio > 1 for _, ratio in found)
+        means = [_mean([row[which] for row in found if row[0] >= least]) for which in (1, 2) for least in (0, DEEP)]
+        gains = [sum(row[which] > 1 for row in found) for which in (1, 2)]
+        worst = min(ratio for _, ratio, _ in found)
         lines.append(
             f"{pattern:10} {zeros:5.0%} {dtype:6} {network:14} {gpu:10} {batch:5d} {than:8} {len(found):6d} {means[0]:6.2f}"
-            f" {means[1]:7.2f} {worst:6.2f} {gain:5d}"
+            f" {means[1]:7.2f} {worst:6.2f} {gains[0]:5d} {means[2]:6.2f} {means[3]:7.2f} {gains[1]:5d}"
         )
     return "\n".join(lines)
 

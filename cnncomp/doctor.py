@@ -37,6 +37,8 @@ from cnncomp.nn import (
     SparseLinear,
     SparseQuantConv2d,
     SparseQuantLinear,
+    VectorsQuantConv2d,
+    VectorsQuantLinear,
     quantize_weight,
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
@@ -222,6 +224,8 @@ CHECKS: dict[str, Check] = {
     "linear_sparse24_int8": partial(_linear_int8, cls=Sparse24QuantLinear),
     "conv2d_blocks_int8": partial(_conv_int8, cls=BlocksQuantConv2d),
     "linear_blocks_int8": partial(_linear_int8, cls=BlocksQuantLinear),
+    "conv2d_vectors_int8": partial(_conv_int8, cls=VectorsQuantConv2d),
+    "linear_vectors_int8": partial(_linear_int8, cls=VectorsQuantLinear),
     "conv2d_depthwise": _conv_depthwise,
     "conv2d_dense": _conv_dense,
     "linear_dense": _linear_dense,

@@ -102,9 +102,9 @@ def _sections(sass: str) -> dict[str, str]:
 
 
 def archs_of(kernel: str) -> tuple[str, ...]:
-    """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand, and the kernels of
-    gathered blocks, whose code is the same from sm_80 on, on the first alone."""
-    if "_blocks_" in kernel:
+    """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand; of kernels that
+    gather activations or copy them for it, whose code is the same from sm_80 on, the first alone."""
+    if "_blocks_" in kernel or "_vectors_" in kernel or kernel == "to_units":
         return ("80",)
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
@@ -115,6 +115,9 @@ def dynamic_shared(name: str) -> int:
     if "_blocks_" in name:
         pixels, _, stages = map(int, numbers[:3])
         return stages * (8192 + 128 * pixels)
+    if "_vectors_" in name:
+        pixels, _, pieces, stages, element = map(int, numbers[:5])
+        return stages * pieces * (1024 + 32 * pixels + 64 * element)
     if "_sparse24_" not in name:
         return 0
     channels, pixels, _, _, stages, element = map(int, numbers[:6])
@@ -125,6 +128,7 @@ def dynamic_shared(name: str) -> int:
 MUCH_OR_LITTLE = {
     "_sparse24_": (("128 128 64 1 3", "128 64 32 1 3"), ("128 128 32 1 3", "128 64 32 1 2")),
     "_blocks_": (("128 32 3",), ("128 32 2",)),
+    "_vectors_": (("128 64 2 3",), ("128 64 2 2",)),
 }
 
 
@@ -183,14 +187,17 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
     if row.blocks * row.threads < 256:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: 8 warps at least hide some latency")
-    if row.kernel.startswith("depthwise"):
+    if row.kernel.startswith(("depthwise", "to_units")):
         return found
     products = count(row.loop, "MMA")
-    if products < 8 or row.loop["LDSM"] < 2:
-        found.append(f"the main loop has {products} MMA and {row.loop['LDSM']} LDSM")
+    # Pixels of runs of bytes are not loaded as matrices.
+    loads = "LDS" if row.kernel.startswith("conv2d_vectors_int8") else "LDSM"
+    if products < 8 or row.loop[loads] < 2:
+        found.append(f"the main loop has {products} MMA and {row.loop[loads]} {loads}")
     bytewise = row.kernel.startswith("conv2d_int8 ") and row.kernel.endswith(" 1")
     if not bytewise:
-        places = 1 if "_blocks_" in row.kernel else 0  # where the next step's chunk of activations is
+        # Where the next step's activations are.
+        places = 1 if "_blocks_" in row.kernel or "_vectors_" in row.kernel else 0
         if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"] > places):
             found.append(
                 f"the main loop has {row.loop['LDGSTS']} asynchronous copies and {row.loop['LDG']} plain loads"

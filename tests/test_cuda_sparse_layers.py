@@ -18,9 +18,11 @@ from cnncomp.nn import (
     QuantSpec,
     Sparse24QuantConv2d,
     Sparse24QuantLinear,
+    VectorsQuantConv2d,
+    VectorsQuantLinear,
 )
 from cnncomp.ops import cuda_sparse, reference
-from cnncomp.sparsity import pack_2to4, pack_gathered
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors
 from tests import cuda_emulated as emulated
 from tests.cuda_device import emulated_device
 from tests.helpers import random_8bit
@@ -139,6 +141,68 @@ def test_why_a_layer_has_no_blocks():
     assert "25% of the 64x16 blocks" in reason(weight)
     weight[:64] = 0
     assert reason(weight) is None
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel_size, stride, padding", [((3, 2), (2, 1), (1, 0)), ((1, 1), (1, 1), (0, 0))])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+@pytest.mark.parametrize("channels", [30, 32])
+def test_launch_of_vectors(dtype, channels, kernel_size, stride, padding):
+    """Channels of a group that are no whole fours and others, batches that are no whole units, pixels that stand for images."""
+    half = dtype == torch.float16
+    x, kind = torch.randint(0, 3, (3, 2 * channels, 7, 9)).to(dtype), dtype if half else INT8
+    weight = masked_blocks(torch.randint(-2, 3, (80, channels, *kernel_size)).to(kind), 32, 1 if half else 4, 2, 0.4)
+    geometry, constants = (stride, padding, (1, 2), 2), random_constants(80)
+    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+    res = torch.randint(-8, 9, acc.shape).to(kind)
+    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
+    args = (x, pack_vectors(weight, 2), constants, res, 0.25, 3.0, kernel_size, *geometry, dtype)
+    with emulated_device():
+        got = cuda_sparse.conv2d("vectors", *args)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
+    op = torch.ops.cnncomp.conv2d_vectors_f16 if half else torch.ops.cnncomp.conv2d_vectors_int8
+    assert torch.equal(op(*args), expected)  # on the CPU
+
+
+@needs_nvcc
+def test_launch_of_linear_vectors():
+    weight = masked_blocks(torch.randint(-127, 128, (70, 46, 1, 1), dtype=INT8), 32, 4, 1, 0.5)
+    x, constants, rest = random_8bit((2, 5, 46), INT8), random_constants(70), (None, 0.0, 0.0, torch.uint8)
+    expected = reference.linear_int8(x.flatten(0, 1), weight.flatten(1), constants, *rest).reshape(2, 5, 70)
+    packed = pack_vectors(weight)
+    with emulated_device():
+        assert torch.equal(cuda_sparse.linear("vectors", x, packed, constants, *rest), expected)
+    assert torch.equal(torch.ops.cnncomp.linear_vectors_int8(x, packed, constants, *rest), expected)
+    with pytest.raises(ArgumentError, match="whole pieces of 1056"):
+        torch.ops.cnncomp.linear_vectors_int8(x, packed[:-1], constants, *rest)
+
+
+def test_layers_of_vectors_on_a_cpu_are_the_dense_ones():
+    geometry, spec = Geometry(30, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
+    weight = masked_blocks(torch.randint(-127, 128, (24, 30, 3, 3), dtype=INT8), 32, 4, 1, 0.5)
+    args = (torch.rand(24) / 1000 + 1e-4, torch.randn(24), spec, Clamp(0.0))
+    x = torch.rand(2, 30, 5, 6)
+    sparse, dense = VectorsQuantConv2d(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(sparse.weight_int8(), weight)
+    flat = torch.randint(-127, 128, (24, 80), dtype=INT8)
+    sparse, dense = VectorsQuantLinear(flat, *args), QuantLinear(flat, *args)
+    again = VectorsQuantLinear.build(sparse.config(), sparse.tensors())
+    x = torch.rand(3, 80)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(again(x), dense(x))
+
+
+def test_why_a_layer_has_no_runs():
+    def reason(weight, kernel=(1, 1), groups=1):
+        layer = DenseConv2d(Geometry(weight.shape[1] * groups, len(weight), kernel, groups=groups), weight, None)
+        layer.info.input = QuantSpec(0.02, torch.uint8)
+        return next(c for c in table(layer) if c.kernel == "conv2d_vectors_int8").applies(layer)
+
+    weight = torch.ones(64, 30, 1, 1)
+    assert "0% of the runs of 32x4" in reason(weight)
+    weight[:32, :24] = 0
+    assert reason(weight) is None  # 6 of 16
+    assert "depthwise" in reason(torch.zeros(64, 1, 1, 1), groups=64)
+    assert "at most 15" in reason(torch.zeros(64, 4, 16, 1), (16, 1))
 
 
 @needs_nvcc

@@ -37,7 +37,9 @@ def test_counts_of_a_2to4_layer():
 def test_layers_that_the_kernel_cannot_run():
     narrow = ConvShape("net", "stem", 1, 3, 8, 8, 64, 3, 3, 1, 1, 1, 1)
     assert gpu_sparse.run_sparse(narrow, 1, "80", gpu_of("80")) is None
-    assert gpu_sparse.records([narrow], 1, [gpu_of("80")]) == []
+    some = [gpu_sparse.MASKS[0], gpu_sparse.MASKS[1]]
+    assert gpu_sparse.records([narrow], 1, [gpu_of("80")], masks=some) == []
+    assert gpu_sparse.run_sparse(narrow, 1, "80", gpu_of("80"), "int8", gpu_sparse.Mask("vectors", 0.5)) is not None
 
 
 def test_masks():
@@ -57,6 +59,31 @@ def test_blocks_take_their_share_of_the_dense_products():
     assert run[0][0]["tensor_ops"] == 2 * LAYER.macs * 3 / 9
 
 
+def test_runs_take_their_share_of_the_dense_products():
+    """Two runs over 128 channels at 9 taps: of the positions kept in each, pieces of 8 fours or 16 channels, 8 images of 64."""
+    gpu, mask = gpu_of("80"), gpu_sparse.Mask("vectors", 0.75)
+    for dtype, of_piece in (("int8", 8), ("fp16", 16)):
+        run = gpu_sparse.run_sparse(LAYER, 8, "80", gpu, dtype, mask)
+        assert run is not None and run[0][1].grid == 16
+        kept = 2 * (LAYER.c // 4 if dtype == "int8" else LAYER.c) * 9 // 4
+        most = kept + 2 * of_piece  # of the last pieces a part is zero
+        each = 2 * 32 * (4 if dtype == "int8" else 1) * 512
+        assert kept * each <= run[0][0]["tensor_ops"] <= most * each
+    assert (mask.pattern("int8"), mask.pattern("fp16")) == ("4x32", "1x32")
+
+
+def test_pixels_of_1x1_convolutions_are_images_and_the_copy_is_charged():
+    mask, gpu = gpu_sparse.Mask("vectors", 0.9), gpu_of("80")
+    pointwise = ConvShape("net", "layer", 1, 30, 7, 7, 64, 1, 1, 1, 0, 1, 1)
+    assert gpu_sparse.image_of(pointwise, 2, mask, torch.uint8) == (98, 1, 1, 32)
+    assert gpu_sparse.image_of(LAYER, 2, mask, torch.float16) == (2, 8, 8, 128)
+    small, large = (gpu_sparse.units_pass(gpu_sparse.Image(n, 56, 56, 64), gpu, torch.float16) for n in (1, 64))
+    least = 2 + 2 * 2 * 64 * 64 * 56 * 56 / 0.9 / 1.555e6
+    assert 2 < small < 4 and least <= large < 1.3 * least
+    odd = gpu_sparse.units_pass(gpu_sparse.Image(64, 56, 56, 60), gpu, torch.float16)
+    assert odd == pytest.approx(2 + (least - 2) * 60 / 64)
+
+
 def test_report_and_records(monkeypatch, tmp_path, capsys):
     out = tmp_path / "gpu_model.json"
     out.write_text(json.dumps([{"kernel": "other"}, {"kernel": "old", "dense_us": 1.0}]))
@@ -67,7 +94,8 @@ def test_report_and_records(monkeypatch, tmp_path, capsys):
     gpu_sparse.main()
     other, row, *blocks = json.loads(out.read_text())
     ops = [r["counters"]["tensor_ops"] for r in blocks]
-    assert [r["sparsity"] for r in blocks] == [0.5, 0.75, 0.9, 0.95] and ops[3] < ops[0]
+    assert [r["sparsity"] for r in blocks] == [0.5, 0.75, 0.9, 0.95, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95]
+    assert ops[3] < ops[0] and ops[-1] < ops[4] and [r["pass_us"] > 0 for r in blocks] == [False] * 4 + [True] * 6
     assert other == {"kernel": "other"} and row["pattern"] == "2:4" and row["arch"] == "sm_80"
     text = capsys.readouterr().out
     assert (

@@ -19,16 +19,19 @@ from cnncomp.sparsity import (
     pack_bitmap,
     pack_blocks,
     pack_gathered,
+    pack_vectors,
     pack_vnm,
     unpack_2to4,
     unpack_bitmap,
     unpack_blocks,
     unpack_gathered,
+    unpack_vectors,
     unpack_vnm,
 )
 from cnncomp.sparsity.blocks import as_blocks
 from cnncomp.sparsity.gathered import STEP_BYTES as STEP_BYTES_GATHERED
 from cnncomp.sparsity.two_four import STEP_BYTES, VALUE_BYTES, packed_shape
+from cnncomp.sparsity.vectors import check_packed, columns, table_bytes, to_units
 
 DTYPES = [torch.int8, torch.float16, torch.bfloat16]
 
@@ -269,3 +272,48 @@ def test_gathered_takes_what_it_says():
     assert last == [8 * 256] + [-1] * 7
     with pytest.raises(ArgumentError, match="16 x 1"):
         pack_gathered(torch.zeros(4, 4, 16, 1, dtype=torch.int8))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(shapes(), st.sampled_from(DTYPES), st.floats(0, 1))
+def test_vectors_there_and_back(sizes, dtype, density):
+    shape, groups = sizes
+    torch.manual_seed(sum(shape))
+    weight = masked_blocks(random_weight(shape, dtype), 32, columns(dtype), groups, density)
+    packed = pack_vectors(weight, groups)
+    check_packed(packed, shape, dtype, groups)
+    assert torch.equal(unpack_vectors(packed, shape, dtype, groups), weight)
+
+
+def test_vectors_take_what_it_says():
+    """The longest run comes first; a weight is found by its place and the instruction's layout."""
+    weight = torch.zeros(64, 40, 3, 2, dtype=torch.int8)
+    weight[10, 4, 2, 1], weight[32:, ::4, 0] = 5, 1
+    packed = pack_vectors(weight)
+    start = table_bytes(2)
+    assert len(packed) == start + 4 * (1024 + 32)  # 20 positions in three pieces of eight, and one
+    assert packed[:start].view(torch.int32).tolist()[:5] == [0, 3, 4, 1, 0]
+    last = packed[start + 3 * 1056 :]
+    assert last[1024:].view(torch.int32).tolist() == [1 * 256 + 2 * 16 + 1] + [-1] * 7
+    # Channel 10 = 4 * 2 + 2 * 1 + 0: row 2 of tile 1, lane 8, the first register.
+    assert last[512 + 8 * 16] == 5 and int(last[:1024].count_nonzero()) == 1
+    with pytest.raises(ArgumentError, match="at most 15 rows"):
+        pack_vectors(torch.zeros(4, 4, 16, 1, dtype=torch.int8))
+    with pytest.raises(ArgumentError, match="whole pieces of 1056"):
+        check_packed(packed[:-1], weight.shape, torch.int8, 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_units_of_images(dtype, groups):
+    x = torch.randint(1, 100, (11, 2 * 6, 3, 4)).to(dtype)
+    units = to_units(x, groups)
+    for image, channel, row, column in [(0, 0, 0, 0), (10, 11, 2, 3), (7, 5, 1, 2), (8, 6, 0, 1)]:
+        at = (row, column, image % 8)
+        if dtype == torch.float16:
+            found = units[channel, image // 8][at]
+        else:
+            group, within = channel // (12 // groups), channel % (12 // groups)
+            found = units[group * -(-12 // groups // 4) + within // 4, image // 8][at][within % 4]
+        assert found == x[image, channel, row, column]
+    assert units.sum(dtype=torch.float64) == x.sum(dtype=torch.float64) and units.is_contiguous()

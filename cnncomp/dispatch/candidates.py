@@ -25,13 +25,16 @@ from cnncomp.nn import (
     SparseLinear,
     SparseQuantConv2d,
     SparseQuantLinear,
+    VectorsQuantConv2d,
+    VectorsQuantLinear,
     quantize_weight,
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
 from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
 from cnncomp.sparsity.two_four import first_violation
-from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, why_not
+from cnncomp.sparsity.vectors import QUAD, RUN
+from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, too_many_taps, why_not
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
@@ -169,6 +172,20 @@ def _has_empty_blocks(layer: ConvertedLayer) -> str | None:
     return f"{empty:.0%} of the {SLICE}x{CHUNK_BYTES} blocks are zero: their kernel needs {MIN_SPARSITY:.0%}"
 
 
+def _has_empty_runs(layer: ConvertedLayer) -> str | None:
+    if reason := _why_no_zeros_in_int8(layer):
+        return reason
+    conv = layer.geometry if isinstance(layer, DenseConv2d) else None
+    if conv and conv.depthwise:
+        return "depthwise: no outputs share their inputs"
+    if conv and (reason := too_many_taps(conv.kernel_size)):
+        return reason
+    empty = 1 - kept_fraction(_weight4d(layer), RUN, QUAD, conv.groups if conv else 1)
+    if empty >= MIN_SPARSITY:
+        return None
+    return f"{empty:.0%} of the runs of {RUN}x{QUAD} weights are zero: their kernel needs {MIN_SPARSITY:.0%}"
+
+
 def _weight4d(layer: ConvertedLayer) -> Tensor:
     weight = _weight(layer)
     return weight if weight.dim() == 4 else weight[..., None, None]
@@ -233,6 +250,7 @@ CONV_CANDIDATES = (
     Candidate("conv2d_scattered_int8", Q8, NHWC, ("cpu",), _is_scattered_quantized, _quant_conv(ScatteredQuantConv2d)),
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
     Candidate("conv2d_blocks_int8", Q8, NHWC, ("cuda",), _has_empty_blocks, _quant_conv(BlocksQuantConv2d)),
+    Candidate("conv2d_vectors_int8", Q8, NHWC, ("cuda",), _has_empty_runs, _quant_conv(VectorsQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
@@ -242,6 +260,7 @@ LINEAR_CANDIDATES = (
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
     Candidate("linear_blocks_int8", Q8, NCHW, ("cuda",), _has_empty_blocks, _quant_linear(BlocksQuantLinear)),
+    Candidate("linear_vectors_int8", Q8, NCHW, ("cuda",), _has_empty_runs, _quant_linear(VectorsQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
 )
 

@@ -9,6 +9,8 @@ from cnncomp.nn.packed_quant import (
     BlocksQuantLinear,
     Sparse24QuantConv2d,
     Sparse24QuantLinear,
+    VectorsQuantConv2d,
+    VectorsQuantLinear,
 )
 from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
@@ -32,6 +34,8 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
         SparseQuantConv2d,
         ScatteredQuantConv2d,
         SparseQuantLinear,
+        VectorsQuantConv2d,
+        VectorsQuantLinear,
     )
 }
 
@@ -58,6 +62,8 @@ __all__ = [
     "ScatteredQuantConv2d",
     "SparseQuantConv2d",
     "SparseQuantLinear",
+    "VectorsQuantConv2d",
+    "VectorsQuantLinear",
     "dequantize_weight",
     "quantize_weight",
 ]

@@ -10,8 +10,9 @@ from cnncomp.nn.quant import QuantConv2d, QuantLinear
 from cnncomp.nn.sparse_quant import ZerosQuant
 from cnncomp.ops.conv2d_blocks import BLOCKS
 from cnncomp.ops.conv2d_sparse24 import SPARSE24
+from cnncomp.ops.conv2d_vectors import VECTORS
 from cnncomp.ops.packed import Format
-from cnncomp.sparsity import pack_2to4, pack_gathered
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors
 from cnncomp.sparsity.two_four import check_2to4
 
 
@@ -82,6 +83,13 @@ class _Blocks(_PackedQuant):
         return pack_gathered(weight, self.groups)
 
 
+class _Vectors(_PackedQuant):
+    _format = VECTORS
+
+    def _pack_format(self, weight: Tensor) -> Tensor:
+        return pack_vectors(weight, self.groups)
+
+
 class Sparse24QuantConv2d(_Sparse24, _PackedConv2d):
     """int8 convolution whose weights have at most two non-zeros in four neighbouring input channels, on a GPU's sparse tensor
     cores.
@@ -120,3 +128,22 @@ class BlocksQuantLinear(_Blocks, _PackedLinear):
     """int8 linear with block sparse weights. See :class:`BlocksQuantConv2d`."""
 
     kernel = "linear_blocks_int8"
+
+
+class VectorsQuantConv2d(_Vectors, _PackedConv2d):
+    """int8 convolution on a GPU that leaves out all runs of 32 outputs by 4 inputs at one tap that are zero.
+
+    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it. Batches of less than 8 are filled up.
+
+    Raises:
+        DeviceError: a GPU before sm_80.
+        ArgumentError: mean-shift weights.
+    """
+
+    kernel = "conv2d_vectors_int8"
+
+
+class VectorsQuantLinear(_Vectors, _PackedLinear):
+    """int8 linear with runs of 32 outputs. See :class:`VectorsQuantConv2d`."""
+
+    kernel = "linear_vectors_int8"

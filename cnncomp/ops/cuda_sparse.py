@@ -11,7 +11,8 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
 from cnncomp.ops.library import contiguous, conv_out_size
-from cnncomp.sparsity.weights import why_not
+from cnncomp.sparsity.vectors import UNIT, columns, to_units
+from cnncomp.sparsity.weights import CHUNK_BYTES, too_many_taps, why_not
 
 
 def check_device(device: torch.device) -> None:
@@ -51,9 +52,10 @@ def conv2d(
     """Convolution with packed sparse weights. No synchronisation.
 
     Args:
-        name: Of the format: "sparse24" or "blocks".
-        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied.
-        weight: From :func:`cnncomp.sparsity.pack_2to4` or :func:`cnncomp.sparsity.pack_gathered`, int8 or of x's dtype.
+        name: Of the format: "sparse24", "blocks" or "vectors".
+        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; always for "vectors".
+        weight: From :func:`cnncomp.sparsity.pack_2to4`, :func:`cnncomp.sparsity.pack_gathered` or
+            :func:`cnncomp.sparsity.pack_vectors`, int8 or of x's dtype.
         constants: (3, K) float32: scale, bias, hi.
         residual: Shape of the output; float32, or 8-bit beside an 8-bit x, or of x's dtype; None for none.
         residual_scale: Factor of the residual.
@@ -67,11 +69,12 @@ def conv2d(
 
     Raises:
         DeviceError: a device before sm_80.
-        ArgumentError: input channels of a group that are no multiple of 16 bytes, more than 15 rows or columns of taps, 2^31
-            bytes of input, types that do not belong together.
+        ArgumentError: input channels of a group that are no multiple of 16 bytes (but for "vectors"), more than 15 rows or
+            columns of taps, 2^31 bytes of input, types that do not belong together.
     """
-    n, c, h, w = x.shape
-    if reason := why_not(c, kernel_size, groups, x.itemsize):
+    n, c = x.shape[:2]
+    vectors = name == "vectors"
+    if reason := too_many_taps(kernel_size) if vectors else why_not(c, kernel_size, groups, x.itemsize):
         raise ArgumentError("weight", f"{c} channels, {tuple(kernel_size)} taps, {groups} groups", reason)
     p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     k = constants.shape[1]
@@ -79,18 +82,41 @@ def conv2d(
     if out.numel() == 0:
         return out
     check_device(x.device)
-    x = _aligned(x.contiguous(memory_format=torch.channels_last))
+    shape = tuple(x.shape)
     weight, constants = _aligned(weight.contiguous()), constants.contiguous()
     residual = contiguous(residual, torch.channels_last)
     launch = getattr(cuda._module(), f"conv2d_{name}_{'int8' if x.itemsize == 1 else 'f16'}")
     try:
+        if vectors:
+            x, sizes = _units(x, kernel_size, stride, padding, groups)
+        else:
+            x, sizes = _aligned(x.contiguous(memory_format=torch.channels_last)), (n, *x.shape[2:], c)
         launch(
-            *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, weight.data_ptr(), k, *kernel_size,
+            *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], *sizes, weight.data_ptr(), k, *kernel_size,
             *stride, *padding, *dilation, groups, *cuda._epilogue_arguments(constants, residual, residual_scale, lo, out),
         )  # fmt: skip
     except ValueError as error:  # the plan refuses sizes and types before anything is launched
-        raise ArgumentError("x", f"shape {tuple(x.shape)}", str(error)) from None
+        raise ArgumentError("x", f"shape {shape}", str(error)) from None
     return out
+
+
+def _units(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """``x`` in units of eight images, and the N, H, W and C that the kernel is told. Of a convolution that looks at each pixel
+    alone, pixels are images: whatever the batch, units are full. torch copies channels that are no whole
+    pieces of 16 bytes."""
+    if tuple(kernel_size) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
+        x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
+    n, c, h, w = x.shape
+    if c * x.itemsize % CHUNK_BYTES or c // groups % columns(x.dtype):
+        units = to_units(x, groups)
+    else:
+        x, quad = _aligned(x.contiguous(memory_format=torch.channels_last)), columns(x.dtype)
+        units = x.new_empty((c // quad, -(-n // UNIT), h, w, UNIT, *[quad] * (quad > 1)))
+        arguments = (x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, units.data_ptr())
+        cuda._module().to_units(*cuda._launch_arguments(x)[:2], *arguments)
+    return units, (len(x), x.shape[2], x.shape[3], len(units) * columns(x.dtype))
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -22,10 +22,15 @@ def why_not(in_channels: int, kernel_size: Sequence[int], groups: int, size: int
         return (
             f"sparse tensor-core kernels need a multiple of {chunk} input channels, the layer has {channels} in a group"
         )
-    if max(kernel_size) > MOST_TAPS:
-        taps = f"at most {MOST_TAPS} rows and columns of taps"
-        return f"sparse tensor-core kernels take {taps}, the layer has {tuple(kernel_size)}"
-    return None
+    return too_many_taps(kernel_size)
+
+
+def too_many_taps(kernel_size: Sequence[int]) -> str | None:
+    """Why the GPU kernels with packed weights can't run a kernel of this size, None if they can."""
+    if max(kernel_size) <= MOST_TAPS:
+        return None
+    taps = f"at most {MOST_TAPS} rows and columns of taps"
+    return f"sparse tensor-core kernels take {taps}, the layer has {tuple(kernel_size)}"
 
 
 def check_weight(weight: Tensor, groups: int, dtypes: Sequence[torch.dtype]) -> None:

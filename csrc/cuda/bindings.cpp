@@ -80,6 +80,10 @@ cuda::Conv2d make_linear(uintptr_t x, bool x_signed, int m, int c, uintptr_t wei
                    residual_scale, lo, out, out_dtype);
 }
 
+cuda::Conv2d make_image(uintptr_t x, int x_dtype, int n, int h, int w, int c, uintptr_t out) {
+  return make_conv(x, x_dtype, n, h, w, c, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0f, 0.0f, out, x_dtype);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -105,10 +109,20 @@ PYBIND11_MODULE(_cuda, m) {
                             std::pair{"conv2d_blocks_f16", &cuda::plan_conv2d_blocks_f16}})
     define(m, name, "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_gathered. sm_80 and later.",
            &make_conv, plan);
+  for (auto [name, plan] : {std::pair{"conv2d_vectors_int8", &cuda::plan_conv2d_vectors_int8},
+                            std::pair{"conv2d_vectors_f16", &cuda::plan_conv2d_vectors_f16}})
+    define(m, name,
+           "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
+           "cnncomp.sparsity.vectors.to_units. sm_80 and later.",
+           &make_conv, plan);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ...), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
          &make_linear, &cuda::plan_conv2d_sparse24_int8);
+  define(m, "to_units",
+         "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
+         "multiple of 16 bytes.",
+         &make_image, &cuda::plan_to_units);
   m.def("supports", &cuda::supports, "Whether this build holds machine code for the device.");
   m.def("device_count", &cuda::device_count, "CUDA devices; 0 without a driver.");
   m.def("device_info", [](int device) {
