@@ -45,16 +45,22 @@ def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple
     weight = torch.zeros(shape.k * g.reduction, dtype=torch.int8)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=torch.uint8)
     constants = torch.ones(3, shape.k)
+    workspace = torch.zeros(_cuda.WORKSPACE_BYTES // 4, dtype=torch.int32)
     place = memory.pointer
     plan = _cuda.plan_conv2d_int8(
         sms, place(x), False, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s, *g.stride, *g.padding,
-        *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0,
+        *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0, place(workspace), workspace.nbytes, "", 0,
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read = int(share * x.nbytes)
     grid = plan["grid"]
     least = read + weight.nbytes + out.nbytes + constants.nbytes
     return plan, Launch(math.prod(grid), plan["block"], 0, least, "int8", read, grid[1] * grid[2])
+
+
+def _blocks(plan: dict[str, Any], groups: int) -> list[int] | None:
+    """The blocks to run: all where blocks share a tile's reduction, since the last of them does more than the others."""
+    return None if plan["grid"][2] > groups else sample_of(math.prod(plan["grid"]), BLOCKS)
 
 
 def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counted, str]:
@@ -74,9 +80,9 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
 
     def run() -> tuple[Result, Launch]:
         result = emulate(
-            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]], memory=memory,
-            blocks=sample_of(launch.grid, BLOCKS), checks=Checks(races=False, initialised=False, blocks=False),
-            caches=Caches(l1=L1),
+            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]],
+            shared=plan["shared"], memory=memory, blocks=_blocks(plan, shape.groups),
+            checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip
         registers = _registers(kernel, arch)
         return result, Launch(**{**vars(launch), "registers": registers})

@@ -77,11 +77,9 @@ def ptx_of(kernel: str, arch: str) -> str:
 
 
 def entry_of(launch: str, ptx: str) -> str:
-    """The mangled kernel of a launch's name: the same numbers, and the same flags for signed and byte loads."""
+    """The mangled kernel of a launch's name: the same numbers in the same order, and the same flag for signed inputs."""
     numbers = re.findall(r"(?<=[_x])\d+(?=[_x])", launch.split("int8")[1])
     flags = ["1" if "_s8" in launch else "0"]
-    if launch.startswith("conv2d"):
-        flags.append("1" if launch.endswith("_bytes") else "0")
     found = [
         name
         for name in entry_names(ptx)
@@ -95,7 +93,7 @@ def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str 
     """Run in the emulator what the extension module would launch."""
     ptx = ptx or ptx_of(plan["kernel"].split("_int8")[0] + "_int8", arch)
     kernel = load(ptx, entry_of(plan["kernel"], ptx))
-    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], memory=memory)
+    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=plan["shared"], memory=memory)
 
 
 def nhwc(x: Tensor) -> np.ndarray:
@@ -107,7 +105,7 @@ class Case:
 
     def __init__(
         self, x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: tuple[int, ...],
-        out_dtype: torch.dtype, misalign: int = 0,
+        out_dtype: torch.dtype, misalign: int = 0, workspace: int = 0,
     ) -> None:  # fmt: skip
         self.memory = GlobalMemory()
         put = self.memory.allocate
@@ -119,12 +117,18 @@ class Case:
         self.image = nhwc(torch.zeros(shape, dtype=out_dtype))
         self.out = put(self.image)
         self.out_dtype = out_dtype
+        self.zeros = np.zeros(workspace // 4, np.int32)
+        self.workspace = put(self.zeros) if workspace else 0
 
-    def epilogue(self, residual_scale: float, lo: float) -> tuple[Any, ...]:
+    def epilogue(self, residual_scale: float, lo: float, tile: str = "", parts: int = 0) -> tuple[Any, ...]:
         """The trailing arguments of the extension module's functions."""
         code = DTYPE_CODE[self.out_dtype]
-        return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
+        workspace = self.workspace, self.zeros.nbytes
+        return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code, *workspace, tile, parts
 
     def output(self) -> Tensor:
+        """What the kernel wrote. The workspace must be zeros again."""
+        if self.workspace:
+            assert not self.memory.fetch(self.workspace, self.zeros).any()
         out = torch.from_numpy(self.memory.fetch(self.out, self.image))
         return out.permute(0, 3, 1, 2) if out.dim() == 4 else out

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not insta
 ARCHS = (
     ("75", "80", "86", "89", "90a", "120a") if os.environ.get("CNNCOMP_GPU_FULL") else ("75", "80")
 )  # one per code path
-FEW, MANY = 1, 10**6  # multiprocessors: makes the plan take large or small tiles
+SMS = 108  # multiprocessors of an A100
 INT_RANGE = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
 OUT_DTYPES = [torch.uint8, torch.int8, torch.float32]
 RESIDUALS = [None, torch.uint8, torch.int8, torch.float32]
@@ -47,7 +47,7 @@ def assert_same(got, expected, what):
 
 def check_conv(
     arch, n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, dtype=torch.uint8,
-    out_dtype=torch.int8, residual=None, multiprocessors=MANY, kernel=None, misalign=0, ptx=None,
+    out_dtype=torch.int8, residual=None, tile="", parts=1, kernel=None, misalign=0, ptx=None,
 ):  # fmt: skip
     """One convolution against the reference; gives back what the emulator counted."""
     what = {name: value for name, value in locals().items() if name != "ptx"}
@@ -58,10 +58,10 @@ def check_conv(
     shape = tuple(torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape)
     res = None if residual is None else random_tensor(shape, residual)
     expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out_dtype)
-    case = emulated.Case(x, weight, constants, res, shape, out_dtype, misalign)
+    case = emulated.Case(x, weight, constants, res, shape, out_dtype, misalign, _cuda.WORKSPACE_BYTES)
     plan = _cuda.plan_conv2d_int8(
-        multiprocessors, case.x, dtype == torch.int8, n, h, w, c, case.weight, k, r, s,
-        *stride, *padding, *dilation, groups, *case.epilogue(0.37, lo),
+        SMS, case.x, dtype == torch.int8, n, h, w, c, case.weight, k, r, s,
+        *stride, *padding, *dilation, groups, *case.epilogue(0.37, lo, tile, parts),
     )  # fmt: skip
     if kernel:
         assert plan["kernel"].startswith(kernel), plan["kernel"]
@@ -71,7 +71,7 @@ def check_conv(
 
 
 def check_linear(
-    arch, m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residual=None, multiprocessors=MANY, kernel=None
+    arch, m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile="", parts=1, kernel=None
 ):
     what = dict(locals())
     torch.manual_seed(m + c + k)
@@ -79,9 +79,9 @@ def check_linear(
     constants, lo = random_constants(k, c, out_dtype)
     res = None if residual is None else random_tensor((m, k), residual)
     expected = reference.linear_int8(x, weight, constants, res, -0.61, lo, out_dtype)
-    case = emulated.Case(x, weight, constants, res, (m, k), out_dtype)
+    case = emulated.Case(x, weight, constants, res, (m, k), out_dtype, 0, _cuda.WORKSPACE_BYTES)
     plan = _cuda.plan_linear_int8(
-        multiprocessors, case.x, dtype == torch.int8, m, c, case.weight, k, *case.epilogue(-0.61, lo)
+        SMS, case.x, dtype == torch.int8, m, c, case.weight, k, *case.epilogue(-0.61, lo, tile, parts)
     )
     if kernel:
         assert plan["kernel"].startswith(kernel), plan["kernel"]

@@ -28,7 +28,7 @@ void check_sizes(const cuda::Conv2d& c) {
 cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, uintptr_t weight, int k, int r, int s,
                        int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups,
                        uintptr_t constants, uintptr_t residual, int residual_dtype, float residual_scale, float lo,
-                       uintptr_t out, int out_dtype) {
+                       uintptr_t out, int out_dtype, uintptr_t workspace, int64_t workspace_bytes, const std::string& tile, int parts) {
   cuda::Conv2d conv = {};
   conv.x = reinterpret_cast<const void*>(x);
   conv.weight = reinterpret_cast<const int8_t*>(weight);
@@ -40,6 +40,8 @@ cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, u
   conv.n = n, conv.h = h, conv.w = w, conv.c = c, conv.k = k, conv.r = r, conv.s = s;
   conv.stride_h = stride_h, conv.stride_w = stride_w, conv.pad_h = pad_h, conv.pad_w = pad_w;
   conv.dil_h = dil_h, conv.dil_w = dil_w, conv.groups = groups;
+  conv.workspace = {reinterpret_cast<void*>(workspace), workspace_bytes};
+  conv.wish = {tile, parts};
   check_sizes(conv);
   return conv;
 }
@@ -51,6 +53,7 @@ py::dict as_dict(const cuda::Launch& launch) {
   d["kernel"] = launch.kernel;
   d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
   d["block"] = launch.block;
+  d["shared"] = launch.shared;
   d["params"] = py::bytes(launch.params.data(), launch.params.size());
   return d;
 }
@@ -72,9 +75,9 @@ void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*ma
 
 cuda::Conv2d make_linear(uintptr_t x, bool x_signed, int m, int c, uintptr_t weight, int k, uintptr_t constants,
                          uintptr_t residual, int residual_dtype, float residual_scale, float lo, uintptr_t out,
-                         int out_dtype) {
+                         int out_dtype, uintptr_t workspace, int64_t workspace_bytes, const std::string& tile, int parts) {
   return make_conv(x, x_signed, m, 1, 1, c, weight, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, constants, residual, residual_dtype,
-                   residual_scale, lo, out, out_dtype);
+                   residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts);
 }
 
 }  // namespace
@@ -84,12 +87,14 @@ PYBIND11_MODULE(_cuda, m) {
   py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
   define(m, "conv2d_int8",
          "conv2d_int8(device, stream, multiprocessors, x, x_signed, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
-         "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype)",
+         "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype, workspace, "
+         "workspace_bytes, tile, parts)",
          &make_conv);
   define(m, "linear_int8",
          "linear_int8(device, stream, multiprocessors, x, x_signed, m, c, weight, k, constants, residual, residual_dtype, "
-         "residual_scale, lo, out, out_dtype)",
+         "residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts)",
          &make_linear);
+  m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
   m.def("supports", &cuda::supports, "Whether this build holds machine code for the device.");
   m.def("device_count", &cuda::device_count, "CUDA devices; 0 without a driver.");
   m.def("device_info", [](int device) {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/arch.cuh"
 #include "cuda/launch.h"
 
 namespace cnncomp::cuda {
@@ -93,6 +94,24 @@ __device__ __forceinline__ void load_residual(float (&out)[kVec], const Epilogue
   for (int i = 0; i < kVec; ++i) out[i] = __int2float_rn((bytes[i] ^ flip) - flip);
 }
 
+// Rounds half to even, values in the range of the 8-bit type already. 1.5 * 2^23 leaves no bits for a fraction, so the sum is
+// rounded and ends in the integer, at the rate of additions, not of conversions.
+template <int kVec>
+__device__ __forceinline__ void round_to_bytes(const float (&t)[kVec], uint8_t (&bytes)[kVec]) {
+  uint32_t word[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) word[i] = __float_as_uint(__fadd_rn(t[i], 12582912.0f));
+  if constexpr (kVec % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += 4)
+      *reinterpret_cast<uint32_t*>(bytes + i) =
+          __byte_perm(__byte_perm(word[i], word[i + 1], 0x0040), __byte_perm(word[i + 2], word[i + 3], 0x0040), 0x5410);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) bytes[i] = static_cast<uint8_t>(word[i]);
+  }
+}
+
 template <int kVec>
 __device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
   if (e.out_dtype == DType::kFloat32) {
@@ -110,8 +129,7 @@ __device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e,
   }
   uint8_t* dst = static_cast<uint8_t*>(e.out) + offset;
   alignas(kVec) uint8_t bytes[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) bytes[i] = static_cast<uint8_t>(__float2int_rn(t[i]));  // half to even; in range already
+  round_to_bytes(t, bytes);
   if (real == kVec) {
     using W = typename Word<kVec>::type;
     *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(bytes);
@@ -123,7 +141,6 @@ __device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e,
 }
 
 // Scales, clamps, rounds and stores `acc`, channels `channel`... of `group` at output pixel `pixel`.
-// Comparisons instead of fminf and fmaxf: NaN stays NaN, as in torch.
 template <int kVec>
 __device__ __forceinline__ void finish(const int32_t (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
                                        int64_t pixel, int group, int channel) {
@@ -140,8 +157,7 @@ __device__ __forceinline__ void finish(const int32_t (&acc)[kVec], const Channel
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    t[i] = t[i] < p.e.lo ? p.e.lo : t[i];
-    t[i] = t[i] > c.hi[i] ? c.hi[i] : t[i];
+    t[i] = smaller(larger(t[i], p.e.lo), c.hi[i]);
   }
   store(t, p.e, offset, real);
 }

@@ -34,7 +34,8 @@ class DeviceGuard {
 
 std::string describe(const Launch& l, int device) {
   return l.kernel + " on device " + std::to_string(device) + ", grid (" + std::to_string(l.grid[0]) + ", " +
-         std::to_string(l.grid[1]) + ", " + std::to_string(l.grid[2]) + "), " + std::to_string(l.block) + " threads";
+         std::to_string(l.grid[1]) + ", " + std::to_string(l.grid[2]) + "), " + std::to_string(l.block) + " threads, " +
+         std::to_string(l.shared) + " bytes of shared memory";
 }
 
 }  // namespace
@@ -43,9 +44,12 @@ void run(const Launch& launch, int device, void* stream) {
   DeviceGuard guard(device);
   void* params = const_cast<char*>(launch.params.data());
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
+  if (launch.shared > 48 * 1024)  // what every kernel may have without asking; no stream is involved
+    check(cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared)),
+          describe(launch, device));
   // The error comes back from the call itself; an older one of somebody else stays theirs.
   const cudaError_t error =
-      cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, 0, static_cast<cudaStream_t>(stream));
+      cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, launch.shared, static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // ours, and reported: don't let the next caller find it
   check(error, describe(launch, device));

@@ -26,6 +26,22 @@ struct Epilogue {
   float lo;
 };
 
+// Zeros that a kernel may use and leaves as zeros: room for the sums of blocks that share a tile's reduction. Kernels that run at
+// the same time must not have the same.
+struct Workspace {
+  void* data;
+  int64_t bytes;
+};
+
+// What all layers of well-known networks can use on the largest GPU.
+constexpr int64_t kWorkspaceBytes = int64_t{12} << 20;
+
+// What a caller who has measured wants; what is empty or 0 is chosen by a rule.
+struct Wish {
+  std::string tile;   // "128x64"
+  int32_t parts = 0;  // blocks that share a tile's reduction, if there is workspace and reduction enough
+};
+
 // A convolution of NHWC images with weights (k, r, s, c / groups). A linear layer is one with 1 x 1 images.
 struct Conv2d {
   const void* x;
@@ -35,6 +51,8 @@ struct Conv2d {
   int32_t n, h, w, c, k, r, s;
   int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t groups;
+  Workspace workspace;  // null: no reduction is shared between blocks
+  Wish wish;
 
   int32_t p() const { return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1; }
   int32_t q() const { return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1; }
@@ -49,6 +67,7 @@ struct Launch {
   const void* function = nullptr;
   uint32_t grid[3] = {1, 1, 1};
   uint32_t block = 0;
+  uint32_t shared = 0;  // dynamic, bytes
   std::vector<char> params;
 
   template <typename Params>
