@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent
-# `tests` and `bench` are packages in this folder, and so is the source of cnncomp, which holds no compiled modules. At the
-# end of the path, the first two are found here and cnncomp where it is installed.
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT] + [str(ROOT)]
+# `tests` and `bench` are found here; that cnncomp is still found where it is installed is seen to by `bench`.
+sys.path.append(str(Path(__file__).resolve().parent))
+import bench  # noqa: F401
 
 #: Files that take long, the longest last; a failure elsewhere shows before them.
 SLOW = (

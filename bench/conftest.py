@@ -6,7 +6,6 @@ CNNCOMP_BENCH_THREADS says otherwise.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import cnncomp
 from bench import Compare
 from bench.layers import NETWORKS, ConvShape, calls, conv_shapes
+from bench.options import threads
 from cnncomp import _cpu
 from cnncomp.dispatch import cpu_name, interleaved
 from cnncomp.dispatch.candidates import options_for
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    torch.set_num_threads(int(os.environ.get("CNNCOMP_BENCH_THREADS", "1")))
+    torch.set_num_threads(threads())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

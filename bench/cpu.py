@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bench.options import chosen
 from bench.peers import networks, peaks, report
 from bench.peers.case import Case
 from bench.peers.environments import ENVIRONMENTS
@@ -146,15 +147,6 @@ class Race:
                 self.skip(entry.worker.engine, entry.worker.case, entry.failed)
             elif entry.ms:
                 self.records.append(report.record(entry, cpu_name(), self.peaks))
-
-
-def chosen(names: str, known: Sequence[str], option: str) -> list[str]:
-    """The comma-separated ``names``, all if there is none."""
-    picked = [name.strip() for name in names.split(",") if name.strip()] or list(known)
-    for name in picked:
-        if name not in known:
-            raise typer.BadParameter(f"{name}: not one of {', '.join(known)}", param_hint=option)
-    return picked
 
 
 def main(

@@ -7,7 +7,6 @@ of dispatch's table, in turn, in one process. One thread, unless CNNCOMP_BENCH_T
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.layers import NETWORKS, ConvShape, calls, conv_shapes, random_layer
+from bench.options import chosen, threads
 from cnncomp.demo.common import machine
 from cnncomp.dispatch import CONV_CANDIDATES, interleaved
+from cnncomp.nn.dense import DEPTHWISE_KERNEL
 from cnncomp.progress import track
 
 matplotlib.use("Agg")
@@ -44,7 +45,7 @@ class Pattern:
     kernels: tuple[str, ...]
 
 
-_FLOAT = ("dense.nchw", "dense.channels_last", "dense.fused")
+_FLOAT = tuple(c.kernel for c in CONV_CANDIDATES if c.dense and c.kernel != DEPTHWISE_KERNEL)
 _INT8 = (*_FLOAT, "conv2d_int8", "conv2d_sparse_int8")
 PATTERNS = (
     Pattern("fp32, unstructured", 1, False, (*_FLOAT, "conv2d_sparse")),
@@ -176,11 +177,8 @@ def main(
 ) -> None:
     """Time every layer at every level and print where sparse begins to win; records go to OUT/crossover.json, a picture to
     OUT/crossover.png."""
-    picked = [name.strip() for name in only.split(",") if name.strip()] or list(NETWORKS)
-    for name in picked:
-        if name not in NETWORKS:
-            raise typer.BadParameter(f"{name}: not one of {', '.join(NETWORKS)}", param_hint="--networks")
-    torch.set_num_threads(int(os.environ.get("CNNCOMP_BENCH_THREADS", "1")))
+    picked = chosen(only, NETWORKS, "--networks")
+    torch.set_num_threads(threads())
     shapes = [s for name in picked for s in conv_shapes(name) if not s.geometry.depthwise]
     if quick:
         shapes = sorted(shapes, key=lambda s: s.macs)[:2]

@@ -106,6 +106,34 @@ def conv2d_depthwise(
     out: int,
     num_threads: int,
 ) -> None: ...
+def conv2d_dense(
+    x: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    values: int,
+    block: int,
+    k: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    groups: int,
+    bias: int,
+    residual: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+) -> None:
+    """float32 convolution. ``x`` (n, c, h, w), ``residual`` and ``out`` (n, k, p, q), ``values`` by
+    :func:`cnncomp.ops.packing.pack_dense`."""
+
 def conv2d_sparse(
     x: int,
     n: int,
@@ -185,6 +213,43 @@ def linear_sparse(
     num_threads: int,
 ) -> None:
     """float32 linear with packed sparse weights. ``x`` (m, c), ``residual`` and ``out`` (m, k)."""
+
+def linear_dense(
+    x: int,
+    m: int,
+    c: int,
+    weight: int,
+    k: int,
+    bias: int,
+    residual: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+) -> None:
+    """float32 linear. ``x`` (m, c), ``weight`` (k, c), ``residual`` and ``out`` (m, k)."""
+
+def max_pool2d(
+    x: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    r: int,
+    s: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dil_h: int,
+    dil_w: int,
+    out: int,
+    num_threads: int,
+) -> None:
+    """Max-pool of float32 ``x`` (n, c, h, w) to ``out`` (n, c, p, q)."""
+
+def mean_pool2d(x: int, n: int, c: int, pixels: int, channels_last: bool, out: int, num_threads: int) -> None:
+    """Means of float32 ``x`` (n, c, pixels), or (n, pixels, c), to ``out`` (n, c)."""
 
 class Program:
     """Kernel calls that are noted once and repeated without Python."""

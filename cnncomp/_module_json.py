@@ -17,6 +17,7 @@ from cnncomp.nn import (
     ConvertedLayer,
     Geometry,
     LayerInfo,
+    MeanPool2d,
     QuantConv2d,
     QuantLinear,
     QuantMaxPool2d,
@@ -98,6 +99,7 @@ TORCH_MODULES: dict[type[nn.Module], str] = {
     nn.ZeroPad1d: "padding",
     nn.ZeroPad2d: "padding",
     ClampChannels: "channels lo",
+    MeanPool2d: "",
     QuantMaxPool2d: _MAX_POOL,
 }
 _TORCH_BY_NAME = {cls.__name__: cls for cls in TORCH_MODULES}

@@ -23,6 +23,7 @@ from cnncomp.dispatch.plan import cache_dir
 from cnncomp.nn import (
     Clamp,
     DenseConv2d,
+    DenseLinear,
     Geometry,
     QuantConv2d,
     QuantLinear,
@@ -33,7 +34,7 @@ from cnncomp.nn import (
     SparseQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
 from cnncomp.ops import cuda as cuda_ops
 from cnncomp.ops import reference
 from cnncomp.ops._openmp import attach
@@ -174,6 +175,19 @@ def _conv_depthwise(device: torch.device) -> bool:
     return _close(layer.to(device)(x.to(device)), expected)
 
 
+def _conv_dense(device: torch.device) -> bool:
+    x, weight, bias = torch.randn(1, 24, 9, 21), torch.randn(40, 24, 3, 3), torch.randn(40)
+    layer = DenseConv2d(Geometry(24, 40, (3, 3), padding=(1, 1)), weight, bias, kernel=DIRECT_KERNEL)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    return _close(layer.to(device)(x.to(device)), expected)
+
+
+def _linear_dense(device: torch.device) -> bool:
+    x, weight, bias = torch.randn(5, 72), torch.randn(40, 72), torch.randn(40)
+    layer = DenseLinear(weight, bias, kernel=ROWS_KERNEL)
+    return _close(layer.to(device)(x.to(device)), F.linear(x.double(), weight.double(), bias.double()))
+
+
 def _linear_sparse(device: torch.device) -> bool:
     weight = torch.randn(40, 72) * (torch.rand(40, 72) < 0.1)
     x, bias = torch.randn(5, 72), torch.randn(40)
@@ -193,6 +207,8 @@ CHECKS: dict[str, Check] = {
     "conv2d_sparse_int8": partial(_conv_int8, cls=SparseQuantConv2d),
     "linear_sparse_int8": partial(_linear_int8, cls=SparseQuantLinear),
     "conv2d_depthwise": _conv_depthwise,
+    "conv2d_dense": _conv_dense,
+    "linear_dense": _linear_dense,
 }
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
-from cnncomp.nn import ConvertedLayer, QuantMaxPool2d
+from cnncomp.graph import operations as op
+from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
 MAX_ARENAS = 4
@@ -30,6 +31,9 @@ _ALIGN = 64
 _VIEWS = frozenset(
     ("view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "permute", "slice")
 )
+
+#: What gives a view of its input, or the input itself, where that has the layout for it.
+_LOOKS = op.FLATTENING | op.RESHAPING | {"contiguous", nn.Dropout, nn.Flatten, nn.Identity}
 
 
 class NotRecordable(Exception):
@@ -141,7 +145,7 @@ class _Recorder(fx.Interpreter):
         value = self._kernels(n) if n.op == "call_module" else None
         if value is None:
             value = super().run_node(n)
-            if not self._is_contiguous(n, value):
+            if not self._is_view(n, value):
                 self._python(n, value)
         self.values[n] = value
         self.keep.append(value)
@@ -176,7 +180,7 @@ class _Recorder(fx.Interpreter):
         """The node's value if it is all kernels of ours, which are then recorded."""
         layer = self.fetch_attr(str(n.target))
         ours = isinstance(layer, ConvertedLayer) and layer.own_kernels
-        if not ours and not isinstance(layer, QuantMaxPool2d):
+        if not ours and not isinstance(layer, (MeanPool2d, QuantMaxPool2d)):
             return None
         begin, pointers, kept = len(self.program), len(self.pointers), len(self.buffers)
         self.program.record(True)
@@ -195,12 +199,14 @@ class _Recorder(fx.Interpreter):
             self.items.append(_Item(begin, len(self.program)))
         return value
 
-    def _is_contiguous(self, n: fx.Node, value: Any) -> bool:
-        """Whether ``n`` asks for a layout that its input, a tensor of ours, has: then it has it every time."""
-        if n.op != "call_method" or n.target != "contiguous" or value is not self.values[n.all_input_nodes[0]]:
+    def _is_view(self, n: fx.Node, value: Any) -> bool:
+        """Whether ``n`` only looks in another way at its input, a tensor of ours: then it does so every time."""
+        what = type(self.fetch_attr(str(n.target))) if n.op == "call_module" else n.target
+        if what not in _LOOKS or len(n.all_input_nodes) != 1 or not value.numel():
             return False
+        x = self.values[n.all_input_nodes[0]]
         buffer = self.find(value.data_ptr())
-        return buffer is not None and buffer.ours
+        return buffer is not None and buffer.ours and _alias(value, x)
 
     def _python(self, n: fx.Node, value: Any) -> None:
         item = _Item(node=n)
@@ -280,6 +286,8 @@ class Recording:
         self._check_inputs(recorder)
         self._lay_out(recorder)
         self._drop_values(recorder)
+        #: Each node's value, its tensors as on the meta device.
+        self.values = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), recorder.values)
         trim_heap()  # all intermediate values were kept at once
         self.unchanged = [
             (owner, name, value)

@@ -14,18 +14,19 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cnncomp.executor import NotRecordable, Recording
+from cnncomp.pieces import Pieces, recorded
 
 #: Recordings that a model keeps, one for each kind of input.
-MAX_RECORDINGS = 4
+MAX_RECORDINGS = 8
 
 Key = tuple[Any, ...]
 
 
-def _watched(network: Recording | nn.Module) -> bool:
+def _watched(network: Recording | Pieces | nn.Module) -> bool:
     """Whether hooks or gradients want to see the layers run one by one."""
     modules, parameters = (
         (network.modules, network.parameters)
-        if isinstance(network, Recording)
+        if isinstance(network, (Recording, Pieces))
         else (network.modules(), network.parameters())
     )
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -37,7 +38,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_key: dict[Key, Recording | None | Literal[False]] = {}  # None: seen once; False: can't be
+        self._by_key: dict[Key, Recording | Pieces | None | Literal[False]] = {}  # None: seen once; False: can't be
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
         return Recordings()
@@ -46,7 +47,7 @@ class Recordings:
         return Recordings, ()
 
     def __len__(self) -> int:
-        return sum(isinstance(r, Recording) for r in self._by_key.values())
+        return sum(isinstance(r, (Recording, Pieces)) for r in self._by_key.values())
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...]) -> Any:
         """``network(*args)``, from a recording where there is one for such inputs."""
@@ -70,10 +71,10 @@ class Recordings:
                 self._by_key[key] = False
         return network(*args)
 
-    def _record(self, key: Key, network: nn.Module, args: tuple[Any, ...]) -> Recording:
+    def _record(self, key: Key, network: nn.Module, args: tuple[Any, ...]) -> Recording | Pieces:
         assert isinstance(network, fx.GraphModule)
         with self._lock, torch.no_grad():
-            self._by_key[key] = recording = Recording(network, args)
+            self._by_key[key] = recording = recorded(network, args)
         return recording
 
 

@@ -12,7 +12,7 @@ from cnncomp.graph import trace
 from tests.helpers import mask_weights
 
 X = torch.randn(1, 8, 8, 8)
-DENSE = {"dense.nchw": 1.0, "dense.channels_last": 1.1, "dense.fused": 1.2}
+DENSE = {"dense.nchw": 1.0, "dense.channels_last": 1.1, "dense.fused": 1.2, "dense.direct": 1.3}
 
 
 def chooser(*layers: nn.Module, zeros: float = 0.0) -> Chooser:
@@ -75,7 +75,8 @@ def test_a_compressed_kernel_needs_a_margin(seconds: float, kernel: str, monkeyp
 def test_no_compressed_layer_loses_to_dense_with_its_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it wins, and the whole network would; but in this layer's place dense would be faster."""
     found = chooser(*convs(2), zeros=0.9)
-    fast_last = {"dense.nchw": 3.0, "dense.channels_last": 3.0, "dense.fused": 1.0, "conv2d_sparse": 9.0}
+    fast_last = {**DENSE, "dense.nchw": 3.0, "dense.direct": 3.0, "dense.channels_last": 3.0, "dense.fused": 1.0}
+    fast_last["conv2d_sparse"] = 9.0
     times = [fast_last, {**DENSE, "conv2d_sparse": 0.85}]
     assert settle(found, times, monkeypatch, 0.1) == ["dense.fused", "conv2d_sparse"]
     assert settle(chooser(*convs(2), zeros=0.9), times, monkeypatch, 0.3)[1].startswith("dense.")

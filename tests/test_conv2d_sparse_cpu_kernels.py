@@ -171,6 +171,7 @@ GRID = {
     "dilation and stride": Conv(h=40, w=43, dilation=(3, 2), stride=(2, 3), padding=(3, 4)),
     "kernel 1x7": Conv(h=17, w=17, kernel=(1, 7), padding=(0, 3)),
     "kernel 7x1": Conv(h=17, w=17, kernel=(7, 1), padding=(3, 0)),
+    "tiles between two rows": Conv(c=3, h=12, w=224, kernel=(7, 7), padding=(3, 3), stride=(2, 2), block=30),
     "kernel 7x7, stride 2": Conv(c=3, h=40, w=40, kernel=(7, 7), padding=(3, 3), stride=(2, 2)),
     "even kernel": Conv(h=10, w=33, kernel=(2, 4), padding=(1, 1)),
     "kernel as large as the image": Conv(h=6, w=5, kernel=(6, 5), padding=(0, 0), n=3),

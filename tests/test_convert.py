@@ -16,7 +16,7 @@ from cnncomp.dispatch import LayerPlan, Plan
 from cnncomp.dispatch.candidates import options_for
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.nn import Clamp, ConvertedLayer, DenseConv2d, DenseLinear, QuantConv2d, QuantLinear, SparseConv2d
-from cnncomp.nn.dense import CONV_KERNELS, DEPTHWISE_KERNEL
+from cnncomp.nn.dense import CONV_KERNELS, DEPTHWISE_KERNEL, OWN_KERNELS
 from tests.helpers import mask_weights, randomize_norms, reference_conv
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -282,7 +282,7 @@ def test_compile_and_export_with_a_dynamic_batch(kind: str) -> None:
             torch.testing.assert_close(exported(x), fast(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [*CONV_KERNELS, DEPTHWISE_KERNEL])
+@pytest.mark.parametrize("kernel", [*CONV_KERNELS, *sorted(OWN_KERNELS)])
 def test_dense_kernels_agree_and_compile(kernel: str) -> None:
     """Every dense kernel, with and without residual and activation, in both layouts; compiled and exported as well."""
     c, groups = (8, 8) if kernel == DEPTHWISE_KERNEL else (3, 1)
@@ -383,7 +383,7 @@ def test_layer_without_a_kernel_stays_dense_and_says_so() -> None:
     layer = DenseLinear(torch.randn(2, 66_312))
     layer.info = cnncomp.nn.LayerInfo("long", input=cnncomp.nn.QuantSpec(1.0, torch.uint8))
     options, reason = options_for(layer, "cpu")
-    assert [o.candidate.kernel for o in options] == ["dense.linear"] and "66311" in reason
+    assert [o.candidate.kernel for o in options] == ["dense.linear", "dense.rows"] and "66311" in reason
 
 
 def test_bad_arguments() -> None:

@@ -17,7 +17,7 @@ import cnncomp
 from cnncomp.errors import InferenceOnlyError
 from cnncomp.executor import _Buffer, _place
 from cnncomp.nn import SparseConv2d
-from cnncomp.recordings import Recordings, kernels_of
+from cnncomp.recordings import MAX_RECORDINGS, Recordings, kernels_of
 from tests.helpers import mask_weights
 from tests.saved_networks import NETWORKS, converted
 
@@ -223,7 +223,7 @@ def test_recordings_are_few() -> None:
     for size in range(3, 30):
         x = torch.randn(1, 3, size, size)
         assert torch.equal(recorded(model, x)(x), model.network(x))
-    assert 0 < len(model._recordings) <= 4
+    assert len(model._recordings) == MAX_RECORDINGS
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(0, 10)), max_size=25))

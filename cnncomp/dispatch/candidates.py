@@ -22,7 +22,7 @@ from cnncomp.nn import (
     SparseQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
 from cnncomp.ops.packing import quad_sparsity
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
@@ -87,6 +87,11 @@ def _is_depthwise(layer: ConvertedLayer) -> str | None:
     return None if layer.geometry.depthwise else "not depthwise"
 
 
+def _not_depthwise(layer: ConvertedLayer) -> str | None:
+    assert isinstance(layer, DenseConv2d)
+    return "depthwise" if layer.geometry.depthwise else None
+
+
 def _is_quantized(layer: ConvertedLayer) -> str | None:
     return None if layer.info.input is not None else "not quantised"
 
@@ -111,9 +116,9 @@ def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
     return f"{empty:.0%} of the quads of input channels are zero: sparse int8 kernels need {MIN_SPARSITY:.0%}"
 
 
-def _dense_conv(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
+def _dense(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     def build(layer: ConvertedLayer) -> ConvertedLayer:
-        assert isinstance(layer, DenseConv2d)
+        assert isinstance(layer, (DenseConv2d, DenseLinear))
         return layer.with_kernel(kernel)
 
     return build
@@ -160,16 +165,18 @@ def _sparse_linear(layer: ConvertedLayer) -> ConvertedLayer:
 
 _ANY = ("cpu", "cuda")
 CONV_CANDIDATES = (
-    Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense_conv("dense.nchw")),
-    Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense_conv("dense.channels_last")),
-    Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense_conv("dense.fused")),
-    Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense_conv(DEPTHWISE_KERNEL)),
+    Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense("dense.nchw")),
+    Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense("dense.channels_last")),
+    Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense("dense.fused")),
+    Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense(DEPTHWISE_KERNEL)),
+    Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
     Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
+    Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),

@@ -157,7 +157,7 @@ class Chooser:
 
         def make() -> Callable[[], object]:
             module = module_at(self.gm, node)
-            if fmt == Q8 and isinstance(module, nn.MaxPool2d):
+            if isinstance(module, nn.MaxPool2d) and passes_8bit(self.gm, node):
                 module = QuantMaxPool2d.from_float(module)
             x = to_format(_noise(shape, self.device), fmt, QuantSpec(1.0, torch.uint8))
             return lambda: module(x)
@@ -196,7 +196,20 @@ class Chooser:
     def cheapest_dense(self) -> Assignment:
         """The best dense network."""
         allowed = {node: [o for o in opts if o.candidate.dense] for node, opts in self.options.items()}
-        return self._descend({node: min(opts, key=_seconds) for node, opts in allowed.items()}, allowed)
+        return min((self._descend(start, allowed) for start in self._starts(allowed)), key=self.cost)
+
+    @staticmethod
+    def _starts(allowed: dict[fx.Node, list[Option]]) -> list[Assignment]:
+        """The fastest options without regard to layouts, and those of each float layout: from one layout to the other is
+        more than one step at a time."""
+
+        def fastest(opts: list[Option], formats: tuple[str, ...]) -> Option:
+            return min((o for o in opts if o.candidate.takes in formats), key=_seconds, default=min(opts, key=_seconds))
+
+        return [
+            {node: fastest(opts, formats) for node, opts in allowed.items()}
+            for formats in ((NCHW, NHWC, Q8), (NCHW,), (NHWC,))
+        ]
 
     def cheapest(self) -> Assignment:
         """The best network in which no compressed layer takes longer than the best dense kernel in its place: its own time
@@ -205,8 +218,9 @@ class Chooser:
             node: [o for o in opts if o.candidate.dense or self.beats_dense(node, o)]
             for node, opts in self.options.items()
         }
+        dense = self.cheapest_dense()
         while True:
-            starts = [{node: min(opts, key=_seconds) for node, opts in allowed.items()}, self.cheapest_dense()]
+            starts = [*self._starts(allowed), dense]
             best = min((self._descend(start, allowed) for start in starts), key=self.cost)
             costs = self.costs(best)
             losers = [
@@ -226,6 +240,7 @@ class Chooser:
         return option.seconds <= MARGIN * self.best_dense(node)
 
     def _descend(self, current: Assignment, allowed: dict[fx.Node, list[Option]]) -> Assignment:
+        current = dict(current)
         best = self.cost(current)
         improved = True
         while improved:

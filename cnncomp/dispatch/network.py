@@ -23,7 +23,7 @@ from cnncomp.errors import ArgumentError
 from cnncomp.graph import Traced
 from cnncomp.graph.chain import output_specs, passes_8bit, source
 from cnncomp.graph.nodes import cloned, input_node, module_at, put_module
-from cnncomp.nn import QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
+from cnncomp.nn import MeanPool2d, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 from cnncomp.progress import Advance
 from cnncomp.recordings import Recordings
 
@@ -241,7 +241,10 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
                 step = spec.scale
             layer.set_output(specs.get(node), step)
     for node in gm.graph.nodes:
-        if node.op == "call_module" and passes_8bit(gm, node):
-            module = module_at(gm, node)
-            if isinstance(module, nn.MaxPool2d) and type(module) is nn.MaxPool2d and source(gm, node) in specs:
-                put_module(gm, node, QuantMaxPool2d.from_float(module))
+        if node.op != "call_module":
+            continue
+        module = module_at(gm, node)
+        if MeanPool2d.applies(module):
+            put_module(gm, node, MeanPool2d())
+        elif type(module) is nn.MaxPool2d and passes_8bit(gm, node):
+            put_module(gm, node, QuantMaxPool2d.from_float(module))

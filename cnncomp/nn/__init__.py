@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
-from cnncomp.nn.pool import QuantMaxPool2d
+from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
 from cnncomp.nn.sparse_quant import SparseQuantConv2d, SparseQuantLinear
@@ -33,6 +33,7 @@ __all__ = [
     "DenseLinear",
     "Geometry",
     "LayerInfo",
+    "MeanPool2d",
     "QuantConv2d",
     "QuantLinear",
     "QuantMaxPool2d",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from cnncomp.errors import ArgumentError
 from cnncomp.nn.base import (
@@ -21,44 +23,38 @@ from cnncomp.nn.base import (
     clamp_from_config,
     geometry_config,
 )
+from cnncomp.ops.packing import dense_block, pack_dense, unpack_dense
 
 #: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused and its weight laid
 #: out once, as torch.compile does it when weights are frozen.
 CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
-#: For depthwise convolutions also this package's own, on a CPU.
+#: This package's own, on a CPU: for depthwise convolutions, and for all others.
 DEPTHWISE_KERNEL = "dense.depthwise"
+DIRECT_KERNEL = "dense.direct"
+OWN_KERNELS = frozenset((DEPTHWISE_KERNEL, DIRECT_KERNEL))
 #: Those that read and write contiguous images; the others take channels_last.
-NCHW_KERNELS = frozenset(("dense.nchw", DEPTHWISE_KERNEL))
+NCHW_KERNELS = frozenset(("dense.nchw", *OWN_KERNELS))
+
+
+#: Kernels of a dense linear layer: torch's, and this package's own for few rows, on a CPU.
+ROWS_KERNEL = "dense.rows"
+LINEAR_KERNELS = ("dense.linear", ROWS_KERNEL)
+#: The most rows that it takes: with more, torch's is faster on every CPU measured.
+MAX_ROWS = 16
 
 
 def dense_kernels(geometry: Geometry, device: str) -> tuple[str, ...]:
     """The dense kernels that can run a convolution on a kind of device ("cpu", "cuda")."""
     if device != "cpu":
         return tuple(k for k in CONV_KERNELS if k != "dense.fused")
-    return (*CONV_KERNELS, DEPTHWISE_KERNEL) if geometry.depthwise else CONV_KERNELS
+    return (*CONV_KERNELS, DEPTHWISE_KERNEL if geometry.depthwise else DIRECT_KERNEL)
 
 
-class _Packed:
-    """A weight in oneDNN's own layout, made at the first call. Copies start empty: the layout can't be copied or stored."""
-
-    def __init__(self) -> None:
-        self._made: tuple[tuple[int, int], Tensor] | None = None  # of which weight, and what
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
-        return _Packed()
-
-    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
-        return _Packed, ()
-
-    def get(self, weight: Tensor, g: Geometry, shape: torch.Size) -> Tensor:
-        """``weight`` packed for inputs of ``shape``; those of other shapes give the same, perhaps slower."""
-        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        made = self._made
-        if made is None or made[0] != key:
-            where = (list(g.padding), list(g.stride), list(g.dilation), g.groups)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *where, list(shape))
-            self._made = made = (key, packed)
-        return made[1]
+def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
+    """Fused operators have no gradient, and oneDNN's with a residual no fake function; a compiler fuses by itself."""
+    if x.requires_grad or (residual is not None and residual.requires_grad) or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.numel() > 0
 
 
 class _Dense(ConvertedLayer):
@@ -85,9 +81,13 @@ class _Dense(ConvertedLayer):
 class DenseConv2d(_Dense, ConvLayer):
     """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
 
-    ``kernel`` is one of :data:`CONV_KERNELS`, or :data:`DEPTHWISE_KERNEL` for a depthwise one. "dense.fused" and
-    "dense.depthwise" run on the CPU in inference only; elsewhere torch's kernels stand in.
+    ``kernel`` is one of :func:`dense_kernels`. "dense.fused", "dense.depthwise" and "dense.direct" run on the CPU in inference
+    only; elsewhere torch's kernels stand in. The weight is held once, as the kernel takes it: "dense.direct" packs it at
+    once, "dense.fused" into oneDNN's own layout at the first call.
     """
+
+    plain: nn.Parameter | None
+    packed: Tensor | None
 
     def __init__(
         self,
@@ -102,15 +102,63 @@ class DenseConv2d(_Dense, ConvLayer):
             raise ArgumentError("kernel", kernel, f"one of {', '.join(known)}")
         self.geometry, self.kernel = geometry, kernel
         self._bound(activation)
-        self._packed = _Packed()
-        layout = torch.contiguous_format if kernel in NCHW_KERNELS else torch.channels_last
-        with torch.inference_mode(False):  # a tensor born in inference mode does not tell when it is changed
-            self.weight = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
+        self._onednn: Tensor | None = None  # the weight in a layout that can't be copied or stored
+        self.register_buffer("packed", None)
+        if kernel == DIRECT_KERNEL:
+            g = geometry
+            block = dense_block(g.kernel_size, g.in_channels // g.groups)
+            self.packed = pack_dense(weight.detach(), g.groups, block)
+            self.plain = None
+        else:
+            layout = torch.contiguous_format if kernel in NCHW_KERNELS else torch.channels_last
+            self.plain = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @property
+    def weight(self) -> Tensor:
+        """(K, C/G, R, S): the parameter, or a copy where the kernel holds it packed."""
+        plain, packed, g = self.plain, self.packed, self.geometry
+        if plain is not None:
+            return plain
+        if packed is not None:
+            return unpack_dense(packed, g.in_channels, g.out_channels)
+        return self._from_onednn()
+
+    @torch.compiler.assume_constant_result
+    def _from_onednn(self) -> Tensor:
+        """The weight in torch's layout. To a compiler it is a constant: it can't see into oneDNN's."""
+        assert self._onednn is not None
+        with unset_fake_temporarily():
+            return self._onednn.to_dense().contiguous(memory_format=torch.channels_last)
+
+    def weight_bytes(self) -> int:
+        held = 0 if self._onednn is None else self._onednn.numel() * self._onednn.element_size()
+        return super().weight_bytes() + held
+
+    def _unpack(self) -> None:
+        """Hold the weight as a parameter again, if oneDNN has it."""
+        if self._onednn is not None:
+            self.plain, self._onednn = nn.Parameter(self._from_onednn(), requires_grad=False), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._unpack()
+        return self.__dict__.copy()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedLayer:
+        self._unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args)
+
+    @property
     def own_kernels(self) -> bool:
-        return self.kernel == DEPTHWISE_KERNEL
+        return self.kernel in OWN_KERNELS
 
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         if not clamped:
@@ -121,23 +169,17 @@ class DenseConv2d(_Dense, ConvLayer):
         g = self.geometry
         if self.kernel in NCHW_KERNELS:
             x = x.contiguous()
-            if self.kernel == DEPTHWISE_KERNEL and self._can_fuse(x, residual):
-                lo, hi = act.lo, act.hi
-                where = (g.stride, g.padding, g.dilation)
-                return torch.ops.cnncomp.conv2d_depthwise(x, self.weight, self.bias, residual, lo, hi, *where)
+            if self.kernel in OWN_KERNELS and _can_fuse(x, residual):
+                where, epilogue = (g.stride, g.padding, g.dilation), (self.bias, residual, act.lo, act.hi)
+                if self.kernel == DEPTHWISE_KERNEL:
+                    return torch.ops.cnncomp.conv2d_depthwise(x, self.plain, *epilogue, *where)
+                return torch.ops.cnncomp.conv2d_dense(x, self.packed, *epilogue, g.out_channels, *where)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
-            if self.kernel == "dense.fused" and self._can_fuse(x, residual):
+            if self.kernel == "dense.fused" and _can_fuse(x, residual):
                 return self._fused(x, residual, act)
         t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
         return clamp_add(t, residual, act)
-
-    @staticmethod
-    def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
-        """Fused operators have no gradient, and oneDNN's with a residual no fake function; a compiler fuses by itself."""
-        if x.requires_grad or (residual is not None and residual.requires_grad) or torch.compiler.is_compiling():
-            return False
-        return x.device.type == "cpu" and x.numel() > 0
 
     def _fused(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
         g = self.geometry
@@ -146,7 +188,11 @@ class DenseConv2d(_Dense, ConvLayer):
             attr, scalars = "relu", []
         where = (list(g.padding), list(g.stride), list(g.dilation), g.groups)
         op = torch.ops.mkldnn._convolution_pointwise
-        weight = self._packed.get(self.weight, g, x.shape)
+        weight = self._onednn
+        if weight is None:  # inputs of other shapes give the same, perhaps slower
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *where, list(x.shape))
+            self._onednn = weight
+            self.plain = None
         if residual is None:
             return op.default(x, weight, self.bias, *where, attr, scalars, "")
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -188,28 +234,42 @@ class DenseConv2d(_Dense, ConvLayer):
 
 
 class DenseLinear(_Dense, LinearLayer):
-    """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K)."""
+    """fp32 linear, bias, residual and clamp. Input (..., C), output (..., K).
 
-    kernel = "dense.linear"
+    ``kernel`` is one of :data:`LINEAR_KERNELS`. :data:`ROWS_KERNEL` runs on the CPU in inference only, and on few rows;
+    elsewhere torch's stands in.
+    """
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None = None,
         activation: Clamp = LINEAR,
+        kernel: str = "dense.linear",
     ) -> None:
         super().__init__()
+        if kernel not in LINEAR_KERNELS:
+            raise ArgumentError("kernel", kernel, f"one of {', '.join(LINEAR_KERNELS)}")
+        self.kernel = kernel
         self.out_features, self.in_features = weight.shape
         self._bound(activation)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
+    @property
+    def own_kernels(self) -> bool:
+        return self.kernel == ROWS_KERNEL
+
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
-        t = F.linear(x, self.weight, self.bias)
-        return self._bounded(clamp_add(t, residual, self._interval)) if clamped else clamp_add(t, residual, LINEAR)
+        act = self._interval if clamped else LINEAR
+        if self.own_kernels and _can_fuse(x, residual) and x.numel() <= MAX_ROWS * self.in_features:
+            t = torch.ops.cnncomp.linear_dense(x, self.weight, self.bias, residual, act.lo, act.hi)
+        else:
+            t = clamp_add(F.linear(x, self.weight, self.bias), residual, act)
+        return self._bounded(t) if clamped else t
 
     def config(self) -> dict[str, Any]:
-        return {"activation": clamp_config(self.activation)}
+        return {"activation": clamp_config(self.activation), "kernel": self.kernel}
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"weight": self.weight.detach()}
@@ -217,10 +277,15 @@ class DenseLinear(_Dense, LinearLayer):
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseLinear:
-        return cls(tensors["weight"], tensors.get("bias"), clamp_from_config(config["activation"]))
+        activation = clamp_from_config(config["activation"])
+        return cls(tensors["weight"], tensors.get("bias"), activation, config.get("kernel", "dense.linear"))
 
     def to_dense(self) -> DenseLinear:
         return self
 
+    def with_kernel(self, kernel: str) -> DenseLinear:
+        """The same layer on another of :data:`LINEAR_KERNELS`."""
+        return DenseLinear(self.weight, self.bias, self.activation, kernel)
+
     def extra_repr(self) -> str:
-        return f"{self.in_features}→{self.out_features} {self.activation}"
+        return f"{self.in_features}→{self.out_features} {self.activation} kernel={self.kernel}"

@@ -1,4 +1,4 @@
-"""Max-pool that takes 8 bit as well as floats."""
+"""Pools on kernels of this package."""
 
 from __future__ import annotations
 
@@ -6,25 +6,46 @@ import torch
 from torch import Tensor, nn
 
 
+def _ours(x: Tensor) -> bool:
+    """Whether the float kernels can take ``x``: they are for a CPU and have no gradient."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
+
+
 class QuantMaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 8-bit images in 8 bit: max-pool changes no value, so scale and zero point stay.
 
-    Ceil mode and returned indices are for float images only.
+    Float images run in torch, but those in NCHW on a CPU. Ceil mode and returned indices are for float images only.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_floating_point() or self.ceil_mode or self.return_indices:
+        if self.ceil_mode or self.return_indices:
+            return super().forward(input)
+        if input.is_floating_point() and not (_ours(input) and input.is_contiguous()):
             return super().forward(input)
 
         def pair(v: int | tuple[int, ...]) -> list[int]:
             return [v, v] if isinstance(v, int) else list(v)
 
         stride = self.kernel_size if self.stride is None else self.stride
-        return torch.ops.cnncomp.max_pool2d_int8(
-            input, pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation)
-        )
+        op = torch.ops.cnncomp.max_pool2d if input.is_floating_point() else torch.ops.cnncomp.max_pool2d_int8
+        return op(input, pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
 
     @classmethod
     def from_float(cls, pool: nn.MaxPool2d) -> QuantMaxPool2d:
         """From torch's max-pool."""
         return cls(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices, pool.ceil_mode)
+
+
+class MeanPool2d(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d(1)``: the mean of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.cnncomp.mean_pool2d(input) if _ours(input) else super().forward(input)
+
+    @classmethod
+    def applies(cls, pool: nn.Module) -> bool:
+        """Whether a module of torch's does the same."""
+        return type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1), [1, 1])

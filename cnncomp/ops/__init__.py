@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from cnncomp.ops import (
+    conv2d_dense,
     conv2d_depthwise,
     conv2d_int8,
     conv2d_sparse,
     conv2d_sparse_int8,
+    linear_dense,
     max_pool2d_int8,
+    pool2d,
     quantize,
 )
 from cnncomp.ops._openmp import attach
@@ -15,10 +18,13 @@ from cnncomp.ops._openmp import attach
 attach()
 
 __all__ = [
+    "conv2d_dense",
     "conv2d_depthwise",
     "conv2d_int8",
     "conv2d_sparse",
     "conv2d_sparse_int8",
+    "linear_dense",
     "max_pool2d_int8",
+    "pool2d",
     "quantize",
 ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
 from cnncomp.ops.library import (
     Pair,
-    check_dtype,
+    check_float32,
     check_residual,
-    check_same_device,
+    contiguous,
     conv_out_shape,
     define,
     num_threads,
@@ -50,10 +49,7 @@ def _conv_cpu(
 ) -> Tensor:
     from cnncomp import _cpu
 
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None:
-            check_dtype(name, t, torch.float32)
-    check_same_device(x, weight=weight, bias=bias, residual=residual)
+    check_float32(x, weight=weight, bias=bias, residual=residual)
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ArgumentError("weight", f"shape {tuple(weight.shape)}", "(C, 1, R, S)")
     kernel_size = (weight.shape[2], weight.shape[3])
@@ -66,8 +62,7 @@ def _conv_cpu(
     if out.numel() == 0:
         return out
     x, weight = x.contiguous(), weight.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    residual = contiguous(residual)
     _cpu.conv2d_depthwise(
         x.data_ptr(), n, c, h, w, weight.data_ptr(), *kernel_size, *stride, *padding, *dilation,
         pointer(bias), pointer(residual), lo, hi, out.data_ptr(), num_threads(),

@@ -17,6 +17,7 @@ from cnncomp.ops.library import (
     check_dtype,
     check_residual,
     check_same_device,
+    contiguous,
     conv_out_shape,
     define,
     num_threads,
@@ -181,8 +182,7 @@ def _linear_cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    residual = contiguous(residual)
     _cpu.conv2d_int8(
         x.data_ptr(), x.dtype == torch.int8, x.numel() // c, 1, 1, c,
         weight.data_ptr(), k, 1, 1, 1, 1, 0, 0, 1, 1, 1, False,

@@ -13,6 +13,7 @@ from cnncomp.ops.library import (
     check_dtype,
     check_residual,
     check_same_device,
+    contiguous,
     conv_out_shape,
     define,
     num_threads,
@@ -103,8 +104,7 @@ def _conv_cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    residual = contiguous(residual)
     _cpu.conv2d_sparse(
         x.data_ptr(), n, c, h, w,
         values.data_ptr(), index.data_ptr(), row_ptr.data_ptr(), block,
@@ -179,8 +179,7 @@ def _linear_cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    residual = contiguous(residual)
     _cpu.linear_sparse(
         x.data_ptr(), x.numel() // c, c,
         values.data_ptr(), index.data_ptr(), row_ptr.data_ptr(), block, out_channels,

@@ -18,6 +18,7 @@ from cnncomp.ops.library import (
     Pair,
     check_dtype,
     check_same_device,
+    contiguous,
     conv_out_shape,
     define,
     num_threads,
@@ -158,8 +159,7 @@ def _linear_cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    residual = contiguous(residual)
     _cpu.conv2d_sparse_int8(
         x.data_ptr(), x.dtype == torch.int8, x.numel() // c, 1, 1, c,
         values.data_ptr(), index.data_ptr(), row_ptr.data_ptr(), block,

@@ -72,6 +72,14 @@ def check_same_device(x: Tensor, **others: Tensor | None) -> None:
             raise DeviceError(name, other.device, f"the input's device, {x.device}")
 
 
+def check_float32(x: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors are float32 and lie where ``x`` does."""
+    for name, t in (("x", x), *others.items()):
+        if t is not None:
+            check_dtype(name, t, torch.float32)
+    check_same_device(x, **others)
+
+
 def check_reduction(length: int) -> None:
     """Raise unless a sum of ``length`` products of u8 and s8 always fits int32."""
     if length > MAX_REDUCTION:
@@ -108,6 +116,11 @@ def conv_out_shape(
     if p < 1 or q < 1:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", f"an image no smaller than the kernel {tuple(kernel_size)}")
     return x.shape[0], out_channels, p, q
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """``x.contiguous()``, None for None. Keep what it gives for as long as a kernel reads it."""
+    return None if x is None else x.contiguous()
 
 
 def pointer(x: Tensor | None) -> int:

@@ -69,6 +69,39 @@ class PackedSparse(NamedTuple):
     block: int
 
 
+DENSE_ROWS = 8  # output channels whose dense fp32 weights lie next to each other
+
+
+def dense_block(kernel_size: tuple[int, int], channels_per_group: int) -> int:
+    """Input channels per block of a dense weight: as even as can be, so that none is padded much."""
+    most = default_block(kernel_size, channels_per_group)
+    return -(-channels_per_group // -(-channels_per_group // most)) if channels_per_group else 1
+
+
+def pack_dense(weight: Tensor, groups: int, block: int) -> Tensor:
+    """Pack a float32 weight for the dense CPU kernel.
+
+    Args:
+        weight: ``(K, C/G, R, S)``.
+        groups: G.
+        block: input channels per block.
+
+    Returns:
+        ``(G, NB, KB, block, R, S, 8)``, zeros outside.
+    """
+    k, cg, r, s = weight.shape
+    w = _pad_to(_pad_to(weight.reshape(groups, k // groups, cg, r, s), 1, DENSE_ROWS), 2, block)
+    w = w.reshape(groups, w.shape[1] // DENSE_ROWS, DENSE_ROWS, w.shape[2] // block, block, r, s)
+    return w.permute(0, 3, 1, 4, 5, 6, 2).contiguous()
+
+
+def unpack_dense(packed: Tensor, in_channels: int, out_channels: int) -> Tensor:
+    """The inverse of :func:`pack_dense`: ``(K, C/G, R, S)``; ``in_channels``: C."""
+    groups, blocks, rows, block, r, s, _ = packed.shape
+    w = packed.permute(0, 2, 6, 1, 3, 4, 5).reshape(groups, rows * DENSE_ROWS, blocks * block, r, s)
+    return w[:, : out_channels // groups, : in_channels // groups].reshape(out_channels, -1, r, s).contiguous()
+
+
 def default_block(kernel_size: tuple[int, int], channels_per_group: int, linear: bool = False) -> int:
     """Input channels per block, so that the slice of the image that a tile reads stays in the first-level cache.
 

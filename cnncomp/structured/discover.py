@@ -16,13 +16,13 @@ from cnncomp._modules import _chain
 from cnncomp.convert import as_inputs
 from cnncomp.errors import ArgumentError
 from cnncomp.graph.nodes import cloned, has_user_hooks
+from cnncomp.graph.operations import is_channelwise
 from cnncomp.graph.trace import Call, base_type, record_calls, trace_graph
 from cnncomp.nn import ConvertedLayer
 from cnncomp.pruning.mask import Mask
 from cnncomp.quantization import QuantizeInputHook
 from cnncomp.structured.graph import ChannelGraph, build
 from cnncomp.structured.layers import Node, node_type
-from cnncomp.structured.operations import is_channelwise
 from cnncomp.structured.propagate import Propagation
 from cnncomp.structured.units import Units
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from cnncomp.structured import operations as ops
+from cnncomp.graph import operations as ops
 from cnncomp.structured.layers import GroupNormNode, Node, WeightNode
 from cnncomp.structured.units import Channels, Units
 

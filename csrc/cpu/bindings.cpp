@@ -26,5 +26,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_int8(m);
   bind_conv2d_depthwise(m);
   bind_conv2d_sparse(m);
+  bind_linear_dense(m);
+  bind_pool2d(m);
   bind_program(m);
 }

@@ -9,12 +9,7 @@ namespace cnncomp {
 namespace {
 
 DepthwiseKernel kernel() {
-#if defined(__x86_64__)
-  const Isa isa = current_isa();
-  if (isa == Isa::avx512 || isa == Isa::avx512vnni) return kDepthwiseAvx512;
-  if (isa != Isa::baseline) return kDepthwiseAvx2;
-#endif
-  return kDepthwiseBaseline;
+  return CNNCOMP_FP32_KERNELS(kDepthwise);
 }
 
 }  // namespace

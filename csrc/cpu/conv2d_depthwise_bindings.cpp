@@ -8,11 +8,6 @@ namespace py = pybind11;
 namespace cnncomp {
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void conv2d(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, uintptr_t weight, int64_t r, int64_t s, int64_t stride_h,
             int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, uintptr_t bias, uintptr_t residual,
             float lo, float hi, uintptr_t out, int num_threads) {

@@ -24,6 +24,7 @@ struct Plan {
   int64_t grids, pixels;  // pixels of each grid
   int64_t lanes, vectors, tiles, plane_length;
   int64_t group_c, group_k, blocks, k_ranges;
+  bool dense;
   bool linear;                  // every tap has a plane: input i is i planes away
   bool direct;                  // the input may serve as its own copy
   bool far;                     // too large for the second-level cache
@@ -31,6 +32,12 @@ struct Plan {
 
   // The first pixel of a tile: all tiles have the same number of vectors, or one more.
   int64_t tile_begin(int64_t tile) const { return tile * vectors / tiles * lanes; }
+
+  // The first output channel of one of k_ranges.
+  int64_t k_begin(const Conv2dSparseArgs& a, int64_t group, int64_t range) const {
+    if (dense) return std::min(group_k, ceil_div(group_k, kDenseRows) * range / k_ranges * kDenseRows);
+    return k_range_begin(a.weights.row_ptr + group * blocks * group_k, blocks, group_k, range, k_ranges);
+  }
 };
 
 // For each non-zero of a group, the bytes that its input lies behind the packed planes; kept from tile to tile.
@@ -61,6 +68,9 @@ struct Scratch {
   std::vector<SparseSegment> segments;
 };
 
+// In here, weights without a list of rows are dense.
+bool is_dense(const Conv2dSparseArgs& a) { return a.weights.row_ptr == nullptr; }
+
 bool is_pointwise(const Conv2dSparseArgs& a) {
   return a.r * a.s * a.stride_h * a.stride_w == 1 && a.pad_h + a.pad_w == 0;
 }
@@ -76,7 +86,8 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.pitch = plan.q + plan.columns.span;
   // Shifts of rows cost a halo and no two images can share a tile; a plane per tap costs R copies.
   plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, false);
-  const bool far = plan.rows.span * plan.pitch > a.r * max_tile;
+  const bool far = plan.dense ? plan.rows.planes() * (max_tile + plan.rows.span * plan.pitch) > a.r * max_tile
+                              : plan.rows.span * plan.pitch > a.r * max_tile;
   const bool small = plan.p * plan.q <= 64;
   if (far || small) plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, true);
   plan.one_grid = plan.rows.span == 0 && plan.columns.span == 0;
@@ -88,12 +99,15 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
 }
 
 // As few tiles as the first-level cache allows: while a tile is computed, all of its inputs in a block of channels are read
-// again and again. Tiles of more than kPixels gain nothing; those of fewer than kVectors are short of sums to work on.
+// again and again. Tiles of more than kPixels gain nothing, but where so few channels are read that each row of weights is
+// short; those of fewer than kVectors are short of sums to work on.
 void choose_tile(const Conv2dSparseArgs& a, int64_t lanes, Plan& plan) {
-  constexpr int64_t kBytes = 49152, kPixels = 112, kVectors = 4;
+  constexpr int64_t kBytes = 49152, kCache = 32768, kPixels = 112, kVectors = 4;
   const int64_t planes = plan.rows.planes() * plan.columns.planes();
   const int64_t bytes = std::min(a.weights.block, plan.group_c) * planes * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::clamp(std::min(kPixels, kBytes / bytes) / lanes, kVectors, int64_t{kSparseMaxTile});
+  const int64_t widest = kSparseMaxTile * lanes, pixels = bytes * widest <= kCache ? widest : kPixels;
+  const int64_t most = plan.dense ? int64_t{kDenseMaxTile}
+                                  : std::clamp(std::min(pixels, kBytes / bytes) / lanes, kVectors, int64_t{kSparseMaxTile});
   plan.lanes = lanes;
   plan.vectors = ceil_div(plan.pixels, lanes);
   plan.tiles = ceil_div(plan.vectors, most);
@@ -111,7 +125,8 @@ void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
   plan.linear = plan.rows.span == 0 && plan.columns.span == 0 && planes == a.r * a.s;
   plan.far = a.n * a.c * a.h * a.w * static_cast<int64_t>(sizeof(float)) > (int64_t{2} << 20);
   // A copy is aligned and lies closer together: it pays where each input is read often.
-  plan.direct = is_pointwise(a) && plan.group_k <= 256 && a.h * a.w % kSparseMaxLanes == 0;
+  const bool seldom = plan.dense ? plan.group_c <= 32 : plan.group_k <= 256;
+  plan.direct = is_pointwise(a) && seldom && a.h * a.w % kSparseMaxLanes == 0;
   plan.offset.clear();
   if (plan.linear) return;
   for (int64_t c = 0; c < block; c++) {
@@ -131,10 +146,12 @@ void make_plan(const Conv2dSparseArgs& a, const SparseKernels& kernels, Plan& pl
   plan.group_c = a.c / a.groups;
   plan.group_k = a.k / a.groups;
   plan.blocks = ceil_div(plan.group_c, a.weights.block);
-  choose_layout(a, kernels.lanes * kSparseMaxTile, plan);
+  plan.dense = is_dense(a);
+  choose_layout(a, kernels.lanes * (plan.dense ? kDenseMaxTile : kSparseMaxTile), plan);
   choose_tile(a, kernels.lanes, plan);
   make_offsets(a, plan);
-  plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, plan.group_k);
+  const int64_t rows = plan.dense ? ceil_div(plan.group_k, kDenseRows) : plan.group_k;
+  plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, rows);
 }
 
 // The runs that fill a plane from grid pixel `begin` on, in order, as every column plane needs them.
@@ -185,8 +202,9 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
   float* packed = direct != nullptr ? nullptr : scratch.planes.get(block * planes * plan.plane_length);
   constexpr int64_t kFloat = sizeof(float);
   t.step = direct != nullptr ? a.h * a.w * kFloat : plan.linear ? plan.plane_length * kFloat : 0;
-  const SparseTileKernel* const tiles = t.step != 0 ? kernels.tile_steps : kernels.tile_offsets;
-  if (t.step == 0) t.offset = scratch.offsets.get(a, plan, group);
+  const SparseTileKernel* const tiles = plan.dense ? t.step != 0 ? kernels.dense_steps : kernels.dense_offsets
+                                        : t.step != 0 ? kernels.tile_steps : kernels.tile_offsets;
+  if (t.step == 0) t.offset = plan.dense ? plan.offset.data() : scratch.offsets.get(a, plan, group);
   for (int64_t b = 0; b < plan.blocks; b++) {
     const int64_t c = group * plan.group_c + b * block, channels = std::min(block, plan.group_c - b * block);
     t.x = direct != nullptr ? direct + c * a.h * a.w : packed;
@@ -201,7 +219,12 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
       t.next = direct + (group * plan.group_c + next) * a.h * a.w + pixels;
       t.next_channels = std::min(block, plan.group_c - next);
     }
-    t.row_ptr = a.weights.row_ptr + (group * plan.blocks + b) * plan.group_k;
+    if (plan.dense) {
+      t.count = channels * a.r * a.s;
+      t.values = a.weights.values + (group * plan.blocks + b) * ceil_div(plan.group_k, kDenseRows) * t.block_floats;
+    } else {
+      t.row_ptr = a.weights.row_ptr + (group * plan.blocks + b) * plan.group_k;
+    }
     t.first_block = b == 0;
     t.last_block = b + 1 == plan.blocks;
     tiles[tile_vectors - 1](t);
@@ -217,7 +240,6 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   const int64_t begin = plan.tile_begin(tile), full = plan.tile_begin(tile + 1) - begin;
   const int64_t end = std::min(plan.pixels, begin + full);
   const int64_t image_pixels = plan.p * plan.q, k = group * plan.group_k;
-  const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
 
   make_segments(a, plan, grid, begin, end, scratch.segments);
   // The input itself serves as the copy where a whole tile of it is there to be read.
@@ -227,8 +249,9 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   SparseTile t;
   t.values = a.weights.values;
   t.index = a.weights.index;
-  t.k_begin = k_range_begin(row_ptr, plan.blocks, plan.group_k, k_range, plan.k_ranges);
-  t.k_end = k_range_begin(row_ptr, plan.blocks, plan.group_k, k_range + 1, plan.k_ranges);
+  t.block_floats = std::min(a.weights.block, plan.group_c) * a.r * a.s * kDenseRows;
+  t.k_begin = plan.k_begin(a, group, k_range);
+  t.k_end = plan.k_begin(a, group, k_range + 1);
   t.partial = plan.blocks > 1 ? scratch.partial.get((t.k_end - t.k_begin) * full) : nullptr;
   t.bias = a.bias != nullptr ? a.bias + k : nullptr;
   t.residual = a.residual != nullptr ? a.residual + k * image_pixels : nullptr;
@@ -241,15 +264,24 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   run_blocks(a, plan, kernels, group, full / plan.lanes, direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr, scratch, t);
 }
 
+void run(Conv2dSparseArgs args) {
+  static thread_local Plan plan;
+  if (args.n == 0 || args.k == 0) return;
+  if (is_pointwise(args)) {
+    args.w *= args.h;  // no tap looks at another row: an image is one long row
+    args.h = 1;
+  }
+  const SparseKernels& kernels = sparse_kernels();
+  make_plan(args, kernels, plan);
+  const Plan& p = plan;  // the one of this thread, for all threads
+  parallel_for(args.num_threads, p.grids * args.groups * p.tiles * p.k_ranges,
+               [&](int64_t task) { run_task(args, p, kernels, task); });
+}
+
 }  // namespace
 
 const SparseKernels& sparse_kernels() {
-#if defined(__x86_64__)
-  const Isa isa = current_isa();
-  if (isa == Isa::avx512 || isa == Isa::avx512vnni) return kSparseAvx512;
-  if (isa != Isa::baseline) return kSparseAvx2;
-#endif
-  return kSparseBaseline;
+  return CNNCOMP_FP32_KERNELS(kSparse);
 }
 
 int64_t count_k_ranges(int64_t tasks, int64_t threads, int64_t group_k) {
@@ -282,20 +314,15 @@ int64_t k_range_begin(const int32_t* row_ptr, int64_t blocks, int64_t group_k, i
   return low;
 }
 
-void conv2d_sparse(const Conv2dSparseArgs& given) {
-  static thread_local Plan plan;
-  Conv2dSparseArgs args = given;
+void conv2d_sparse(const Conv2dSparseArgs& args) {
   check_sparse_conv("conv2d_sparse", args);
-  if (args.n == 0 || args.k == 0) return;
-  if (is_pointwise(args)) {
-    args.w *= args.h;  // no tap looks at another row: an image is one long row
-    args.h = 1;
-  }
-  const SparseKernels& kernels = sparse_kernels();
-  make_plan(args, kernels, plan);
-  const Plan& p = plan;  // the one of this thread, for all threads
-  parallel_for(args.num_threads, p.grids * args.groups * p.tiles * p.k_ranges,
-               [&](int64_t task) { run_task(args, p, kernels, task); });
+  run(args);
+}
+
+void conv2d_dense(const Conv2dDenseArgs& a) {
+  check_sparse_conv("conv2d_dense", a);
+  run({a.x, a.n, a.c, a.h, a.w, {a.weights.values, nullptr, nullptr, a.weights.block}, a.k, a.r, a.s, a.stride_h, a.stride_w,
+       a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.groups, a.bias, a.residual, a.lo, a.hi, a.out, a.num_threads});
 }
 
 }  // namespace cnncomp

@@ -1,4 +1,4 @@
-// Convolution of dense fp32 activations with unstructured sparse fp32 weights.
+// Convolution of fp32 activations in NCHW with unstructured sparse, or dense, fp32 weights.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,17 @@ struct SparseWeights {
   int64_t block;           // input channels per block
 };
 
-struct Conv2dSparseArgs {
+// Dense weights as docs/design.md packs them ("dense fp32, CPU"): (groups, blocks, ceil(K / groups / 8), block, R, S, 8).
+struct DenseWeights {
+  const float* values;
+  int64_t block;  // input channels per block
+};
+
+template <class Weights>
+struct Conv2dArgs {
   const float* x;  // (n, c, h, w)
   int64_t n, c, h, w;
-  SparseWeights weights;
+  Weights weights;
   int64_t k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
   const float* bias;      // (k), or null
   const float* residual;  // (n, k, p, q), or null
@@ -25,7 +32,11 @@ struct Conv2dSparseArgs {
   int num_threads;
 };
 
+using Conv2dSparseArgs = Conv2dArgs<SparseWeights>;
+using Conv2dDenseArgs = Conv2dArgs<DenseWeights>;
+
 // out = clamp(conv2d(x, weights) + bias + residual, lo, hi). Throws std::invalid_argument for sizes that give no convolution.
 void conv2d_sparse(const Conv2dSparseArgs& args);
+void conv2d_dense(const Conv2dDenseArgs& args);
 
 }  // namespace cnncomp

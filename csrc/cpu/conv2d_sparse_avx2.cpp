@@ -1,6 +1,6 @@
-// The sparse micro-kernels with AVX2 and FMA: 8 pixels to a vector.
+// The sparse and dense micro-kernels with AVX2 and FMA: 8 pixels to a vector.
 #if defined(__AVX2__) && defined(__FMA__)
-#include "conv2d_sparse_tile.h"
+#include "conv2d_dense_tile.h"
 #include "float256.h"
 
 namespace cnncomp {

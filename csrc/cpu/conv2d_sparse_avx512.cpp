@@ -1,6 +1,6 @@
-// The sparse micro-kernels with AVX-512: 16 pixels to a vector.
+// The sparse and dense micro-kernels with AVX-512: 16 pixels to a vector.
 #if defined(__AVX512F__)
-#include "conv2d_sparse_tile.h"
+#include "conv2d_dense_tile.h"
 #include "float512.h"
 
 namespace cnncomp {

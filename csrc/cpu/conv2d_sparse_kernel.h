@@ -7,6 +7,8 @@
 namespace cnncomp {
 
 constexpr int kSparseMaxTile = 14;   // vectors: with the broadcast weight and one to spare they fill 16 registers
+constexpr int kDenseMaxTile = 6;     // vectors, times 4 output channels on 32 registers
+constexpr int kDenseRows = 8;        // output channels whose dense weights lie next to each other
 constexpr int kSparseMaxLanes = 16;  // floats in the widest vector
 
 // Pixels of a tile that are consecutive in the output, too.
@@ -17,7 +19,9 @@ struct SparseSegment {
 
 // One tile of output pixels, one block of input channels, a range of output channels.
 struct SparseTile {
-  const float* values;
+  const float* values;  // dense: of this block, (ceil(K / kDenseRows), block_floats)
+  int64_t block_floats;
+  int64_t count;  // dense: inputs of the block, channels times taps
   const uint16_t* index;
   const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
   int64_t k_begin, k_end;
@@ -61,6 +65,7 @@ struct SparseKernels {
   int lanes;  // floats in a vector
   // [T - 1]: T vectors of pixels
   SparseTileKernel tile_steps[kSparseMaxTile], tile_offsets[kSparseMaxTile];
+  SparseTileKernel dense_steps[kDenseMaxTile], dense_offsets[kDenseMaxTile];
   void (*pack)(const SparsePack&);
 };
 

@@ -134,11 +134,41 @@ inline __attribute__((always_inline)) void fetch(const float* p) {
   for (int i = 0; i < floats; i += 16) __builtin_prefetch(p + i, write, level);
 }
 
+// acc = what output channel k starts from.
+template <class V, int T>
+inline __attribute__((always_inline)) void begin_row(const SparseTile& a, int64_t k, Accumulators<V, T>& acc) {
+  if (a.first_block) {
+    acc.fill(a.bias != nullptr ? a.bias[k] : 0.0f);
+  } else {
+    acc.load(a.partial + (k - a.k_begin) * T * V::kLanes);
+  }
+}
+
+// Puts away the sums of output channel k.
+template <class V, int T>
+inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t k, const Accumulators<V, T>& acc) {
+  if (!a.last_block) {
+    acc.store(a.partial + (k - a.k_begin) * T * V::kLanes);
+    return;
+  }
+  if (a.num_segments == 1 && a.segments[0].tile_begin == 0) {  // not so where a tile begins between two rows
+    const int64_t at = a.segments[0].out_begin + k * a.out_stride_k;
+    finish(acc, a.out + at, a.residual != nullptr ? a.residual + at : nullptr, a.segments[0].length, a.lo, a.hi);
+    return;
+  }
+  alignas(64) float last[T * V::kLanes];
+  acc.store(last);
+  for (int64_t i = 0; i < a.num_segments; i++) {
+    const SparseSegment& s = a.segments[i];
+    const int64_t at = s.out_begin + k * a.out_stride_k;
+    finish<V>(a.out + at, last + s.tile_begin, a.residual != nullptr ? a.residual + at : nullptr, s.length, a.lo, a.hi);
+  }
+}
+
 template <class V, int T, class Inputs>
 void tile(const SparseTile& a) {
   constexpr int kTile = T * V::kLanes;
   constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
-  alignas(64) float last[kTile];
   const Inputs input(a);
   const int64_t fetches = a.next == nullptr ? 0 : (a.next_channels + a.k_end - a.k_begin - 1) / (a.k_end - a.k_begin);
   int64_t fetched = 0;
@@ -146,34 +176,15 @@ void tile(const SparseTile& a) {
     for (int64_t i = 0; i < fetches && fetched < a.next_channels; i++, fetched++) {
       fetch<kTile, 0, 2>(reinterpret_cast<const float*>(reinterpret_cast<const char*>(a.next) + fetched * a.step));
     }
-    const int64_t partial = (k - a.k_begin) * kTile;
     Accumulators<V, T> acc;
-    if (a.first_block) {
-      acc.fill(a.bias != nullptr ? a.bias[k] : 0.0f);
-    } else {
-      acc.load(a.partial + partial);
-    }
+    begin_row(a, k, acc);
     if (a.last_block && a.num_segments == 1 && k + kAhead < a.k_end) {
       const int64_t at = a.segments[0].out_begin + (k + kAhead) * a.out_stride_k;
       fetch<kTile, 1>(a.out + at);
       if (a.residual != nullptr) fetch<kTile, 0>(a.residual + at);
     }
     add_row(a.values, input, a.row_ptr[k], a.row_ptr[k + 1], acc);
-    if (!a.last_block) {
-      acc.store(a.partial + partial);
-      continue;
-    }
-    if (a.num_segments == 1) {
-      const int64_t at = a.segments[0].out_begin + k * a.out_stride_k;
-      finish(acc, a.out + at, a.residual != nullptr ? a.residual + at : nullptr, a.segments[0].length, a.lo, a.hi);
-      continue;
-    }
-    acc.store(last);
-    for (int64_t i = 0; i < a.num_segments; i++) {
-      const SparseSegment& s = a.segments[i];
-      const int64_t at = s.out_begin + k * a.out_stride_k;
-      finish<V>(a.out + at, last + s.tile_begin, a.residual != nullptr ? a.residual + at : nullptr, s.length, a.lo, a.hi);
-    }
+    end_row(a, k, acc);
   }
 }
 
@@ -202,9 +213,19 @@ void pack_vector(const SparsePack& a, float* dst, const float* src, int first, i
   }
 }
 
+// The first `length` floats of all channels, one channel after the other: streams that the prefetchers follow.
+template <class V>
+void copy_rows(const SparsePack& a, float* dst, const float* src, int64_t length) {
+  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.h * a.w;
+  for (int64_t c = 0; c < a.channels; c++, dst += dst_stride, src += src_stride) {
+    for (int64_t i = 0; i < length; i += V::kLanes) V::store(dst + i, V::load(src + i));
+  }
+}
+
 // Runs in order: what a run's last vector writes past its end, the next run writes again.
 template <class V>
 void pack(const SparsePack& a) {
+  constexpr int64_t kShort = 2;  // vectors of a run that are better copied one by one, for all channels
   int64_t begin = 0;
   for (int64_t i = 0; i < a.num_runs; begin += a.runs[i++ * a.column_planes].length) {
     for (int64_t plane = 0; plane < a.row_planes * a.column_planes; plane++) {
@@ -214,7 +235,12 @@ void pack(const SparsePack& a) {
       const int64_t first = outside ? 0 : run.first, last = outside ? 0 : run.last;
       float* const dst = a.dst + plane * a.plane_length + begin;
       const float* const src = a.x + run.image + row * a.w + run.column - run.first * a.stride_w;
-      for (int64_t j = 0; j < run.length; j += V::kLanes) {
+      int64_t j = 0;
+      if (run.length > kShort * V::kLanes && a.stride_w == 1 && run.first == 0 && first < last) {
+        j = last / V::kLanes * V::kLanes;
+        copy_rows<V>(a, dst, src, j);
+      }
+      for (; j < run.length; j += V::kLanes) {
         const int64_t left = a.plane_length - begin - j;
         pack_vector<V>(a, dst + j, src + j * a.stride_w, static_cast<int>(first - j), static_cast<int>(last - j),
                        static_cast<int>(left < V::kLanes ? left : V::kLanes));
@@ -226,15 +252,6 @@ void pack(const SparsePack& a) {
 template <class V, class Inputs, int... T>
 constexpr void set_tiles(SparseTileKernel* kernel, std::integer_sequence<int, T...>) {
   ((kernel[T] = tile<V, T + 1, Inputs>), ...);
-}
-
-template <class V>
-constexpr SparseKernels sparse_kernels_of() {
-  constexpr auto all = std::make_integer_sequence<int, kSparseMaxTile>();
-  SparseKernels kernels{V::kLanes, {}, {}, pack<V>};
-  set_tiles<V, Steps>(kernels.tile_steps, all);
-  set_tiles<V, Offsets>(kernels.tile_offsets, all);
-  return kernels;
 }
 
 }  // namespace

@@ -16,6 +16,11 @@ inline int64_t output_size(int64_t in, int64_t taps, int64_t stride, int64_t pad
   return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
 }
 
+inline float clamp(float t, float lo, float hi) {
+  t = t < lo ? lo : t;  // NaN stays
+  return t > hi ? hi : t;
+}
+
 // Throws std::invalid_argument, with the operator's name in front, unless the arguments' window fits the image.
 template <class Args>
 void check_window(const char* name, const Args& a) {

@@ -1,7 +1,7 @@
 // Vectors of floats for the fp32 kernels. Plain C++: 4 floats, one SSE2 or NEON register.
 //
 // Baseline, Avx2 and Avx512 have the same members. load_masked(p, between(first, last)), or in short
-// load_between(p, first, last), gives lanes [first, last), zero elsewhere, and reads nothing else; store_first writes the first n lanes; clamp keeps NaN, as torch does; even(a, b) gives the even elements
+// load_between(p, first, last), gives lanes [first, last), zero elsewhere, and reads nothing else; store_first writes the first n lanes; max gives NaN where one of the two is, clamp keeps it, as torch does; even(a, b) gives the even elements
 // of the two.
 #pragma once
 
@@ -11,6 +11,7 @@ namespace {
 struct Baseline {
   static constexpr int kLanes = 4;
   static constexpr int kChains = 8;  // multiply-adds in flight
+  static constexpr int kRegisters = 16;
   typedef float Vec __attribute__((vector_size(16)));
   typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -36,6 +37,7 @@ struct Baseline {
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   // Comparisons with NaN are false.
+  static Vec max(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
   static Vec clamp(Vec v, Vec lo, Vec hi) {
     v = v < lo ? lo : v;
     return v > hi ? hi : v;

@@ -10,6 +10,7 @@ struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kChains = 8;  // multiply-adds in flight
+  static constexpr int kRegisters = 16;
 
   static Vec broadcast(float v) { return _mm256_set1_ps(v); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -21,6 +22,9 @@ struct Avx2 {
   static void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) {  // the instruction gives b if either is NaN
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   // The operand that may be NaN comes second.
   static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
   static Vec even(Vec a, Vec b) {

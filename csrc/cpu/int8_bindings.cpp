@@ -13,11 +13,6 @@ namespace py = pybind11;
 namespace cnncomp {
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Dtype dtype(int code) {
   if (code < kU8 || code > kF32) throw std::invalid_argument("dtype: expected 0 (uint8), 1 (int8) or 2 (float32)");
   return static_cast<Dtype>(code);

@@ -43,8 +43,7 @@ void finish(const LinearSparseArgs& a, const float* y, int64_t tile, int64_t beg
       for (int64_t k = j; k < std::min(k_end, j + kBlock); k++) {
         float t = y[k * tile + i - begin];
         if (a.residual != nullptr) t += a.residual[i * a.k + k];
-        t = t < a.lo ? a.lo : t;  // NaN stays
-        a.out[i * a.k + k] = t > a.hi ? a.hi : t;
+        a.out[i * a.k + k] = clamp(t, a.lo, a.hi);
       }
     }
   }

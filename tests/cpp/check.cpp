@@ -96,7 +96,7 @@ void equal(const std::string& what, const char* got, const char* expected, int64
     float a, b;
     std::memcpy(&a, got + 4 * i, 4);
     std::memcpy(&b, expected + 4 * i, 4);
-    if (!(std::fabs(a - b) <= 1e-4f * (1 + std::fabs(b)))) {
+    if (a != b && !(std::fabs(a - b) <= 1e-4f * (1 + std::fabs(b)))) {  // infinities are equal, too
       throw std::runtime_error(what + ": float " + std::to_string(i) + ": got " + std::to_string(a) + ", expected " +
                                std::to_string(b));
     }

@@ -1,4 +1,4 @@
-"""Tables: the operations that channels are followed through."""
+"""Tables: the operations that channels, and the images of a batch, are followed through."""
 
 from __future__ import annotations
 

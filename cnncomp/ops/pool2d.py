@@ -1,0 +1,50 @@
+"""``cnncomp::max_pool2d`` on float images in NCHW, ``cnncomp::mean_pool2d`` over all pixels in either layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cnncomp.ops.library import Pair, check_dtype, conv_out_shape, define, num_threads
+
+MAX_SCHEMA = "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+MEAN_SCHEMA = "(Tensor x) -> Tensor"
+
+
+def _max_fake(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    return x.new_empty(conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation))
+
+
+def _max_cpu(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    from cnncomp import _cpu
+
+    check_dtype("x", x, torch.float32)
+    out = _max_fake(x, kernel_size, stride, padding, dilation)
+    if out.numel() == 0:
+        return out
+    n, c, h, w = x.shape
+    x = x.contiguous()
+    _cpu.max_pool2d(x.data_ptr(), n, c, h, w, *kernel_size, *stride, *padding, *dilation, out.data_ptr(), num_threads())
+    return out
+
+
+def _mean_fake(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], 1, 1))
+
+
+def _mean_cpu(x: Tensor) -> Tensor:
+    from cnncomp import _cpu
+
+    check_dtype("x", x, torch.float32)
+    out = _mean_fake(x)
+    n, c, h, w = x.shape
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if not last:
+        x = x.contiguous()
+    if out.numel():
+        _cpu.mean_pool2d(x.data_ptr(), n, c, h * w, last, out.data_ptr(), num_threads())
+    return out
+
+
+define("max_pool2d", MAX_SCHEMA, _max_fake, _max_cpu)
+define("mean_pool2d", MEAN_SCHEMA, _mean_fake, _mean_cpu)

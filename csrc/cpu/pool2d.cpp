@@ -1,0 +1,71 @@
+#include "pool2d.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpuid.h"
+#include "driver.h"
+#include "parallel.h"
+#include "pool2d_kernel.h"
+
+namespace cnncomp {
+namespace {
+
+const PoolKernels& kernels() {
+  return CNNCOMP_FP32_KERNELS(kPool);
+}
+
+struct Scratch {
+  std::vector<float> line;
+  std::vector<const float*> rows;
+};
+
+}  // namespace
+
+void max_pool2d(const MaxPool2dArgs& a) {
+  check_window("max_pool2d", a);
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  const PoolKernels& pool = kernels();
+  const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
+  const int64_t q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  const int64_t reach = a.w + 2 * a.pad_w + kPoolSlack * a.stride_w;
+  parallel_for(a.num_threads, a.n * a.c, [&](int64_t plane) {
+    static thread_local Scratch scratch;
+    scratch.line.assign(reach, kLowest);
+    const float* const x = a.x + plane * a.h * a.w;
+    for (int64_t i = 0; i < p; i++) {
+      float* const out = a.out + (plane * p + i) * q;
+      scratch.rows.clear();
+      for (int64_t r = 0; r < a.r; r++) {
+        const int64_t row = i * a.stride_h - a.pad_h + r * a.dil_h;
+        if (row >= 0 && row < a.h) scratch.rows.push_back(x + row * a.w);
+      }
+      if (scratch.rows.empty()) {
+        std::fill(out, out + q, kLowest);
+        continue;
+      }
+      pool.max_row({scratch.rows.data(), static_cast<int64_t>(scratch.rows.size()), a.w, a.s, a.stride_w, a.pad_w, a.dil_w,
+                    scratch.line.data(), out, q});
+    }
+  });
+}
+
+void mean_pool2d(const MeanPool2dArgs& a) {
+  const PoolKernels& pool = kernels();
+  const float scale = 1.0f / static_cast<float>(a.pixels);
+  if (a.channels_last) {
+    parallel_for(a.num_threads, a.n, [&](int64_t n) {
+      pool.sum_rows(a.x + n * a.pixels * a.c, a.pixels, a.c, a.c, scale, a.out + n * a.c);
+    });
+    return;
+  }
+  constexpr int64_t kPlanes = 32;  // of a task
+  parallel_for(a.num_threads, ceil_div(a.n * a.c, kPlanes), [&](int64_t task) {
+    for (int64_t i = task * kPlanes; i < std::min(a.n * a.c, (task + 1) * kPlanes); i++) {
+      a.out[i] = pool.sum(a.x + i * a.pixels, a.pixels) * scale;
+    }
+  });
+}
+
+}  // namespace cnncomp
