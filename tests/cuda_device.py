@@ -28,10 +28,15 @@ def host_bytes(pointer: int, size: int) -> np.ndarray:
 class EmulatedModule:
     """Stands in for the extension module: takes host pointers, plans with the real one, runs in the emulator."""
 
+    WORKSPACE_BYTES = _cuda.WORKSPACE_BYTES if _cuda else 0
+
+    def capture_id(self, device: int, stream: int) -> int:
+        return 0
+
     def conv2d_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
         names = (
             "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual "
-            "residual_dtype residual_scale lo out out_dtype"
+            "residual_dtype residual_scale lo out out_dtype workspace workspace_bytes tile parts"
         )
         a = dict(zip(names.split(), arguments, strict=True))
         p, q = (
@@ -44,7 +49,10 @@ class EmulatedModule:
         )
 
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
-        names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
+        names = (
+            "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype workspace "
+            "workspace_bytes tile parts"
+        )
         a = dict(zip(names.split(), arguments, strict=True))
         self._run(_cuda.plan_linear_int8, multiprocessors, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
 
@@ -53,11 +61,14 @@ class EmulatedModule:
         sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
         if a["residual"]:
             sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
+        if a["workspace"]:
+            sizes["workspace"] = a["workspace_bytes"]
         memory = GlobalMemory()
         host = {name: host_bytes(a[name], size) for name, size in sizes.items()}
         placed = a | {name: memory.allocate(view) for name, view in host.items()}
         emulated.run_planned(plan(multiprocessors, *placed.values()), "80", memory)
-        host["out"][:] = memory.fetch(placed["out"], host["out"])
+        for name in {"out", "workspace"} & host.keys():
+            host[name][:] = memory.fetch(placed[name], host[name])
 
 
 @contextlib.contextmanager

@@ -124,11 +124,14 @@ class Case:
         """The trailing arguments of the extension module's functions."""
         code = DTYPE_CODE[self.out_dtype]
         workspace = self.workspace, self.zeros.nbytes
-        return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code, *workspace, tile, parts
+        residual = self.residual, self.residual_dtype, residual_scale
+        return self.constants, *residual, lo, self.out, code, *workspace, tile, parts
 
     def output(self) -> Tensor:
-        """What the kernel wrote. The workspace must be zeros again."""
-        if self.workspace:
-            assert not self.memory.fetch(self.workspace, self.zeros).any()
+        """What the kernel wrote."""
         out = torch.from_numpy(self.memory.fetch(self.out, self.image))
         return out.permute(0, 3, 1, 2) if out.dim() == 4 else out
+
+    def workspace_is_zero(self) -> bool:
+        """As it was before, and as the next kernel wants it."""
+        return not self.workspace or not self.memory.fetch(self.workspace, self.zeros).any()

@@ -38,12 +38,12 @@ class Row:
         shown = self.loop or self.opcodes
         sizes = (self.registers, self.stack, self.shared, self.threads, self.blocks, shown.total())
         return " ".join(
-            [f"{self.kernel:28} {self.arch:>5}", *(f"{n:7d}" for n in sizes), *(f"{shown[c]:6d}" for c in COLUMNS)]
+            [f"{self.kernel:40} {self.arch:>5}", *(f"{n:7d}" for n in sizes), *(f"{shown[c]:6d}" for c in COLUMNS)]
         )
 
 
 HEADER = " ".join(
-    [f"{'kernel':28} {'arch':>5}"]
+    [f"{'kernel':40} {'arch':>5}"]
     + [f"{c:>7}" for c in ("regs", "stack", "shared", "threads", "blocks", "instr")]
     + [f"{c:>6}" for c in COLUMNS]
 )
@@ -56,7 +56,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def short_name(mangled: str) -> str:
-    """``conv2d_int8 64x64 32x32 3 1 0`` of a mangled template: the kernel's name, its numbers, its flags."""
+    """``conv2d_int8 64 64 32 32 2 4 16 0`` of a mangled template: the kernel's name, its numbers, its flags."""
     base = next(name for size, name in re.findall(r"(\d\d)([a-z]\w*?_kernel)", mangled) if len(name) == int(size))
     return " ".join([base.removesuffix("_kernel"), *re.findall(r"L[ib](\d+)E", mangled)])
 
@@ -92,6 +92,14 @@ def _sections(sass: str) -> dict[str, str]:
     return found
 
 
+def dynamic_shared(name: str) -> int:
+    """Bytes that a launch of the kernel of this short name asks for, besides the static ones."""
+    if name.startswith("depthwise"):
+        return 0
+    rows, channels, _, _, slices, stages = map(int, name.split()[1:7])
+    return stages * slices * (rows + channels) * 64
+
+
 @cache
 def rows(kernel: str, arch: str) -> tuple[Row, ...]:
     """All variants in csrc/cuda/<kernel>.cu, compiled for sm_<arch>."""
@@ -109,14 +117,16 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
         threads = int(most[1], 16) if most else 1024
         sass = sections[mangled]
         opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.M))
-        blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), int(shared))
+        name = short_name(mangled)
+        memory = int(shared) + dynamic_shared(name)
+        blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), memory)
         found.append(
             Row(
-                short_name(mangled),
+                name,
                 arch,
                 int(registers),
                 int(stack) + int(local),
-                int(shared),
+                memory,
                 threads,
                 blocks,
                 opcodes,
@@ -131,13 +141,13 @@ def problems(row: Row) -> list[str]:
     found = []
     if row.stack or row.opcodes["LDL"] or row.opcodes["STL"]:
         found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
-    if row.blocks * row.threads < 256:
-        found.append(f"{row.blocks * row.threads} threads on a multiprocessor: 8 warps at least hide some latency")
+    if row.blocks * row.threads < 128:
+        found.append(f"{row.blocks * row.threads} threads on a multiprocessor: each of its four parts needs a warp")
     if row.kernel.startswith("depthwise"):
         return found
     if row.loop["IMMA"] < 8 or row.loop["LDSM"] < 2:
         found.append(f"the main loop has {row.loop['IMMA']} IMMA and {row.loop['LDSM']} LDSM")
-    bytewise = row.kernel.startswith("conv2d") and row.kernel.endswith(" 1")
+    bytewise = row.kernel.startswith("conv2d") and row.kernel.split()[7] == "1"
     if not bytewise:
         if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"]):
             found.append(

@@ -52,6 +52,30 @@ def test_linear(shape):
     assert torch.equal(got.reshape(-1, 24), reference.linear_int8(*flat))
 
 
+def test_blocks_share_a_reduction_and_leave_the_workspace_as_it_was():
+    """One image's last layers have too few pixels for all multiprocessors: the plan splits them."""
+    x, weight = (
+        torch.randint(0, 256, (4, 1024), dtype=torch.uint8),
+        torch.randint(-127, 128, (40, 1024), dtype=torch.int8),
+    )
+    constants = torch.stack([torch.rand(40) * 1e-4, torch.randn(40) * 20 + 60, torch.full((40,), 255.0)])
+    args = (x, weight, constants, None, 0.0, 0.0, torch.uint8)
+    expected = reference.linear_int8(*args)
+    for _ in range(2):  # the second finds the zeros of the first
+        assert torch.equal(cuda.linear_int8(*args), expected)
+    plan = _cuda.plan_linear_int8(108, 0, False, 4, 1024, 0, 40, 0, 0, 0, 0.0, 0.0, 0, 0, 128, 1 << 20, "", 0)
+    assert plan["grid"][2] > 1
+
+
+def test_workspaces_of_streams_and_graphs(monkeypatch):
+    """One for each stream, kept; another while a graph is captured."""
+    ids = iter([0, 0, 7, 7, 8, 0])
+    monkeypatch.setattr(cuda._cuda, "capture_id", lambda device, stream: next(ids))
+    spaces = [cuda._workspace_arguments(torch.device("cpu"), 0, stream)[0] for stream in (1, 2, 2, 2, 2, 1)]
+    assert len(set(spaces)) == 4 and spaces[2] == spaces[3] and spaces[0] == spaces[5]
+    cuda._workspace.cache_clear()
+
+
 def test_empty_batches():
     constants = torch.zeros(3, 8)
     x, weight = torch.zeros(0, 16, 4, 4, dtype=torch.uint8), torch.zeros(8, 1, 1, 16, dtype=torch.int8)

@@ -16,7 +16,7 @@ from cnncomp.ops import reference
 from tests import cuda_emulated as emulated
 from tests.ptx import EmulatorError, emulate, load
 from tests.ptx.mutate import Mutant, mutants, single_entry
-from tests.test_cuda_kernels import FEW, MANY, random_constants, random_tensor
+from tests.test_cuda_kernels import SMS, WORKSPACE, random_constants, random_tensor
 
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
@@ -31,16 +31,25 @@ SMALL = [
 
 #: Kernel: architecture and the convolutions that it is run on, each with a k tail, an n tail and partial tiles.
 KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "conv2d_int8_64x64_32x32_3_u8": (
+    "conv2d_int8_64x64_32x32_2x3_16_u8": (
         "80",
         [
             dict(n=1, c=48, h=6, w=7, k=104, r=3, s=3, padding=(1, 1), residual=S8),
             dict(n=2, c=160, h=9, w=8, k=65, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+            dict(n=1, c=80, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
+            dict(n=2, c=224, h=5, w=9, k=144, r=3, s=3, padding=(1, 1), groups=2, parts=2),
+        ],
+    ),
+    "conv2d_int8_32x128_32x32_2x3_64_u8": (
+        "80",
+        [
+            dict(n=1, c=128, h=6, w=7, k=104, r=3, s=3, padding=(1, 1), residual=S8),
+            dict(n=2, c=192, h=9, w=8, k=129, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2), parts=3),
             dict(n=1, c=64, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
             dict(n=2, c=128, h=5, w=9, k=40, r=3, s=3, padding=(1, 1)),
         ],
     ),
-    "gemm_int8_64x64_32x32_3_s8": (
+    "gemm_int8_64x64_32x32_2x3_s8": (
         "80",
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, dtype=S8, residual=U8),
@@ -48,7 +57,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             *(case | dict(dtype=S8) for case in SMALL),
         ],
     ),
-    "gemm_int8_64x64_32x32_3_u8": (
+    "gemm_int8_64x64_32x32_2x3_u8": (
         "75",
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, residual=U8),
@@ -113,7 +122,7 @@ def explained(name: str, mutant: Mutant) -> bool:
 def run_case(
     name: str, arch: str, n: int, c: int, h: int, w: int, k: int, r: int, s: int, stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1, dtype: torch.dtype = U8,
-    out: torch.dtype = S8, residual: torch.dtype | None = None,
+    out: torch.dtype = S8, residual: torch.dtype | None = None, parts: int = 1,
 ) -> Callable[[str], Any]:  # fmt: skip
     """A function that runs PTX text on one convolution; it gives the Result, or a word for what is wrong."""
     torch.manual_seed(c + k)
@@ -125,24 +134,27 @@ def run_case(
     expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out)
 
     def run(ptx: str) -> Any:
-        case = emulated.Case(x, weight, constants, res, shape, out)
+        case = emulated.Case(x, weight, constants, res, shape, out, 0, WORKSPACE if parts > 1 else 0)
+        tile = "" if name.startswith("depthwise") else name.split("_")[2]
         plan = _cuda.plan_conv2d_int8(
-            FEW if "128x128" in name else MANY, case.x, dtype == S8, n, h, w, c, case.weight, k, r, s, *stride, *padding,
-            *dilation, groups, *case.epilogue(0.37, lo),
+            SMS, case.x, dtype == S8, n, h, w, c, case.weight, k, r, s, *stride, *padding, *dilation, groups,
+            *case.epilogue(0.37, lo, tile, parts),
         )  # fmt: skip
-        assert plan["kernel"].startswith(name.rsplit("_", 2)[0]), plan["kernel"]
+        assert plan["kernel"] == name, plan["kernel"]
         try:
             result = emulate(
                 load.__wrapped__(ptx),
                 plan["grid"],
                 plan["block"],
                 [plan["params"]],
+                shared=plan["shared"],
                 memory=case.memory,
                 max_instructions=300_000,
             )
         except EmulatorError as error:
             return type(error).__name__
-        return result if torch.equal(case.output(), expected) else "wrong result"
+        right = torch.equal(case.output(), expected) and case.workspace_is_zero()
+        return result if right else "wrong result"
 
     return run
 

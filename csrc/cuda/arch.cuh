@@ -60,10 +60,10 @@ __device__ __forceinline__ void copy_async(uint32_t dst, const int8_t* src, uint
   }
 #else
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(real), "n"(kOffset)
+    asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(real), "n"(kOffset)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0 + %4], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes), "r"(real),
+    asm volatile("cp.async.ca.shared.global [%0+%4], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes), "r"(real),
                  "n"(kOffset)
                  : "memory");
 #endif
@@ -86,7 +86,7 @@ __device__ __forceinline__ void wait_copies() {
 // Four 8 x 16-byte matrices; lane 8 * i + j gives the address of row j of matrix i.
 template <int kOffset>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4 + %5];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row), "n"(kOffset)
                : "memory");

@@ -95,6 +95,10 @@ PYBIND11_MODULE(_cuda, m) {
          "residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts)",
          &make_linear);
   m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
+  m.def(
+      "capture_id",
+      [](int device, uintptr_t stream) { return cuda::capture_id(device, reinterpret_cast<void*>(stream)); },
+      "A number of the graph that the stream is captured into; 0 if it isn't captured.");
   m.def("supports", &cuda::supports, "Whether this build holds machine code for the device.");
   m.def("device_count", &cuda::device_count, "CUDA devices; 0 without a driver.");
   m.def("device_info", [](int device) {

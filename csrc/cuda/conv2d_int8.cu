@@ -56,6 +56,13 @@ Launch plan_tile(const Conv2d& conv, const Choice& choice) {
   return launch;
 }
 
+template <typename Tiles, int kPiece>
+Launch plan(const Conv2d& conv, int multiprocessors) {
+  return with_tile<Tiles>(conv, multiprocessors, [&](auto tile, const Choice& choice) {
+    return plan_tile<typename decltype(tile)::type, kPiece>(conv, choice);
+  });
+}
+
 // Bytes that can be copied at once: channels, addresses and so all places are multiples of them.
 int piece_of(const Conv2d& conv) {
   const int32_t c_group = conv.c / conv.groups;
@@ -71,19 +78,13 @@ Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors) {
   if (conv.c == conv.groups && conv.groups > 1) return plan_depthwise_int8(conv);
   const int piece = piece_of(conv);
   if (piece >= 16 && conv.pointwise()) return plan_gemm_int8(conv, multiprocessors);
-  if (piece == kTaps)
-    return with_tile<AllTiles>(conv, multiprocessors, [&](auto tile, const Choice& choice) {
-      return plan_tile<typename decltype(tile)::type, kTaps>(conv, choice);
-    });
-  return with_tile<FewTiles>(conv, multiprocessors, [&](auto tile, const Choice& choice) {
-    using Tile = typename decltype(tile)::type;
-    switch (piece) {
-      case 16: return plan_tile<Tile, 16>(conv, choice);
-      case 8: return plan_tile<Tile, 8>(conv, choice);
-      case 4: return plan_tile<Tile, 4>(conv, choice);
-      default: return plan_tile<Tile, kBytes>(conv, choice);
-    }
-  });
+  switch (piece) {
+    case kTaps: return plan<AllTiles, kTaps>(conv, multiprocessors);
+    case 16: return plan<FewTiles, 16>(conv, multiprocessors);
+    case 8: return plan<OneTile, 8>(conv, multiprocessors);
+    case 4: return plan<OneTile, 4>(conv, multiprocessors);
+    default: return plan<OneTile, kBytes>(conv, multiprocessors);
+  }
 }
 
 }  // namespace cnncomp::cuda

@@ -55,6 +55,15 @@ void run(const Launch& launch, int device, void* stream) {
   check(error, describe(launch, device));
 }
 
+uint64_t capture_id(int device, void* stream) {
+  if (stream == nullptr) return 0;  // can't be captured, nor asked while another stream is
+  DeviceGuard guard(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 bool supports(int device) {
   DeviceGuard guard(device);
   // A plan is the only place that knows kernels' addresses; any one will do, as all are built for the same architectures.

@@ -91,7 +91,7 @@ struct DeviceInfo {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Picks kernel and tile; `multiprocessors` of the device decide how large a tile still fills it.
+// Picks kernel, tile and parts (plan.h); `multiprocessors` of the device decide how large a tile still fills it.
 // Throws std::invalid_argument for sizes beyond the grid's limits.
 Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_gemm_int8(const Conv2d& conv, int multiprocessors);
@@ -99,6 +99,9 @@ Launch plan_depthwise_int8(const Conv2d& conv);
 
 // Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
 void run(const Launch& launch, int device, void* stream);
+
+// A number of the graph that the stream is captured into; 0 if it isn't captured. Throws CudaError.
+uint64_t capture_id(int device, void* stream);
 
 // Whether this build holds machine code for the device.
 bool supports(int device);

@@ -28,7 +28,7 @@ struct RowLoader {
       pin(at[i]);
       pin(bytes[i]);
     }
-    if (left <= 0) stop();
+    if (left < kPiece) stop();
   }
 
   // The last slice may have less than other slices.
@@ -41,7 +41,7 @@ struct RowLoader {
   __device__ __forceinline__ void load(uint32_t place) {
     unroll<Tile::kChunk / kPiece>([&](auto piece) {
       constexpr int kAt = piece.value * kPiece;
-      const bool real = kAt == 0 || left > kAt;
+      const bool real = kAt == 0 || left >= kAt + kPiece;
       unroll<kRows>([&](auto i) {
         copy_async<kPiece, kOffset + i.value * Tile::kRowStepBytes + kAt>(place, at[i.value] + kAt, real ? bytes[i.value] : 0);
       });
@@ -49,7 +49,7 @@ struct RowLoader {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) at[i] += Tile::kSliceBytes;
     left -= Tile::kSliceBytes;
-    if (left <= 0) stop();
+    if (left < kPiece) stop();
   }
 };
 

@@ -32,8 +32,8 @@ struct TileConfig {
 
   static std::string size() { return std::to_string(kBlockM) + "x" + std::to_string(kBlockN); }
   static std::string name() {
-    return size() + "_" + std::to_string(kWarpM) + "x" +
-           std::to_string(kWarpN) + "_" + std::to_string(kSlices) + "x" + std::to_string(kStages);
+    return size() + "_" + std::to_string(kWarpM) + "x" + std::to_string(kWarpN) + "_" + std::to_string(kSlices) + "x" +
+           std::to_string(kStages);
   }
 };
 
@@ -55,14 +55,15 @@ struct TileList {
 };
 
 // Four warps each, one for each part of a multiprocessor. Warps of 64 x 64 read shared memory least for each product, so large
-// layers are bound by their tensor cores; 256 x 64 is for 64 channels; 64 x 64 makes blocks of small layers, which there are
-// enough of for all multiprocessors; 32 x 128 is for few rows, where the weights are the traffic.
-using Tile128x128 = TileConfig<128, 128, 64, 64, 1, 4>;
+// layers are bound by their tensor cores; 256 x 64 is for 64 channels; 64 x 64 makes of small layers enough blocks for all
+// multiprocessors; 32 x 128 is for few rows, where the weights are the traffic.
+using Tile128x128 = TileConfig<128, 128, 64, 64, 1, 3>;
 using Tile256x64 = TileConfig<256, 64, 64, 64, 1, 3>;
 using Tile128x64 = TileConfig<128, 64, 64, 32, 1, 4>;
-using Tile64x64 = TileConfig<64, 64, 32, 32, 2, 4>;
+using Tile64x64 = TileConfig<64, 64, 32, 32, 2, 3>;
 using Tile32x128 = TileConfig<32, 128, 32, 32, 2, 3>;
 using AllTiles = TileList<Tile128x128, Tile256x64, Tile128x64, Tile64x64, Tile32x128>;
-using FewTiles = TileList<Tile128x64, Tile64x64>;  // for loaders of pieces, which cost more than the products
+using FewTiles = TileList<Tile128x64, Tile64x64>;  // for loaders that ask for each chunk where it lies
+using OneTile = TileList<Tile128x64>;              // for loaders of pieces, which cost more than the products
 
 }  // namespace cnncomp::cuda
