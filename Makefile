@@ -28,7 +28,7 @@ test: $(VENV)/.test $(VENV)/.data  ## all tests, against the installed package
 	$(BIN)/pytest $(ARGS)
 
 test-gpu-full: $(VENV)/.test  ## all tests of the GPU kernels in the emulator: all architectures, all mutants
-	CNNCOMP_GPU_FULL=1 $(BIN)/pytest tests/ptx tests/test_ptx_mutants.py tests/test_cuda_*.py tests/test_triton_kernels.py \
+	CNNCOMP_GPU_FULL=1 $(BIN)/pytest tests/ptx tests/test_ptx_mutants.py tests/test_cuda_*.py tests/test_triton_*.py \
 		tests/test_gpu_model.py --timeout=7200 $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types

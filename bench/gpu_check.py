@@ -3,8 +3,9 @@
     python -m bench.gpu_check              # needs an NVIDIA GPU
     python -m bench.gpu_check --emulate    # a dry run: the launches go to the emulator, nothing is timed
 
-Writes ``build/bench/gpu_check.json``: device, versions, one record per layer, what compute-sanitizer said where it is there.
-The exit status is 1 if a layer's output differs from the reference in any bit, or compute-sanitizer found an error.
+Writes ``build/bench/gpu_check.json``: device, versions, the small cases of the GPU tests in all their types, one record per
+layer, what compute-sanitizer said where it is there. The exit status is 1 if an output differs from the reference in any bit,
+or compute-sanitizer found an error.
 """
 
 from __future__ import annotations
@@ -195,8 +196,11 @@ def run(emulate: bool, networks: list[str], batches: list[int], layers: int | No
             for batch in batches
             for shape in conv_shapes(network)[:layers]
         ]
+        from bench.gpu_exact import cases
+
         return {
             **device_facts(device),
+            "cases": list(cases(device, every=not emulate)),
             "sanitizer": sanitize() if sanitizer and not emulate else None,
             "layers": records,
         }
@@ -204,6 +208,9 @@ def run(emulate: bool, networks: list[str], batches: list[int], layers: int | No
 
 def report(found: dict[str, Any]) -> str:
     lines = [f"{found['device']}, cnncomp {found['cnncomp']}, torch {found['torch']}"]
+    wrong = [case for case in found["cases"] if case["differing"]]
+    lines.append(f"{len(found['cases']) - len(wrong)} of {len(found['cases'])} small cases exact")
+    lines += [f"  {c['backend']} {c['case']} {' '.join(c['types'])}: {c['differing']} DIFFER" for c in wrong]
     for r in found["layers"]:
         text = f"{r['network']:14} {r['layer']:28} batch {r['batch']:3d} " + (
             "exact" if not r["differing"] else f"{r['differing']} DIFFER"
@@ -218,7 +225,9 @@ def report(found: dict[str, Any]) -> str:
 
 def failed(found: dict[str, Any]) -> bool:
     sanitizer = found["sanitizer"] or {}
-    return any(r["differing"] for r in found["layers"]) or not all(kind["ok"] for kind in sanitizer.values())
+    return any(r["differing"] for r in (*found["layers"], *found["cases"])) or not all(
+        kind["ok"] for kind in sanitizer.values()
+    )
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
 BLOCKS = 16  # of a large grid that are run
 
 
-def _registers(kernel: str, arch: str) -> int:
-    """Of a planned kernel, from its machine code."""
-    source = kernel.split("_int8")[0] + "_int8"
+def registers_of(kernel: str, arch: str) -> int:
+    """Registers of a thread of a planned kernel, from its machine code."""
+    source = emulated.source_of(kernel)
     wanted = cuda_gate.short_name(emulated.entry_of(kernel, emulated.ptx_of(source, arch)))
     return next(row.registers for row in cuda_gate.rows(source, arch) if row.kernel == wanted)
 
@@ -75,7 +75,7 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
     memory = GlobalMemory()
     plan, launch = _plan(shape, batch, gpu.sms, memory)
     kernel = plan["kernel"]
-    source = kernel.split("_int8")[0] + "_int8"
+    source = emulated.source_of(kernel)
     ptx = emulated.ptx_of(source, arch)
 
     def run() -> tuple[Result, Launch]:
@@ -84,8 +84,8 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
             shared=plan["shared"], memory=memory, blocks=_blocks(plan, shape.groups),
             checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip
-        registers = _registers(kernel, arch)
+        registers = registers_of(kernel, arch)
         return result, Launch(**{**vars(launch), "registers": registers})
 
-    key = (emulated._digest(), arch, kernel, plan["grid"], batch, shape, BLOCKS, L1)
+    key = (emulated.digest(source), arch, kernel, plan["grid"], batch, shape, BLOCKS, L1)
     return counted(key, run), kernel

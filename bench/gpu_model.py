@@ -58,6 +58,8 @@ class Launch:
         dtype: Of the tensor cores' operands, "int8" or "fp16" (with fp32 sums).
         input_bytes: What each sweep of the blocks reads.
         sweeps: How often the blocks, in the order of their numbers, go over the input from its start to its end.
+        sparse: Whether the products are 2:4 sparse ones, which the tensor cores compute at twice the rate of dense ones of the
+            same sizes, on all architectures that have them.
     """
 
     grid: int
@@ -67,6 +69,7 @@ class Launch:
     dtype: str = "int8"
     input_bytes: int = 0
     sweeps: int = 1
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def bounds(counts: Mapping[str, Any], launch: Launch, gpu: Gpu, step: float = CA
         again = min(launch.sweeps, math.ceil(load / together)) - 1 if launch.input_bytes > gpu.l2 else 0
         dram = min(launch.least_bytes + again * launch.input_bytes, max(l2, launch.least_bytes))
     barriers = counts["classes"].get("barrier", 0) * each / counts["warps"]
-    rate = gpu.int8_ops if launch.dtype == "int8" else gpu.fp16_ops
+    rate = (gpu.int8_ops if launch.dtype == "int8" else gpu.fp16_ops) * (1 + launch.sparse)
     found = {
         "tensor": counts["tensor_ops"] * each * load / rate / clock,
         "issue": counts["instructions"] * each * load / ISSUE_SLOTS / clock,
@@ -190,17 +193,19 @@ def _record(shape: Any, batch: int, gpu: Gpu, **rest: Any) -> dict[str, Any]:
 
 
 def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, plain Triton."""
+    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, inductor's, plain Triton."""
     from bench import gpu_peers
 
     groups = [list(gpu_peers.conv_candidates(shape, batch, arch, dtype)) for dtype in dtypes]
     if arch != "75":  # whose tensor cores Triton does not feed with int8, and which have no 2:4
         groups += [list(gpu_peers.triton_candidates(shape, batch, dtype)) for dtype in dtypes]
+        groups += [list(gpu_peers.inductor_candidates(shape, batch, dtype)) for dtype in dtypes]
         groups += [list(gpu_peers.sparse_candidates(shape, batch))] if "int8" in dtypes else []
     found = []
     for candidates in filter(None, groups):
         _, peer, dtype, pattern, _ = candidates[0]
-        timed = [(model(*c.counted, gpu), c.kernel, c.counted[0], varied(*c.counted, gpu)) for c in candidates]
+        fitting = [c for c in candidates if resident(c.counted[1], gpu, c.counted[0]["shared_bytes"])]
+        timed = [(model(*c.counted, gpu), c.kernel, c.counted[0], varied(*c.counted, gpu)) for c in fitting]
         if gpu.arch == "sm_90" and (peer, pattern) == ("cutlass", "dense"):
             bound = gpu_peers.wgmma_bound(shape, batch, gpu, dtype)
             timed.append((bound, "bound: 75 % of the wgmma peak", {}, [bound["us"]] * len(VARIATIONS)))
@@ -209,6 +214,9 @@ def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[s
         about |= {
             "sparsity": 0.5 if pattern == "2:4" else 0.0,
             "us_varied": [min(v) for v in zip(*(t[3] for t in timed), strict=True)],
+            "pass_us": gpu_peers.requantize_pass(shape, batch, gpu)
+            if counts and (peer, dtype) == ("cutlass", "int8")
+            else 0.0,
         }
         found.append(_record(shape, batch, gpu, **about, **answer, counters=counts))
     return found
@@ -225,67 +233,16 @@ def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[s
             for gpu in gpus:
                 (counts, launch), kernel = run_layer(shape, batch, arch, gpu)
                 about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
-                about["us_varied"] = varied(counts, launch, gpu)
+                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
                 found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
                 found += peer_records(shape, batch, arch, gpu, dtypes)
     return found
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """A table: time per network, batch and GPU of the package's kernels, and how often each resource binds."""
-    lines = [f"{'network':14} {'batch':>5} {'GPU':10} {'ms':>8} {'of int8 peak':>12}  bound by  ({LABEL})"]
-    ours = [r for r in rows if r["peer"] is None]
-    for network, batch, name in sorted({(r["network"], r["batch"], r["gpu"]) for r in ours}):
-        mine = [r for r in ours if (r["network"], r["batch"], r["gpu"]) == (network, batch, name)]
-        gpu = next(g for g in GPUS if g.name == name)
-        seconds = sum(r["us"] * r["count"] for r in mine) * 1e-6
-        useful = sum(2 * r["macs"] * r["count"] for r in mine)
-        binding: dict[str, int] = {}
-        for r in mine:
-            binding[r["bound"]] = binding.get(r["bound"], 0) + 1
-        share = useful / seconds / gpu.int8_peak
-        lines.append(f"{network:14} {batch:5d} {name:10} {seconds * 1e3:8.3f} {share:11.1%}   {binding}")
-    return "\n".join(lines)
-
-
-#: By network, GPU, batch and peer ("cutlass int8 dense"): layer to how many times as fast as the peer the package's kernel is,
-#: with each of VARIATIONS.
-Ratios = dict[tuple[str, str, int, str], dict[str, list[float]]]
-
-
-def ratios(rows: list[dict[str, Any]]) -> Ratios:
-    """The peers' times over the package's, layer by layer."""
-    ours = {(r["network"], r["gpu"], r["batch"], r["layer"]): r["us_varied"] for r in rows if r["peer"] is None}
-    found: Ratios = {}
-    for r in rows:
-        if r["peer"]:
-            mine = ours[r["network"], r["gpu"], r["batch"], r["layer"]]
-            key = (r["network"], r["gpu"], r["batch"], f"{r['peer']} {r['dtype']} {r['pattern']}")
-            found.setdefault(key, {})[r["layer"]] = [
-                theirs / us for theirs, us in zip(r["us_varied"], mine, strict=True)
-            ]
-    return found
-
-
-def compare(rows: list[dict[str, Any]]) -> str:
-    """A table of geometric means over the distinct layers that a peer has a kernel for, for each network, GPU and batch.
-
-    The range is over the constants' uncertainty; the worst layer is with the frozen constants.
-    """
-    head = f"{'network':14} {'GPU':10} {'batch':>5} {'peer':20} {'layers':>6} {'times as fast':>13} {'range':>12} {'worst':>6}"
-    lines = [f"{head}  ({LABEL})"]
-    for (network, gpu, batch, peer), values in sorted(ratios(rows).items()):
-        means = [math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*values.values(), strict=True)]
-        extent = f"{min(means):.2f}..{max(means):.2f}"
-        worst = min(v[0] for v in values.values())
-        lines.append(
-            f"{network:14} {gpu:10} {batch:5d} {peer:20} {len(values):6d} {means[0]:13.2f} {extent:>12} {worst:6.2f}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
+    from bench import gpu_report
     from bench.layers import GPU_NETWORKS
+    from cnncomp.results.report import replace_section
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
@@ -293,6 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed"
     )
+    parser.add_argument("--docs", type=Path, help="a Markdown file to put the tables into")
     arguments = parser.parse_args()
     dtypes = arguments.peers
     if dtypes is None:
@@ -305,12 +263,14 @@ def main() -> None:
             rows += records(network, batch, dtypes)
             OUT.parent.mkdir(parents=True, exist_ok=True)
             OUT.write_text(json.dumps(rows, indent=1))
-    print(report(rows), compare(rows), sep="\n\n")
+    print(gpu_report.report(rows), gpu_report.compare(rows), gpu_report.overview(rows), sep="\n\n")
+    if arguments.docs:
+        replace_section(arguments.docs, "gpu-model", gpu_report.document(rows))
     print(f"{OUT}: {len(rows)} records")
     if dtypes:
         from bench.plot import plot_gpu
 
-        print(plot_gpu(ratios(rows), OUT.with_suffix(".png")))
+        print(plot_gpu(gpu_report.ratios(rows), OUT.with_suffix(".png")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What stands beside this project's kernels in the model: CUTLASS's tiles, and a bound where Hopper's instructions would be.
+"""What stands beside this project's kernels in the model: CUTLASS's tiles, Triton, and a bound where wgmma would be.
 
-CUTLASS gets a lighter epilogue than ours: one scale instead of one per channel. Channels are rounded up to what its vectors
-take, and the rounding costs it nothing. It has no int8 kernel for depthwise convolutions.
+CUTLASS's convolution fuses bias and ReLU but one scale only; what scales each channel is a pass of its own
+(:func:`requantize_pass`), which records keep apart. Channels are rounded up to what its vectors take, and the rounding costs it
+nothing. It has no int8 kernel for depthwise convolutions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bench.cutlass_kernels import Tile, Variant, _digest
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import Gpu
 from bench.gpu_layers import BLOCKS, out_size
-from bench.gpu_model import L1, LAUNCH, Launch, touched
+from bench.gpu_model import CALIBRATION, L1, LAUNCH, Launch, touched
 from bench.layers import ConvShape
 from bench.peers_cutlass import run_conv, run_gemm
 from tests.ptx import Result
@@ -99,6 +100,27 @@ def triton_candidates(shape: ConvShape, batch: int, dtype: str) -> Iterator[Cand
         yield Candidate(name, "triton", dtype, "dense", found)
 
 
+def inductor_candidates(shape: ConvShape, batch: int, dtype: str) -> Iterator[Candidate]:
+    """Inductor's template with each tile that may be the fastest (code for sm_80): in int8 it has products alone."""
+    from bench import peers_inductor as inductor
+
+    problem = inductor.Problem.of(shape, batch, dtype)
+    if shape.groups > 1 or shape.dilation > 1 or (dtype == "int8" and not problem.product):
+        return
+
+    def run(tile: inductor.Tile) -> tuple[Result, Launch]:
+        kind = torch.int8 if dtype == "int8" else torch.float16
+        x = torch.zeros(batch, shape.h, shape.w, shape.c, dtype=kind)
+        weight, ones = torch.zeros(shape.k, shape.r, shape.s, shape.c, dtype=kind), torch.ones(shape.k)
+        bias = ones if dtype == "int8" else ones.half()
+        return inductor.run(problem, tile, x, weight, ones, bias, most=BLOCKS)[1:]
+
+    for tile in inductor.tiles(problem):
+        key = (inductor.rendered(problem, tile), triton.__version__, problem, tile, BLOCKS, L1)
+        found = counted(key, lambda tile=tile: run(tile))  # type: ignore[misc]
+        yield Candidate(inductor.name_of(problem, tile), "inductor", dtype, "dense", found)
+
+
 def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
     """CUTLASS's 2:4 GEMM (int8, sm_80) where a layer is a matrix product: the filters are its sparse left side.
 
@@ -130,3 +152,14 @@ def wgmma_bound(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str,
         "bound": binding,
         "bounds_us": {k: v * 1e6 for k, v in limits.items()},
     }
+
+
+def requantize_pass(shape: ConvShape, batch: int, gpu: Gpu) -> float:
+    """Microseconds of a kernel that reads a layer's 32-bit sums and writes 8 bit, scaled per channel.
+
+    At the memory's speed, the L2's where both fit. That the convolution before it writes four times as much is not charged.
+    """
+    elements = batch * math.prod(out_size(shape)) * shape.k
+    fits = 5 * elements <= gpu.l2
+    speed = CALIBRATION.l2 * gpu.l2_bytes_per_clock * gpu.clock * 1e9 if fits else CALIBRATION.dram * gpu.dram
+    return (5 * elements / speed + LAUNCH) * 1e6

@@ -1,6 +1,6 @@
 """A plain implicit-GEMM convolution in Triton, as one writes it first: a peer for the model.
 
-It stands in for inductor's own convolution template, which is built the same way and can't be rendered without a device.
+Beside inductor's template (bench/peers_inductor.py) it is what has int8 for all convolutions.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ from cnncomp.nn import (
     QuantConv2d,
     QuantLinear,
     QuantSpec,
+    Sparse24QuantConv2d,
+    Sparse24QuantLinear,
     SparseConv2d,
     SparseLinear,
     SparseQuantConv2d,
@@ -140,11 +142,17 @@ def _storage() -> list[Finding]:
 Check = Callable[[torch.device], bool]
 
 
+def _sparse(*shape: int) -> Tensor:
+    """A random weight (K, C, ...), mostly zeros, with nothing in odd input channels: a pattern of all sparse kernels."""
+    even = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)) % 2 == 0
+    return torch.randn(shape) * (torch.rand(shape) < 0.2) * even
+
+
 def _conv_int8(device: torch.device, cls: type[QuantConv2d] = QuantConv2d) -> bool:
-    geometry = Geometry(24, 40, (3, 3), padding=(1, 1))
-    weight, scale = quantize_weight(torch.randn(40, 24, 3, 3) * (torch.rand(40, 24, 3, 3) < 0.2))
+    geometry = Geometry(32, 40, (3, 3), padding=(1, 1))
+    weight, scale = quantize_weight(_sparse(40, 32, 3, 3))
     layer = cls(geometry, weight, scale, torch.randn(40), QuantSpec(0.02, torch.uint8), Clamp(0.0))
-    x = torch.randint(0, 256, (1, 24, 9, 11), dtype=torch.uint8)
+    x = torch.randint(0, 256, (1, 32, 9, 11), dtype=torch.uint8)
     stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
     expected = reference.conv2d_int8(
         x, weight, layer.constants, None, 1.0, layer.lo, stride, padding, dilation, 1, torch.float32
@@ -153,10 +161,10 @@ def _conv_int8(device: torch.device, cls: type[QuantConv2d] = QuantConv2d) -> bo
 
 
 def _linear_int8(device: torch.device, cls: type[QuantLinear] = QuantLinear) -> bool:
-    weight, scale = quantize_weight(torch.randn(40, 72) * (torch.rand(40, 72) < 0.2))
+    weight, scale = quantize_weight(_sparse(40, 80))
     bias, step = torch.randn(40), 0.02
     layer = cls(weight, scale, bias, QuantSpec(step, torch.uint8))
-    x = torch.randint(0, 256, (5, 72), dtype=torch.uint8)
+    x = torch.randint(0, 256, (5, 80), dtype=torch.uint8)
     expected = F.linear(x.double() * step, weight.double() * scale.double()[:, None], bias.double())
     return _close(layer.to(device)(x.to(device)), expected)
 
@@ -206,6 +214,8 @@ CHECKS: dict[str, Check] = {
     "linear_sparse": _linear_sparse,
     "conv2d_sparse_int8": partial(_conv_int8, cls=SparseQuantConv2d),
     "linear_sparse_int8": partial(_linear_int8, cls=SparseQuantLinear),
+    "conv2d_sparse24_int8": partial(_conv_int8, cls=Sparse24QuantConv2d),
+    "linear_sparse24_int8": partial(_linear_int8, cls=Sparse24QuantLinear),
     "conv2d_depthwise": _conv_depthwise,
     "conv2d_dense": _conv_dense,
     "linear_dense": _linear_dense,

@@ -8,6 +8,8 @@ between as before. Same kernels, same arguments: the same bits.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -289,12 +291,11 @@ class Recording:
         #: Each node's value, its tensors as on the meta device.
         self.values = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), recorder.values)
         trim_heap()  # all intermediate values were kept at once
-        self.unchanged = [
-            (owner, name, value)
-            for m in gm.modules()
-            for owner in (m._modules, m._buffers, m._parameters)
-            for name, value in owner.items()
+        #: What the modules hold, to see whether it is still that.
+        self.owners: list[dict[str, Any]] = [
+            d for m in gm.modules() for d in (m._modules, m._buffers, m._parameters) if d
         ]
+        self.owned = [value for owner in self.owners for value in owner.values()]
         self.arenas: list[_Arena] = []
 
     @staticmethod
@@ -345,7 +346,10 @@ class Recording:
 
     def valid(self, gm: nn.Module) -> bool:
         """Whether the network is still the one that was recorded."""
-        return gm is self.gm and all(owner.get(name) is value for owner, name, value in self.unchanged)
+        if gm is not self.gm or sum(map(len, self.owners)) != len(self.owned):
+            return False
+        held = itertools.chain.from_iterable(owner.values() for owner in self.owners)
+        return all(map(operator.is_, held, self.owned))
 
     def run(self, args: tuple[Any, ...]) -> Any:
         """What the network returns for inputs like the recorded ones.

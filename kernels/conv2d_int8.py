@@ -13,13 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnncomp.kernels.epilogue import flip_sign_bit, store_epilogue
-from cnncomp.kernels.launch import Tile, cdiv, choose_tile, device_guard
+from cnncomp.kernels.epilogue import store_epilogue
+from cnncomp.kernels.launch import Tile, cdiv, choose_tile, device_guard, in_words
+from cnncomp.kernels.products import flip_correction, operand
 
 #: Groups with fewer channels walk taps and channels as one index: whole tiles of channels would be mostly padding.
 FLAT_BELOW = 32
+#: And kernels with more taps, which have no bit each.
+MOST_TAPS = 64
 #: Its tile: every element has a tap of its own to check, which takes registers, so more warps share them.
-FLAT_TILE = Tile(64, 64, 64, 8, 2)
+FLAT_TILE = Tile(64, 64, 32, 8, 2)
 
 
 @triton.jit
@@ -31,82 +34,110 @@ def _pixel(row, p, q, stride_h, stride_w, pad_h, pad_w):
 
 
 @triton.jit
+def _walk_taps(
+    x_base, weight_base, other_base, row_real, real, other_real, h0, w0, h, w, c, c_group, dil_h, dil_w,
+    R: tl.constexpr, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums of two times N columns, a tap at a time: pointers move on by scalars, and a bit per tap says what is inside."""
+    kk = tl.arange(0, BLOCK_K)
+    BITS: tl.constexpr = tl.int32 if R * S <= 32 else tl.int64
+    inside = tl.zeros((M,), dtype=BITS)
+    for tap in tl.static_range(R * S):
+        hi = h0 + (tap // S) * dil_h
+        wi = w0 + (tap % S) * dil_w
+        bit = (row_real & (hi >= 0) & (hi < h) & (wi >= 0) & (wi < w)).to(BITS)
+        inside |= bit << tap
+    acc = tl.zeros((M, N), dtype=tl.int32)
+    other = tl.zeros((M, N), dtype=tl.int32)
+    x_at = x_base[:, None] + kk[None, :]
+    weight_at = weight_base[None, :] + kk[:, None]
+    other_at = other_base[None, :] + kk[:, None]
+    left = c_group
+    column = 0
+    for _ in range(R * S * tl.cdiv(c_group, BLOCK_K)):
+        cc = kk < left
+        a = tl.load(x_at, mask=((inside & 1) != 0)[:, None] & cc[None, :], other=0)
+        b = tl.load(weight_at, mask=real[None, :] & cc[:, None], other=0)
+        b_other = tl.load(other_at, mask=other_real[None, :] & cc[:, None], other=0)
+        a = operand(a)
+        acc = tl.dot(a, b, acc=acc, out_dtype=tl.int32)
+        other = tl.dot(a, b_other, acc=other, out_dtype=tl.int32)
+        step = tl.minimum(left, BLOCK_K)
+        left -= step
+        weight_at += step
+        other_at += step
+        tap_done = left == 0
+        row_done = tap_done & (column == S - 1)
+        x_at += (
+            tl.where(row_done, (dil_h * w - (S - 1) * dil_w) * c, tl.where(tap_done, dil_w * c, c_group))
+            - c_group
+            + step
+        )
+        inside = inside >> tap_done.to(BITS)
+        column = tl.where(row_done, 0, column + tap_done.to(tl.int32))
+        left = tl.where(tap_done, c_group, left)
+    return acc, other
+
+
+@triton.jit
+def _walk_products(
+    x_base, weight_base, other_base, row_real, real, other_real, h0, w0, h, w, c, c_group, dil_h, dil_w,
+    R: tl.constexpr, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same where taps have few channels: a step takes products of several taps, each element with its own."""
+    kk = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((M, N), dtype=tl.int32)
+    other = tl.zeros((M, N), dtype=tl.int32)
+    for step in range(tl.cdiv(R * S * c_group, BLOCK_K)):
+        index = step * BLOCK_K + kk
+        down, right = (index // c_group // S) * dil_h, (index // c_group % S) * dil_w
+        hi = h0[:, None] + down[None, :]
+        wi = w0[:, None] + right[None, :]
+        exists = index < R * S * c_group
+        inside = row_real[:, None] & (hi >= 0) & (hi < h) & (wi >= 0) & (wi < w) & exists[None, :]
+        offset = (down * w + right) * c + index % c_group
+        a = operand(tl.load(x_base[:, None] + offset[None, :], mask=inside, other=0))
+        b = tl.load(weight_base[None, :] + index[:, None], mask=real[None, :] & exists[:, None], other=0)
+        b_other = tl.load(other_base[None, :] + index[:, None], mask=other_real[None, :] & exists[:, None], other=0)
+        acc = tl.dot(a, b, acc=acc, out_dtype=tl.int32)
+        other = tl.dot(a, b_other, acc=other, out_dtype=tl.int32)
+    return acc, other
+
+
+@triton.jit
 def conv2d_int8_kernel(
-    x_ptr,
-    weight_ptr,
-    constants_ptr,
-    residual_ptr,
-    out_ptr,
-    residual_scale,
-    lo,
-    m,
-    h,
-    w,
-    c,
-    k,
-    p,
-    q,
-    c_group,
-    k_group,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dil_h,
-    dil_w,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, weight_ptr, constants_ptr, residual_ptr, out_ptr, residual_scale, lo, m, h, w, c, k, p, q, c_group, k_group,
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Images NHWC, weight (k, R, S, c_group). Grid: (tiles of pixels x tiles of a group's channels, groups)."""
     UNSIGNED: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
+    N: tl.constexpr = BLOCK_N // 2  # columns of a half
     tiles_m = tl.cdiv(m, BLOCK_M)
     group = tl.program_id(1)
     row = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = group * k_group + column
-    kk = tl.arange(0, BLOCK_K)
+    column = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, N)
+    channel, real, other_real = group * k_group + column, column < k_group, column + N < k_group
     image, h0, w0 = _pixel(row, p, q, stride_h, stride_w, pad_h, pad_w)
     x_base = x_ptr + ((image.to(tl.int64) * h + h0) * w + w0) * c + group * c_group
-    weight_base = weight_ptr + channel.to(tl.int64) * (R * S * c_group)
+    products = R * S * c_group
+    weight_base = weight_ptr + channel.to(tl.int64) * products
+    other_base = weight_ptr + (channel + N).to(tl.int64) * products
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    weight_sum = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.int32)
-    blocks_c = tl.cdiv(c_group, BLOCK_K)
-    steps = tl.cdiv(R * S * c_group, BLOCK_K) if FLAT else R * S * blocks_c
-    for step in range(steps):
-        if FLAT:  # kk runs over (r, s, c) as one index
-            index = step * BLOCK_K + kk
-            tap = index // c_group
-            cc = index % c_group
-            real = index < R * S * c_group
-            hi = h0[:, None] + ((tap // S) * dil_h)[None, :]
-            wi = w0[:, None] + ((tap % S) * dil_w)[None, :]
-            x_offset = (((tap // S) * dil_h * w + (tap % S) * dil_w) * c + cc)[None, :]
-        else:  # one tap a step, kk runs over channels
-            tap = step // blocks_c
-            cc = (step % blocks_c) * BLOCK_K + kk
-            index = tap * c_group + cc
-            real = cc < c_group
-            hi = (h0 + (tap // S) * dil_h)[:, None]
-            wi = (w0 + (tap % S) * dil_w)[:, None]
-            x_offset = ((tap // S) * dil_h * w + (tap % S) * dil_w) * c + cc[None, :]
-        inside = (row < m)[:, None] & (hi >= 0) & (hi < h) & (wi >= 0) & (wi < w)
-        a = tl.load(x_base[:, None] + x_offset, mask=inside & real[None, :], other=0)
-        b = tl.load(weight_base[None, :] + index[:, None], mask=(column < k_group)[None, :] & real[:, None], other=0)
-        if UNSIGNED:
-            a = flip_sign_bit(a)
-            weight_sum += b.to(tl.int32)
-        acc = tl.dot(a, b, acc=acc, out_dtype=tl.int32)
-    if UNSIGNED:
-        acc += 128 * tl.sum(weight_sum, axis=0)[None, :]
+    walk: tl.constexpr = _walk_products if FLAT else _walk_taps
+    acc, other = walk(
+        x_base, weight_base, other_base, row < m, real, other_real, h0, w0, h, w, c, c_group, dil_h, dil_w,
+        R, S, BLOCK_M, N, BLOCK_K,
+    )  # fmt: skip
+    acc += flip_correction(weight_ptr, channel, real, products, UNSIGNED, WORDS, N)[None, :]
+    other += flip_correction(weight_ptr, channel + N, other_real, products, UNSIGNED, WORDS, N)[None, :]
 
     offset = row.to(tl.int64)[:, None] * k + channel[None, :]
-    mask = (row < m)[:, None] & (column < k_group)[None, :]
-    store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo)
+    exists = (row < m)[:, None]
+    epilogue = constants_ptr, residual_ptr, out_ptr
+    store_epilogue(acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo)
+    store_epilogue(other, *epilogue, offset + N, exists & other_real[None, :], channel + N, k, residual_scale, lo)
 
 
 @triton.jit
@@ -216,10 +247,10 @@ def conv2d_int8(
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
             )  # fmt: skip
         else:
-            flat = c_group < FLAT_BELOW
+            flat = c_group < FLAT_BELOW or r * s > MOST_TAPS
             tile = tile or (FLAT_TILE if flat else choose_tile(m, k_group))
             conv2d_int8_kernel[(cdiv(m, tile.block_m) * cdiv(k_group, tile.block_n), groups)](
                 *tensors, m, h, w, c, k, p, q, c_group, k_group, *geometry, R=r, S=s,
-                FLAT=flat, **tile.meta(), **tile.options(),
+                FLAT=flat, WORDS=in_words(weight), **tile.meta(), **tile.options(),
             )  # fmt: skip
     return out

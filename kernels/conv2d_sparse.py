@@ -1,22 +1,12 @@
 """1xV sparse convolution as a gathered implicit GEMM: runs of V output channels share one list of taps.
 
-Packed format (:func:`pack_1xv`), independent of the machine and of the image size. The K/G output channels of each group
-form KB = ceil(K/G / V) blocks of V, the last one padded with zero channels. A block keeps the positions (c, r, s) at which
-any of its V weights is not zero, ascending:
-
-- ``values`` (T, V): the V weights of each kept position, T positions in all blocks together;
-- ``positions`` (T,) int32: ``(c * R + r) * S + s``, c counted within the group;
-- ``block_ptr`` (G * KB + 1,) int32: block b owns positions ``block_ptr[b]`` to ``block_ptr[b + 1]``.
-
 The kernel multiplies (V, positions) by (positions, pixels). Images are NCHW, so that neighbouring pixels of a gathered row, and
 of the output, lie next to each other.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,48 +15,15 @@ from torch import Tensor
 
 from cnncomp.kernels.epilogue import clamp
 from cnncomp.kernels.launch import cdiv, device_guard
+from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks
 
 
-class Packed1xV(NamedTuple):
-    """A weight in the packed format of this module."""
-
-    values: Tensor
-    positions: Tensor
-    block_ptr: Tensor
-
-
-def pack_1xv(weight: Tensor, v: int, groups: int = 1) -> Packed1xV:
-    """Pack a masked weight.
-
-    Args:
-        weight: (K, C/G, R, S) float32 or float16; any zeros are allowed, runs of V kept or zeroed together pack tightly.
-        v: Output channels in a run: a power of two, at least 16 (one side of a tensor-core tile).
-        groups: G.
-    """
+def pack_1xv(weight: Tensor, v: int, groups: int = 1) -> PackedBlocks:
+    """Pack a masked weight (K, C/G, R, S), float32 or float16, as :func:`cnncomp.sparsity.pack_blocks` does, in blocks of ``v``
+    output channels and one input channel; ``v`` is a power of two, at least 16 (one side of a tensor-core tile)."""
     if v < 16 or v & (v - 1):
         raise ValueError(f"v: got {v}, expected a power of two, at least 16")
-    k = weight.shape[0]
-    k_group = k // groups
-    blocks = cdiv(k_group, v)
-    flat = weight.reshape(groups, k_group, -1)
-    flat = torch.nn.functional.pad(flat, (0, 0, 0, blocks * v - k_group)).reshape(groups * blocks, v, -1)
-    kept = (flat != 0).any(1)
-    block, position = kept.nonzero(as_tuple=True)
-    block_ptr = torch.zeros(groups * blocks + 1, dtype=torch.int32, device=weight.device)
-    block_ptr[1:] = kept.sum(1).cumsum(0)
-    return Packed1xV(flat.transpose(1, 2)[block, position].contiguous(), position.to(torch.int32), block_ptr)
-
-
-def unpack_1xv(packed: Packed1xV, shape: Sequence[int], groups: int = 1) -> Tensor:
-    """The inverse of :func:`pack_1xv`: the weight of ``shape`` (K, C/G, R, S)."""
-    k, v = shape[0], packed.values.shape[1]
-    blocks = packed.block_ptr.numel() - 1
-    counts = packed.block_ptr.long().diff()
-    block = torch.repeat_interleave(torch.arange(blocks, device=counts.device), counts)
-    flat = packed.values.new_zeros(blocks, math.prod(shape[1:]), v)
-    flat[block, packed.positions.long()] = packed.values
-    flat = flat.transpose(1, 2).reshape(groups, -1, flat.shape[1])[:, : k // groups]
-    return flat.reshape(*shape).contiguous()
+    return pack_blocks(weight, v, 1, groups)
 
 
 @triton.jit
@@ -146,7 +103,7 @@ def conv2d_sparse_kernel(
 
 def conv2d_sparse(
     x: Tensor,
-    packed: Packed1xV,
+    packed: PackedBlocks,
     out_channels: int,
     kernel_size: Sequence[int],
     bias: Tensor | None,

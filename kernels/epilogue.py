@@ -1,4 +1,4 @@
-"""The one int8 epilogue (docs/design.md, "Numbers") and the sign flip, as Triton device functions."""
+"""The one int8 epilogue (docs/design.md, "Numbers") as Triton device functions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ import triton.language as tl
 
 #: 1.5 * 2**23: adding and subtracting it rounds |t| <= 2**22 half to even, as fp32 has no bits left for a fraction there.
 _ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def flip_sign_bit(x):
-    """uint8 to ``x - 128`` as int8. A masked-out 0 becomes -128, the flipped zero, so zero padding stays exact."""
-    return (x ^ 0x80).to(tl.int8, bitcast=True)
 
 
 @triton.jit

@@ -7,51 +7,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnncomp.kernels.epilogue import flip_sign_bit, store_epilogue
-from cnncomp.kernels.launch import Tile, cdiv, choose_tile, device_guard
+from cnncomp.kernels.epilogue import store_epilogue
+from cnncomp.kernels.launch import Tile, cdiv, choose_tile, device_guard, in_words
+from cnncomp.kernels.products import flip_correction, operand
 
 
 @triton.jit
 def gemm_int8_kernel(
-    x_ptr,
-    weight_ptr,
-    constants_ptr,
-    residual_ptr,
-    out_ptr,
-    residual_scale,
-    lo,
-    m,
-    c,
-    k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, weight_ptr, constants_ptr, residual_ptr, out_ptr, residual_scale, lo, m, c, k,
+    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """x (m, c), weight (k, c), out and residual (m, k), all row-major; one program a tile of the output."""
     UNSIGNED: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
+    N: tl.constexpr = BLOCK_N // 2  # columns of a half
     tiles_m = tl.cdiv(m, BLOCK_M)
     row = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, N)
+    real, other_real, exists = channel < k, channel + N < k, (row < m)[:, None]
     kk = tl.arange(0, BLOCK_K)
-    x_base = x_ptr + row.to(tl.int64)[:, None] * c + kk[None, :]
-    weight_base = weight_ptr + channel.to(tl.int64)[None, :] * c + kk[:, None]
+    x_at = x_ptr + row.to(tl.int64)[:, None] * c + kk[None, :]
+    weight_at = weight_ptr + channel.to(tl.int64)[None, :] * c + kk[:, None]
+    other_at = weight_ptr + (channel + N).to(tl.int64)[None, :] * c + kk[:, None]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    weight_sum = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.int32)
+    acc = tl.zeros((BLOCK_M, N), dtype=tl.int32)
+    other = tl.zeros((BLOCK_M, N), dtype=tl.int32)
     for k0 in range(0, c, BLOCK_K):
-        real = k0 + kk < c
-        a = tl.load(x_base + k0, mask=(row < m)[:, None] & real[None, :], other=0)
-        b = tl.load(weight_base + k0, mask=(channel < k)[None, :] & real[:, None], other=0)
-        if UNSIGNED:
-            a = flip_sign_bit(a)
-            weight_sum += b.to(tl.int32)
+        cc = kk < c - k0
+        a = operand(tl.load(x_at, mask=exists & cc[None, :], other=0))
+        b = tl.load(weight_at, mask=real[None, :] & cc[:, None], other=0)
+        b_other = tl.load(other_at, mask=other_real[None, :] & cc[:, None], other=0)
         acc = tl.dot(a, b, acc=acc, out_dtype=tl.int32)
-    if UNSIGNED:
-        acc += 128 * tl.sum(weight_sum, axis=0)[None, :]
+        other = tl.dot(a, b_other, acc=other, out_dtype=tl.int32)
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+        other_at += BLOCK_K
+    acc += flip_correction(weight_ptr, channel, real, c, UNSIGNED, WORDS, N)[None, :]
+    other += flip_correction(weight_ptr, channel + N, other_real, c, UNSIGNED, WORDS, N)[None, :]
 
     offset = row.to(tl.int64)[:, None] * k + channel[None, :]
-    mask = (row < m)[:, None] & (channel < k)[None, :]
-    store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo)
+    epilogue = constants_ptr, residual_ptr, out_ptr
+    store_epilogue(acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo)
+    store_epilogue(other, *epilogue, offset + N, exists & other_real[None, :], channel + N, k, residual_scale, lo)
 
 
 def linear_int8(
@@ -92,6 +88,6 @@ def linear_int8(
     with device_guard(x):
         gemm_int8_kernel[grid](
             x, weight, constants.contiguous(), residual, out, residual_scale, lo, m, c, k,
-            **tile.meta(), **tile.options(),
+            WORDS=in_words(weight), **tile.meta(), **tile.options(),
         )  # fmt: skip
     return out

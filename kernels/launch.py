@@ -27,11 +27,12 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
-#: Tiles that compile without spills for sm_80, sm_90 and sm_120. 128 x 128 doesn't: uint8 needs the sums of the weights too.
-SMALL = Tile(32, 32, 64, 4, 3)
+#: Tiles that compile without spills for sm_80, sm_90 and sm_120; of 128 x 128 with four warps that is not so.
+SMALL = Tile(32, 32, 64, 2, 4)
 MEDIUM = Tile(64, 64, 64, 4, 3)
 LARGE = Tile(128, 64, 64, 4, 3)
-TILES = (SMALL, MEDIUM, LARGE)
+WIDE = Tile(128, 128, 64, 8, 3)
+TILES = (SMALL, MEDIUM, LARGE, WIDE)
 
 #: Tiles wanted before a larger one is taken: enough to occupy a large GPU once. A rule, not a measurement.
 ENOUGH_TILES = 128
@@ -42,9 +43,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def in_words(weight: Tensor) -> bool:
+    """Whether each output channel's int8 weights, contiguous, start at a multiple of four bytes and are a multiple of four."""
+    return weight.numel() // weight.shape[0] % 4 == 0 and weight.data_ptr() % 4 == 0
+
+
 def choose_tile(m: int, k: int) -> Tile:
     """Largest tile that fits in an (m, k) output and still gives ENOUGH_TILES of them."""
-    for tile in (LARGE, MEDIUM):
+    for tile in (WIDE, LARGE, MEDIUM):
         fits = k > tile.block_n // 2
         if fits and cdiv(m, tile.block_m) * cdiv(k, tile.block_n) >= ENOUGH_TILES:
             return tile

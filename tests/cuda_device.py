@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
-from cnncomp.ops import cuda
+from cnncomp.ops import cuda, cuda_sparse
+from cnncomp.sparsity.two_four import packed_shape
 from tests import cuda_emulated as emulated
 from tests.ptx import GlobalMemory
 
@@ -25,6 +29,22 @@ def host_bytes(pointer: int, size: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
 
+CONV_NAMES = (
+    "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual residual_dtype "
+    "residual_scale lo out out_dtype"
+)
+WORKSPACE_NAMES = " workspace workspace_bytes tile parts"
+
+
+def out_size(a: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the output of a convolution with these arguments."""
+    p, q = (
+        (a[size] + 2 * a[f"pad_{size}"] - a[f"dil_{size}"] * (a[kernel] - 1) - 1) // a[f"stride_{size}"] + 1
+        for size, kernel in (("h", "r"), ("w", "s"))
+    )
+    return p, q
+
+
 class EmulatedModule:
     """Stands in for the extension module: takes host pointers, plans with the real one, runs in the emulator."""
 
@@ -34,39 +54,36 @@ class EmulatedModule:
         return 0
 
     def conv2d_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
-        names = (
-            "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual "
-            "residual_dtype residual_scale lo out out_dtype workspace workspace_bytes tile parts"
-        )
-        a = dict(zip(names.split(), arguments, strict=True))
-        p, q = (
-            (a[size] + 2 * a[f"pad_{i}"] - a[f"dil_{i}"] * (a[kernel] - 1) - 1) // a[f"stride_{i}"] + 1
-            for i, size, kernel in (("h", "h", "r"), ("w", "w", "s"))
-        )
+        a = dict(zip((CONV_NAMES + WORKSPACE_NAMES).split(), arguments, strict=True))
         weights = a["k"] * a["r"] * a["s"] * a["c"] // a["groups"]
-        self._run(
-            _cuda.plan_conv2d_int8, multiprocessors, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * p * q
-        )
+        plan = functools.partial(_cuda.plan_conv2d_int8, multiprocessors)
+        self._run(plan, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * math.prod(out_size(a)))
+
+    def conv2d_sparse24_int8(
+        self, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any
+    ) -> None:
+        a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
+        weights = math.prod(packed_shape((a["k"], a["c"] // a["groups"], a["r"], a["s"]), torch.int8, a["groups"]))
+        plan = functools.partial(_cuda.plan_conv2d_sparse24_int8, multiprocessors, shared)
+        self._run(plan, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * math.prod(out_size(a)))
 
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
-        names = (
-            "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype workspace "
-            "workspace_bytes tile parts"
-        )
-        a = dict(zip(names.split(), arguments, strict=True))
-        self._run(_cuda.plan_linear_int8, multiprocessors, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
+        names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
+        a = dict(zip((names + WORKSPACE_NAMES).split(), arguments, strict=True))
+        plan = functools.partial(_cuda.plan_linear_int8, multiprocessors)
+        self._run(plan, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
 
-    def _run(self, plan: Any, multiprocessors: int, a: dict[str, Any], x: int, weights: int, pixels: int) -> None:
+    def _run(self, plan: Any, a: dict[str, Any], x: int, weights: int, pixels: int) -> None:
         size_of = (1, 1, 4)
         sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
         if a["residual"]:
             sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
-        if a["workspace"]:
+        if a.get("workspace"):
             sizes["workspace"] = a["workspace_bytes"]
         memory = GlobalMemory()
         host = {name: host_bytes(a[name], size) for name, size in sizes.items()}
         placed = a | {name: memory.allocate(view) for name, view in host.items()}
-        emulated.run_planned(plan(multiprocessors, *placed.values()), "80", memory)
+        emulated.run_planned(plan(*placed.values()), "80", memory)
         for name in {"out", "workspace"} & host.keys():
             host[name][:] = memory.fetch(placed[name], host[name])
 
@@ -78,5 +95,6 @@ def emulated_device() -> Iterator[None]:
         mock.patch.object(cuda, "backend", lambda device: "cuda"),
         mock.patch.object(cuda, "_cuda", EmulatedModule()),
         mock.patch.object(cuda, "_launch_arguments", lambda x: (0, 0, 108)),
+        mock.patch.object(cuda_sparse, "_shared", lambda device: 164 << 10),
     ):
         yield

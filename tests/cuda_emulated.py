@@ -21,17 +21,30 @@ SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_tests"
 NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
-KERNELS = ("conv2d_int8", "gemm_int8", "depthwise_int8")
+#: File names of the kernels, with the parts of a launch's name that stand for its template's flags, in order.
+FLAGS_OF = {
+    "conv2d_int8": ("_s8",),
+    "gemm_int8": ("_s8",),
+    "depthwise_int8": ("_s8",),
+    "conv2d_sparse24_int8": ("_s8",),
+}
+KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
 
 
+def _included(path: Path) -> set[Path]:
+    """A source and what it includes of the project's."""
+    names = re.findall(r'^#include "(cuda/[^"]+)"', path.read_text(), re.M)
+    return {path}.union(*(_included(ROOT / "csrc" / name) for name in names))
+
+
 @cache
-def _digest() -> str:
-    """Of all sources, the flags and the compiler: what a compiled file in the cache depends on."""
+def digest(kernel: str) -> str:
+    """Of a kernel's sources, the flags and the compiler: what a compiled file in the cache depends on."""
     assert NVCC
     h = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
     h.update(" ".join(FLAGS).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(_included(SOURCES / f"{kernel}.cu")):
         h.update(path.name.encode() + path.read_bytes())
     return h.hexdigest()[:16]
 
@@ -49,7 +62,7 @@ def compiled(kernel: str, arch: str, kind: str) -> tuple[Path, str]:
     """
     assert NVCC
     CACHE.mkdir(parents=True, exist_ok=True)
-    out = CACHE / f"{kernel}.sm_{arch}.{_digest()}.{kind}"
+    out = CACHE / f"{kernel}.sm_{arch}.{digest(kernel)}.{kind}"
     log = out.with_suffix(f".{kind}.log")
     if not log.exists():
         partial = out.with_suffix(".partial")
@@ -76,14 +89,20 @@ def ptx_of(kernel: str, arch: str) -> str:
     return compiled(kernel, arch, "ptx")[0].read_text()
 
 
+def source_of(launch: str) -> str:
+    """The file, without suffix, of a launch's kernel."""
+    return max((name for name in KERNELS if launch.startswith(name + "_")), key=len)
+
+
 def entry_of(launch: str, ptx: str) -> str:
-    """The mangled kernel of a launch's name: the same numbers in the same order, and the same flag for signed inputs."""
-    numbers = re.findall(r"(?<=[_x])\d+(?=[_x])", launch.split("int8")[1])
-    flags = ["1" if "_s8" in launch else "0"]
+    """The mangled kernel of a launch's name: the same numbers first, and the same flags."""
+    source = source_of(launch)
+    numbers = re.findall(r"(?<=[_x])\d+(?=[_x])", launch.removeprefix(source))
+    flags = ["1" if re.search(f"{flag}(_|$)", launch) else "0" for flag in FLAGS_OF[source]]
     found = [
         name
         for name in entry_names(ptx)
-        if re.findall(r"Li(\d+)E", name) == numbers and re.findall(r"Lb([01])E", name) == flags
+        if re.findall(r"Li(\d+)E", name)[: len(numbers)] == numbers and re.findall(r"Lb([01])E", name) == flags
     ]
     assert len(found) == 1, (launch, found)
     return found[0]
@@ -91,7 +110,7 @@ def entry_of(launch: str, ptx: str) -> str:
 
 def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str | None = None) -> Result:
     """Run in the emulator what the extension module would launch."""
-    ptx = ptx or ptx_of(plan["kernel"].split("_int8")[0] + "_int8", arch)
+    ptx = ptx or ptx_of(source_of(plan["kernel"]), arch)
     kernel = load(ptx, entry_of(plan["kernel"], ptx))
     return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=plan["shared"], memory=memory)
 
@@ -105,12 +124,12 @@ class Case:
 
     def __init__(
         self, x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: tuple[int, ...],
-        out_dtype: torch.dtype, misalign: int = 0, workspace: int = 0,
+        out_dtype: torch.dtype, misalign: int = 0, workspace: int = 0, packed: bool = False,
     ) -> None:  # fmt: skip
         self.memory = GlobalMemory()
         put = self.memory.allocate
         self.x = put(nhwc(x), misalign)
-        self.weight = put(nhwc(weight))
+        self.weight = put(weight.numpy() if packed else nhwc(weight))
         self.constants = put(constants.numpy())
         self.residual = 0 if residual is None else put(nhwc(residual))
         self.residual_dtype = 0 if residual is None else DTYPE_CODE[residual.dtype]
@@ -120,12 +139,14 @@ class Case:
         self.zeros = np.zeros(workspace // 4, np.int32)
         self.workspace = put(self.zeros) if workspace else 0
 
-    def epilogue(self, residual_scale: float, lo: float, tile: str = "", parts: int = 0) -> tuple[Any, ...]:
-        """The trailing arguments of the extension module's functions."""
+    def epilogue(self, residual_scale: float, lo: float) -> tuple[Any, ...]:
+        """Arguments of the extension module's functions, as they come after the sizes."""
         code = DTYPE_CODE[self.out_dtype]
-        workspace = self.workspace, self.zeros.nbytes
-        residual = self.residual, self.residual_dtype, residual_scale
-        return self.constants, *residual, lo, self.out, code, *workspace, tile, parts
+        return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
+
+    def schedule(self, tile: str = "", parts: int = 0) -> tuple[Any, ...]:
+        """The arguments after those: workspace, tile, parts; not every function has them."""
+        return self.workspace, self.zeros.nbytes, tile, parts
 
     def output(self) -> Tensor:
         """What the kernel wrote."""

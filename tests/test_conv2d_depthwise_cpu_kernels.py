@@ -109,6 +109,7 @@ GRID = {
     "dilation and stride": Conv(h=20, w=80, dilation=(3, 2), stride=(2, 2), padding=(3, 4)),
     "padding beyond the kernel": Conv(padding=(5, 7)),
     "padding beyond the image": Conv(h=1, w=2, padding=(4, 40)),
+    "more channels than are taken together": Conv(n=2, c=45, h=14, w=14),
     "no images": Conv(n=0),
     "nothing added": Conv(bias=False, residual=False),
 }

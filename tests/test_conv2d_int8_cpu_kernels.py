@@ -46,9 +46,11 @@ def pack(weight: Tensor, groups: int, depthwise: bool) -> Tensor:
     """docs/design.md, "Packed weights", element by element of the definition."""
     k, cg, r, s = weight.shape
     if depthwise:
-        packed = torch.zeros(-(-k // 16) * 16, -(-r * s // 4) * 4, dtype=S8)
-        packed[:k, : r * s] = weight.reshape(k, r * s)
-        return packed.reshape(-1, 16, packed.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        taps = weight[:, 0].transpose(1, 2) if r > 1 else weight[:, 0]  # (k, columns, taps of a column)
+        columns, length = taps.shape[1:]
+        packed = torch.zeros(-(-k // 16) * 16, columns, -(-length // 4) * 4, dtype=S8)
+        packed[:k, :, :length] = taps
+        return packed.reshape(-1, 16, packed.shape[1] * packed.shape[2] // 4, 4).transpose(1, 2).contiguous()
     kg, kb, cq = k // groups, -(-k // groups // 16), -(-cg // 4)
     packed = torch.zeros(groups, kb * 16, cq * 4, r * s, dtype=S8)
     packed[:, :kg, :cg] = weight.reshape(groups, kg, cg, r * s)
@@ -104,6 +106,43 @@ def test_conv(isa: str, c: int, x: torch.dtype) -> None:
         check(replace(conv, kernel=(1, 1), pad=(0, 0), stride=(3, 2)))
 
 
+@pytest.mark.parametrize("c", [1, 3, 4, 5, 8, 11, 16, 20, 23, 24, 27, 32, 33])
+def test_few_channels(isa: str, c: int) -> None:
+    """Reductions so short that all weights of a panel may stay in registers."""
+    for k in (15, 16, 24, 33, 48, 64, 100, 144):
+        for pixels, x, residual, out in ((1, U8, None, U8), (13, S8, S8, S8), (30, U8, U8, S8), (259, S8, None, U8)):
+            check(Conv(c, k, pixels, x=x, residual=residual, out=out))
+
+
+@pytest.mark.parametrize("c", [1, 2, 3])
+def test_stem(isa: str, c: int) -> None:
+    """Few channels: the taps in a row of the window are taken together."""
+    for x in (U8, S8):
+        conv = Conv(c, 32, 2, 21, 18, (3, 3), (2, 2), (1, 1), x=x, threads=2)
+        check(conv)
+        check(replace(conv, kernel=(7, 7), pad=(3, 3), k=70, shift=x == S8))
+        check(replace(conv, kernel=(1, 5), stride=(1, 4), pad=(0, 3)))  # windows with no input at all
+        check(replace(conv, kernel=(2, 2), stride=(1, 3), pad=(0, 0), dil=(3, 1), w=17, residual=U8))
+        check(replace(conv, dil=(1, 2)))
+
+
+@pytest.mark.parametrize("out", [U8, S8])
+@pytest.mark.parametrize("scale", [1e-2, 0.3, 1e30])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_numbers_beyond_8_bit(isa: str, depthwise: bool, scale: float, out: torch.dtype) -> None:
+    """Outputs are clamped whether they are rounded to int32 before or not: beyond 32 bits they can't be."""
+    for conv in (
+        Conv(20, 20, 1, 6, 7, (3, 3), pad=(1, 1), groups=20 if depthwise else 1, out=out),
+        Conv(16, 16, 9, out=out),
+    ):
+        o = random_operands(conv)
+        o.constants[0], o.constants[2] = scale, RANGE[out][1]
+        check(conv, o)
+        o.constants[2, 3], o.lo = 7.5, 2.5
+        o.constants[1, 7] = 1e9
+        check(conv, o)
+
+
 @pytest.mark.parametrize(
     "conv",
     [
@@ -123,7 +162,10 @@ def test_depthwise(isa: str, c: int, x: torch.dtype) -> None:
     conv = Conv(c, c, 2, 6, 7, (3, 3), (1, 1), (1, 1), groups=c, x=x)
     check(conv)
     check(replace(conv, stride=(2, 2), out=S8, threads=2))
-    check(replace(conv, kernel=(5, 5), pad=(2, 2)))
+    check(replace(conv, kernel=(5, 5), pad=(2, 2), n=3, threads=3))
+    check(replace(conv, kernel=(5, 5), pad=(2, 1), stride=(1, 2), dil=(2, 1), h=11))
+    check(replace(conv, pad=(4, 4), dil=(3, 1), out=S8))  # columns and rows of zeros alone
+    check(replace(conv, kernel=(1, 6), pad=(0, 2)))
     check(replace(conv, kernel=(2, 1), pad=(0, 0), dil=(2, 1), stride=(3, 1)))
     check(replace(conv, h=1, w=1, out=F32))
     for residual in (U8, S8, F32):

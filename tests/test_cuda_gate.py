@@ -14,8 +14,7 @@ from tests import cuda_gate as gate
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 
 
-@pytest.mark.parametrize("arch", gate.ARCHS)
-@pytest.mark.parametrize("kernel", emulated.KERNELS)
+@pytest.mark.parametrize("kernel, arch", [(k, arch) for k in emulated.KERNELS for arch in gate.archs_of(k)])
 def test_machine_code(kernel, arch):
     rows = gate.rows(kernel, arch)
     assert rows

@@ -65,7 +65,7 @@ def check_conv(
     case = emulated.Case(x, weight, constants, res, shape, out_dtype, misalign, 0 if parts == 1 else WORKSPACE)
     plan = _cuda.plan_conv2d_int8(
         SMS, case.x, dtype == torch.int8, n, h, w, c, case.weight, k, r, s,
-        *stride, *padding, *dilation, groups, *case.epilogue(0.37, lo, tile, parts),
+        *stride, *padding, *dilation, groups, *case.epilogue(0.37, lo), *case.schedule(tile, parts),
     )  # fmt: skip
     assert re.match(kernel, plan["kernel"]), plan["kernel"]
     result = emulated.run_planned(plan, arch, case.memory, ptx)
@@ -83,7 +83,7 @@ def check_linear(arch, m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residua
     expected = reference.linear_int8(x, weight, constants, res, -0.61, lo, out_dtype)
     case = emulated.Case(x, weight, constants, res, (m, k), out_dtype, 0, 0 if parts == 1 else WORKSPACE)
     plan = _cuda.plan_linear_int8(
-        SMS, case.x, dtype == torch.int8, m, c, case.weight, k, *case.epilogue(-0.61, lo, tile, parts)
+        SMS, case.x, dtype == torch.int8, m, c, case.weight, k, *case.epilogue(-0.61, lo), *case.schedule(tile, parts)
     )
     assert re.match(kernel, plan["kernel"]), plan["kernel"]
     result = emulated.run_planned(plan, arch, case.memory)
@@ -226,7 +226,9 @@ def test_extremes_and_ties():
     x, weight = torch.full((3, 512), 255, dtype=torch.uint8), torch.full((8, 512), -127, dtype=torch.int8)
     constants = torch.tensor([[1.0], [0.0], [float("inf")]]).expand(3, 8).contiguous()
     case = emulated.Case(x, weight, constants, None, (3, 8), torch.float32)
-    plan = _cuda.plan_linear_int8(1, case.x, False, 3, 512, case.weight, 8, *case.epilogue(0.0, -float("inf")))
+    plan = _cuda.plan_linear_int8(
+        1, case.x, False, 3, 512, case.weight, 8, *case.epilogue(0.0, -float("inf")), *case.schedule()
+    )
     emulated.run_planned(plan, "80", case.memory)
     assert_same(case.output(), torch.full((3, 8), -255.0 * 127 * 512), "extremes")
 
@@ -234,7 +236,9 @@ def test_extremes_and_ties():
     x[:, 0], weight[:, 0] = torch.arange(-5, 6), 1
     constants = torch.tensor([[0.5], [0.0], [127.0]]).expand(3, 8).contiguous()
     case = emulated.Case(x, weight, constants, None, (11, 8), torch.int8)
-    plan = _cuda.plan_linear_int8(1, case.x, True, 11, 16, case.weight, 8, *case.epilogue(0.0, -128.0))
+    plan = _cuda.plan_linear_int8(
+        1, case.x, True, 11, 16, case.weight, 8, *case.epilogue(0.0, -128.0), *case.schedule()
+    )
     emulated.run_planned(plan, "80", case.memory)
     assert case.output()[:, 3].tolist() == [-2, -2, -2, -1, 0, 0, 0, 1, 2, 2, 2]
 
@@ -271,7 +275,7 @@ def test_broken_kernel_is_caught(name):
 def test_output_past_its_end_is_caught():
     x, weight = torch.zeros(5, 16, dtype=torch.uint8), torch.zeros(8, 16, dtype=torch.int8)
     case = emulated.Case(x, weight, torch.zeros(3, 8), None, (4, 8), torch.int8)
-    plan = _cuda.plan_linear_int8(1, case.x, False, 5, 16, case.weight, 8, *case.epilogue(0.0, 0.0))
+    plan = _cuda.plan_linear_int8(1, case.x, False, 5, 16, case.weight, 8, *case.epilogue(0.0, 0.0), *case.schedule())
     with pytest.raises(MemoryFault, match="out of bounds"):
         emulated.run_planned(plan, "80", case.memory)
 

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_check, gpu_exact
 from tests import cuda_emulated as emulated
 
 pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
@@ -17,18 +17,26 @@ pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not insta
 def test_dry_run_is_exact():
     found = gpu_check.run(emulate=True, networks=["resnet50"], batches=[1], layers=3, sanitizer=True)
     assert [r["differing"] for r in found["layers"]] == [0, 0, 0] and found["device"] == "emulator"
-    assert not gpu_check.failed(found) and gpu_check.report(found).count("exact") == 3
+    assert not gpu_check.failed(found) and gpu_check.report(found).count("exact") == 4
+    assert len(found["cases"]) == len(gpu_exact.CONVS) + len(gpu_exact.LINEAR)
+    assert len({tuple(case["types"]) for case in found["cases"]}) >= 20 and not any(
+        c["differing"] for c in found["cases"]
+    )
 
 
 def test_a_difference_fails(monkeypatch):
     real = gpu_check.cuda.conv2d_int8
-    monkeypatch.setattr(gpu_check.cuda, "conv2d_int8", lambda *a: real(*a) ^ 1)
+    flipped = lambda out: out + 1 if out.is_floating_point() else out ^ 1  # noqa: E731
+    monkeypatch.setattr(gpu_check.cuda, "conv2d_int8", lambda *a: flipped(real(*a)))
     found = gpu_check.run(emulate=True, networks=["mobilenet_v2"], batches=[1], layers=2, sanitizer=False)
     assert gpu_check.failed(found) and "DIFFER" in gpu_check.report(found)
+    assert gpu_check.failed(found | {"layers": []}) and all(
+        c["differing"] for c in found["cases"] if "conv" in c["case"]
+    )
 
 
 def test_sanitizer_decides_too():
-    found = {"layers": [], "sanitizer": {"memcheck": {"ok": True}, "racecheck": {"ok": False}}}
+    found = {"layers": [], "cases": [], "sanitizer": {"memcheck": {"ok": True}, "racecheck": {"ok": False}}}
     assert gpu_check.failed(found)
 
 
@@ -52,7 +60,7 @@ def test_a_peer_that_fails_says_why_and_fails_nothing():
         "cudnn_fp16_us": 8.0,
         "modelled_us": 5.0,
     }
-    found = {"device": "G", "cnncomp": "1", "torch": "2", "sanitizer": None}
+    found = {"device": "G", "cnncomp": "1", "torch": "2", "sanitizer": None, "cases": []}
     found["layers"] = [layer | {"peers": {"inductor_fp16": 9.0, "cutlass_int8": "RuntimeError: no such kernel"}}]
     assert not gpu_check.failed(found)
     assert "exact  4.0 us, cuDNN fp16 8.0, inductor_fp16 9.0, modelled 5.0" in gpu_check.report(found)

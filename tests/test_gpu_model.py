@@ -16,13 +16,11 @@ from bench.gpu_model import (
     Calibration,
     Launch,
     bounds,
-    compare,
     model,
-    ratios,
-    report,
     sample_of,
     touched,
 )
+from bench.gpu_report import compare, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman
 from bench.layers import gpu_shapes
 from bench.plot import plot_gpu
@@ -180,7 +178,7 @@ def test_layers_of_vgg16():
 
 def row_of(layer, us, peer=None):
     return {"network": "n", "layer": layer, "gpu": "A100", "batch": 8, "peer": peer, "dtype": "int8", "pattern": "dense",
-            "us": us, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
+            "us": us, "pass_us": 20.0 if peer else 0.0, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
 
 
 def test_comparison(tmp_path):
@@ -192,6 +190,11 @@ def test_comparison(tmp_path):
         row_of("c", 1.0),
     ]
     assert ratios(rows) == {("n", "A100", 8, "cutlass int8 dense"): {"a": [4.0, 6.0], "b": [1.0, 1.5]}}
-    text = compare(rows)
-    assert LABEL in text and "2.00" in text and "2.00..3.00" in text and text.split()[-1] == "1.00"
+    head, _, line = compare(rows).splitlines()
+    assert LABEL in head and line == "| n | A100 | 8 | cutlass int8 dense | 2 | 2.00 | 2.00..3.00 | 1.00 | 4.24 |"
+    whole = overview(rows, ["A100"]).splitlines()
+    assert (
+        whole[2].split("|")[1:6] == [" n ", " A100 ", " 8 ", " 2.00 ", " 4.24 "]
+        and overview(rows, ["T4"]).count("\n") == 1
+    )
     assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000

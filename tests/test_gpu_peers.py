@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import conv2d
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import peers_triton
+from bench import peers_inductor, peers_triton
 
 pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 from bench import gpu_peers
@@ -31,6 +33,51 @@ def test_plain_triton_convolution(dtype, tmp_path, monkeypatch):
     expected = value.round().clamp(max=127).to(kind) if dtype == "int8" else value.to(kind)
     assert torch.equal(out, expected)
     assert launch.grid == 2 and launch.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "c", "kernel", "stride", "padding"),
+    [("fp16", 48, 3, 2, 1), ("fp16", 3, 7, 2, 3), ("fp16", 48, 1, 1, 0), ("int8", 48, 1, 1, 0), ("int8", 64, 1, 1, 0)],
+)
+def test_inductor_templates(dtype, c, kernel, stride, padding, tmp_path, monkeypatch):
+    """The rendered text computes the layer, with every check of the emulator, and is inductor's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(peers_inductor, "CACHE", tmp_path)
+    torch.manual_seed(0)
+    most, kind = (128, torch.int8) if dtype == "int8" else (4, torch.float16)
+    problem = peers_inductor.Problem(2, 9, 6, c, 80, kernel, kernel, stride, padding, dtype)
+    assert problem.product == (kernel == 1)
+    x, weight = (torch.randint(-most, most, size).to(kind) for size in ((2, 9, 6, c), (80, kernel, kernel, c)))
+    scale, bias = 2.0 ** torch.randint(-9, -6, (80,)), torch.randint(-9, 9, (80,)).float()
+    tile = peers_inductor.tiles(problem)[0]
+    given = bias if dtype == "int8" else bias.half()
+    out, _, launch = peers_inductor.run(problem, tile, x, weight, scale, given)
+    images, filters = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
+    sums = conv2d(images, filters, None, stride, padding).permute(0, 2, 3, 1)
+    value = (sums * scale + bias if dtype == "int8" else sums + bias).clamp(min=0)
+    assert torch.equal(out, value.round().clamp(max=127).to(kind) if dtype == "int8" else value.to(kind))
+    assert launch.grid == math.ceil(problem.rows / tile.m) * math.ceil(80 / tile.n)
+
+
+def test_inductor_tiles_are_its_own():
+    """Never larger than the problem, never more than a block may have, each once, among inductor's for the same warps."""
+    for shape in (*conv_shapes("resnet50"), *conv_shapes("mobilenet_v2")):
+        for dtype, batch in (("int8", 1), ("fp16", 64)):
+            problem = peers_inductor.Problem.of(shape, batch, dtype)
+            found = peers_inductor.scaled(problem)
+            assert len(set(found)) == len(found) >= len(peers_inductor.tiles(problem)) >= 4, shape
+            for tile in found:
+                assert tile.shared(dtype) <= peers_inductor.SHARED and tile.warps * 256 <= tile.m * tile.n
+                assert tile.n <= max(16, 2 * shape.k) and tile.k <= max(32, 2 * shape.c), (shape, tile)
+
+
+def test_requantize_pass():
+    """Five bytes an element, from the memory where the L2 is too small."""
+    shape, a100 = ConvShape("n", "l", 1, 64, 56, 56, 64, 1, 1, 1, 0, 1, 1), gpu_of("80")
+    elements = 56 * 56 * 64
+    small, large = (gpu_peers.requantize_pass(shape, batch, a100) - 2 for batch in (1, 64))
+    assert small == pytest.approx(5e6 * elements / (0.98 * 5120 * 1.41e9))
+    assert large == pytest.approx(64 * 5e6 * elements / (0.9 * 1555e9))
 
 
 def test_wgmma_bound():

@@ -24,6 +24,7 @@ class Report(NamedTuple):
     shared: int
     opcodes: Counter[str]
     ptx: str
+    sass: str
 
 
 def compile_kernel(
@@ -67,4 +68,4 @@ def inspect(compiled: Any) -> Report:
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.M))
-    return Report(int(match[1]), int(match[2]), compiled.metadata.shared, opcodes, compiled.asm["ptx"])
+    return Report(int(match[1]), int(match[2]), compiled.metadata.shared, opcodes, compiled.asm["ptx"], sass)

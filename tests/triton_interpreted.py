@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnncomp.kernels.conv2d_int8 import conv2d_int8
-from cnncomp.kernels.conv2d_sparse import conv2d_sparse, pack_1xv, unpack_1xv
+from cnncomp.kernels.conv2d_sparse import conv2d_sparse, pack_1xv
 from cnncomp.kernels.gemm_int8 import linear_int8
 from cnncomp.kernels.launch import Tile
 from cnncomp.ops import cuda, reference
 from cnncomp.ops.conv2d_sparse import _conv_cuda, _linear_cuda
+from cnncomp.sparsity import unpack_blocks
 
 TILE = Tile(16, 16, 32, 4, 2)  # small: the interpreter's time goes with the tile, the code is the same
 INT_RANGE = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
@@ -185,7 +186,7 @@ def test_sparse(name, dtype, tolerance, density):
     weight, x = weight.to(dtype), torch.randn(sizes["n"], c, sizes["h"], sizes["w"]).to(dtype)
     packed = pack_1xv(weight, 16, groups)
     assert packed.values.numel() <= keep.sum() * 16
-    assert torch.equal(unpack_1xv(packed, weight.shape, groups), weight)
+    assert torch.equal(unpack_blocks(packed, weight.shape, groups), weight)
     bias = torch.randn(k).to(dtype)
     plain = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), *geometry)
     residual = torch.randn_like(plain).to(dtype)

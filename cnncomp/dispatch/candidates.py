@@ -16,6 +16,8 @@ from cnncomp.nn import (
     LayerInfo,
     QuantConv2d,
     QuantLinear,
+    Sparse24QuantConv2d,
+    Sparse24QuantLinear,
     SparseConv2d,
     SparseLinear,
     SparseQuantConv2d,
@@ -24,6 +26,7 @@ from cnncomp.nn import (
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
 from cnncomp.ops.packing import quad_sparsity
+from cnncomp.sparsity.two_four import first_violation, why_not_2to4
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
@@ -116,6 +119,26 @@ def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
     return f"{empty:.0%} of the quads of input channels are zero: sparse int8 kernels need {MIN_SPARSITY:.0%}"
 
 
+def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
+    if layer.info.input is None:
+        return "not quantised"
+    if layer.info.weight_shift is not None:
+        return "mean-shift weights have no zeros"
+    if isinstance(layer, DenseConv2d):
+        g = layer.geometry
+        reason = why_not_2to4(g.in_channels, g.kernel_size, g.groups)
+    else:
+        reason = why_not_2to4(_weight(layer).shape[1], (1, 1), 1)
+    if reason is None and (where := first_violation(_weight4d(layer))):
+        reason = f"not 2:4: {where}"
+    return reason
+
+
+def _weight4d(layer: ConvertedLayer) -> Tensor:
+    weight = _weight(layer)
+    return weight if weight.dim() == 4 else weight[..., None, None]
+
+
 def _dense(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     def build(layer: ConvertedLayer) -> ConvertedLayer:
         assert isinstance(layer, (DenseConv2d, DenseLinear))
@@ -172,6 +195,7 @@ CONV_CANDIDATES = (
     Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
+    Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
@@ -179,6 +203,7 @@ LINEAR_CANDIDATES = (
     Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
+    Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
 )
 
@@ -202,7 +227,12 @@ def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
     options: list[Option] = []
     reasons: list[str] = []
     for candidate in table(layer):
-        reason = candidate.applies(layer) if device in candidate.devices else f"{candidate.kernel} needs a CPU"
+        if device in candidate.devices:
+            reason = candidate.applies(layer)
+        elif candidate.devices == ("cuda",):
+            continue  # on a CPU nobody misses it
+        else:
+            reason = f"{candidate.kernel} needs a CPU"
         if reason is None:
             try:
                 built = candidate.build(layer)

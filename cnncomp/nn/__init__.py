@@ -7,6 +7,7 @@ from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
+from cnncomp.nn.sparse24_quant import Sparse24QuantConv2d, Sparse24QuantLinear
 from cnncomp.nn.sparse_quant import SparseQuantConv2d, SparseQuantLinear
 
 #: Every converted layer by class name: what a saved file may name.
@@ -17,6 +18,8 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
         DenseLinear,
         QuantConv2d,
         QuantLinear,
+        Sparse24QuantConv2d,
+        Sparse24QuantLinear,
         SparseConv2d,
         SparseLinear,
         SparseQuantConv2d,
@@ -38,6 +41,8 @@ __all__ = [
     "QuantLinear",
     "QuantMaxPool2d",
     "QuantSpec",
+    "Sparse24QuantConv2d",
+    "Sparse24QuantLinear",
     "SparseConv2d",
     "SparseLinear",
     "SparseQuantConv2d",

@@ -66,8 +66,7 @@ class _SparseLayer(ConvertedLayer):
     def _pack(self, weight: Tensor) -> None:
         """Take ``weight`` (K, C/G, R, S), in the format of the kernels of its device."""
         if weight.device.type == "cpu":
-            (_, channels, r, s), linear = self.shape4d, isinstance(self, SparseLinear)
-            packed = pack_sparse(weight, self.groups, default_block((r, s), channels, linear))
+            packed = pack_sparse(weight, self.groups, default_block(weight, isinstance(self, SparseLinear)))
         else:
             packed = cuda_kernels().pack_sparse(weight, self.groups)
         self.values, self.index, self.row_ptr, self.block = packed

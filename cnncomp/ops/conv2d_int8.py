@@ -23,7 +23,7 @@ from cnncomp.ops.library import (
     num_threads,
     pointer,
 )
-from cnncomp.ops.packing import is_depthwise
+from cnncomp.ops.packing import depthwise_columns, is_depthwise
 
 CONV_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor constants, Tensor? residual, float residual_scale, float lo, int[2] kernel_size, "
@@ -74,14 +74,15 @@ def _conv_fake(
 
 def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int) -> bool:
     """Check that the packed weight belongs to these sizes; whether it is depthwise."""
-    taps = kernel_size[0] * kernel_size[1]
     depthwise = is_depthwise(c, k, groups)
     if c % groups or k % groups:
         raise ArgumentError("x", f"{c} input and {k} output channels", f"multiples of groups={groups}")
     expected: tuple[int, ...]
     if depthwise:
-        expected = (-(-c // 16), -(-taps // 4), 16, 4)
+        columns, length = depthwise_columns((kernel_size[0], kernel_size[1]))
+        expected = (-(-c // 16), columns * -(-length // 4), 16, 4)
     else:
+        taps = kernel_size[0] * kernel_size[1]
         expected = (groups, -(-(k // groups) // 16), taps, -(-(c // groups) // 4), 16, 4)
     if tuple(weight.shape) != expected:
         raise ArgumentError("weight", f"packed shape {tuple(weight.shape)}", f"{expected} for {c} input channels")

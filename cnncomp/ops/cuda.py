@@ -12,6 +12,7 @@ from torch import Tensor
 from cnncomp.errors import DeviceError
 from cnncomp.kernels import available
 from cnncomp.ops.packing import PackedSparse
+from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
 
 try:
     from cnncomp import _cuda
@@ -174,20 +175,14 @@ SPARSE_RUN = 16
 
 
 def pack_sparse(weight: Tensor, groups: int = 1) -> PackedSparse:
-    """Pack a masked float32 weight (K, C/G, R, S) for the GPU: the fields hold what ``cnncomp.kernels.conv2d_sparse`` calls
-    values, positions and block_ptr, and ``block`` the length of a run.
-
-    Raises:
-        DeviceError: no Triton.
-    """
-    packed = _sparse_kernels(weight).pack_1xv(weight.detach().float(), SPARSE_RUN, groups)
-    return PackedSparse(packed.values, packed.positions, packed.block_ptr, SPARSE_RUN)
+    """Pack a masked float32 weight (K, C/G, R, S) for the GPU: the fields hold what :func:`cnncomp.sparsity.pack_blocks` calls
+    values, positions and block_ptr, and ``block`` the length of a run of outputs."""
+    return PackedSparse(*pack_blocks(weight.detach().float(), SPARSE_RUN, 1, groups), SPARSE_RUN)
 
 
 def unpack_sparse(packed: PackedSparse, shape: Sequence[int], groups: int = 1) -> Tensor:
     """The inverse of :func:`pack_sparse`: the weight of ``shape`` (K, C/G, R, S)."""
-    sparse = _sparse_kernels(packed.values)
-    return sparse.unpack_1xv(sparse.Packed1xV(packed.values, packed.positions, packed.row_ptr), shape, groups)
+    return unpack_blocks(PackedBlocks(*packed[:3]), shape, groups)
 
 
 def conv2d_sparse(
@@ -210,7 +205,7 @@ def conv2d_sparse(
         DeviceError: no Triton.
     """
     sparse = _sparse_kernels(x)
-    weight = sparse.Packed1xV(packed.values, packed.positions, packed.row_ptr)
+    weight = PackedBlocks(*packed[:3])
     return sparse.conv2d_sparse(
         x, weight, out_channels, kernel_size, bias, residual, lo, hi, stride, padding, dilation, groups
     )

@@ -88,13 +88,16 @@ constexpr void set_dense_tiles(SparseTileKernel* kernel, std::integer_sequence<i
   ((kernel[T] = dense_tile<V, T + 1, Inputs>), ...);
 }
 
-template <class V>
+// Last: the narrower vector that the last one of a sparse tile may be, or V.
+template <class V, class Last = V>
 constexpr SparseKernels sparse_kernels_of() {
   constexpr auto all = std::make_integer_sequence<int, kSparseMaxTile>();
   constexpr auto dense = std::make_integer_sequence<int, kDenseMaxTile>();
-  SparseKernels kernels{V::kLanes, {}, {}, {}, {}, pack<V>};
-  set_tiles<V, Steps>(kernels.tile_steps, all);
-  set_tiles<V, Offsets>(kernels.tile_offsets, all);
+  SparseKernels kernels{V::kLanes, Last::kLanes, {}, {}, {}, {}, pack<V>};
+  set_tiles<V, V, Steps>(kernels.tile_steps[0], all);
+  set_tiles<V, V, Offsets>(kernels.tile_offsets[0], all);
+  set_tiles<V, Last, Steps>(kernels.tile_steps[1], all);
+  set_tiles<V, Last, Offsets>(kernels.tile_offsets[1], all);
   set_dense_tiles<V, DenseSteps>(kernels.dense_steps, dense);
   set_dense_tiles<V, DenseOffsets>(kernels.dense_offsets, dense);
   return kernels;

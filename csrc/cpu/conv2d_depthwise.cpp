@@ -1,5 +1,7 @@
 #include "conv2d_depthwise.h"
 
+#include <algorithm>
+
 #include "conv2d_depthwise_kernel.h"
 #include "cpuid.h"
 #include "driver.h"
@@ -7,6 +9,8 @@
 
 namespace cnncomp {
 namespace {
+
+constexpr int64_t kTogether = 4096;  // floats of input
 
 DepthwiseKernel kernel() {
   return CNNCOMP_FP32_KERNELS(kDepthwise);
@@ -16,14 +20,16 @@ DepthwiseKernel kernel() {
 
 void conv2d_depthwise(const Conv2dDepthwiseArgs& a) {
   check_window("conv2d_depthwise", a);
-  const DepthwiseKernel plane = kernel();
+  const DepthwiseKernel planes = kernel();
   const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
   const int64_t q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
-  parallel_for(a.num_threads, a.n * a.c, [&](int64_t i) {
-    const int64_t c = i % a.c;
-    plane({a.x + i * a.h * a.w, a.h, a.w, a.weight + c * a.r * a.s, a.r, a.s, a.stride_h, a.stride_w, a.pad_h, a.pad_w,
-           a.dil_h, a.dil_w, a.bias != nullptr ? a.bias[c] : 0.0f, a.residual != nullptr ? a.residual + i * p * q : nullptr,
-           a.out + i * p * q, p, q, a.lo, a.hi});
+  // Planes are taken together as long as they fit a part of the first-level cache.
+  const int64_t together = std::clamp<int64_t>(kTogether / (a.h * a.w), 1, a.c), chunks = ceil_div(a.c, together);
+  parallel_for(a.num_threads, a.n * chunks, [&](int64_t i) {
+    const int64_t c = i % chunks * together, first = i / chunks * a.c + c;
+    planes({std::min(together, a.c - c), a.x + first * a.h * a.w, a.h, a.w, a.weight + c * a.r * a.s, a.r, a.s, a.stride_h,
+            a.stride_w, a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.bias != nullptr ? a.bias + c : nullptr,
+            a.residual != nullptr ? a.residual + first * p * q : nullptr, a.out + first * p * q, p, q, a.lo, a.hi});
   });
 }
 

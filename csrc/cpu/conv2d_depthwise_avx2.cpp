@@ -5,7 +5,7 @@
 
 namespace cnncomp {
 
-const DepthwiseKernel kDepthwiseAvx2 = depthwise_plane<Avx2>;
+const DepthwiseKernel kDepthwiseAvx2 = depthwise_planes<Avx2>;
 
 }  // namespace cnncomp
 #endif

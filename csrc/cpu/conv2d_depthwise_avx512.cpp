@@ -5,7 +5,7 @@
 
 namespace cnncomp {
 
-const DepthwiseKernel kDepthwiseAvx512 = depthwise_plane<Avx512>;
+const DepthwiseKernel kDepthwiseAvx512 = depthwise_planes<Avx512, HalfAvx512>;
 
 }  // namespace cnncomp
 #endif

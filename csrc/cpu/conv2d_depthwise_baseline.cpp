@@ -4,6 +4,6 @@
 
 namespace cnncomp {
 
-const DepthwiseKernel kDepthwiseBaseline = depthwise_plane<Baseline>;
+const DepthwiseKernel kDepthwiseBaseline = depthwise_planes<Baseline>;
 
 }  // namespace cnncomp

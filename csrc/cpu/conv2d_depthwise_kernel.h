@@ -5,20 +5,21 @@
 
 namespace cnncomp {
 
-// One channel of one image.
-struct DepthwisePlane {
-  const float* x;  // (h, w)
+// Channels of one image, one after the other.
+struct DepthwisePlanes {
+  int64_t planes;
+  const float* x;  // (planes, h, w)
   int64_t h, w;
-  const float* weight;  // (r, s)
+  const float* weight;  // (planes, r, s)
   int64_t r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  float bias;
-  const float* residual;  // (p, q), or null
-  float* out;             // (p, q)
+  const float* bias;      // (planes), or null
+  const float* residual;  // (planes, p, q), or null
+  float* out;             // (planes, p, q)
   int64_t p, q;
   float lo, hi;
 };
 
-using DepthwiseKernel = void (*)(const DepthwisePlane&);
+using DepthwiseKernel = void (*)(const DepthwisePlanes&);
 
 extern const DepthwiseKernel kDepthwiseBaseline;
 extern const DepthwiseKernel kDepthwiseAvx2;    // x86-64 only

@@ -1,8 +1,8 @@
-// The depthwise convolution of one plane, one source for every instruction set. Plain arrays only, for the reasons that
+// The depthwise convolution of some planes, one source for every instruction set. Plain arrays only, for the reasons that
 // conv2d_sparse_tile.h gives.
 //
-// Nothing is copied or padded: lanes outside the image are masked out of the loads. A vector of inputs serves all the output
-// rows in hand that it reaches.
+// Nothing is copied or padded: lanes outside the image are masked out of the loads, by masks made once for all planes. A vector
+// of inputs serves all the output rows in hand that it reaches.
 #pragma once
 
 #include "conv2d_depthwise_kernel.h"
@@ -22,9 +22,20 @@ struct Inside {
   }
 };
 
+// One channel.
+struct Plane : DepthwisePlanes {
+  float first;  // what sums begin with
+  Plane(const DepthwisePlanes& a, int64_t i) : DepthwisePlanes(a), first(a.bias != nullptr ? a.bias[i] : 0.0f) {
+    x += i * a.h * a.w;
+    weight += i * a.r * a.s;
+    if (residual != nullptr) residual += i * a.p * a.q;
+    out += i * a.p * a.q;
+  }
+};
+
 // out[0..lanes) = clamp(v + residual), as far as the row goes.
 template <class V>
-void put(const DepthwisePlane& a, typename V::Vec v, int64_t row, int64_t column) {
+void put(const Plane& a, typename V::Vec v, int64_t row, int64_t column) {
   const int64_t at = row * a.q + column, left = a.q - column;
   const typename V::Vec lo = V::broadcast(a.lo), hi = V::broadcast(a.hi);
   if (left >= V::kLanes) {
@@ -42,7 +53,7 @@ template <class V, int S, int STRIDE, bool INNER>
 struct Taps {
   typename V::Mask mask[S][STRIDE];
 
-  explicit Taps(const DepthwisePlane& a, int64_t left) {
+  Taps(const DepthwisePlanes& a, int64_t left) {
     if constexpr (!INNER) {
       for (int s = 0; s < S; s++) {
         const Inside in(left + s, a.w, STRIDE, V::kLanes);
@@ -52,13 +63,13 @@ struct Taps {
       }
     }
   }
-  typename V::Vec load(const float* x, int s) const {
+  inline __attribute__((always_inline)) typename V::Vec load(const float* x, int s) const {
     if constexpr (STRIDE == 1) return part(x, s, 0);
     else return V::even(part(x, s, 0), part(x, s, 1));
   }
 
  private:
-  typename V::Vec part(const float* x, int s, int i) const {
+  inline __attribute__((always_inline)) typename V::Vec part(const float* x, int s, int i) const {
     const float* const p = x + s + i * V::kLanes;
     if constexpr (INNER) return V::load(p);
     else return V::load_masked(p, mask[s][i]);
@@ -67,12 +78,12 @@ struct Taps {
 
 // A vector of columns of ROWS output rows, for an R x S kernel without dilation.
 template <class V, int R, int S, int STRIDE, int ROWS, class Taps>
-inline __attribute__((always_inline)) void square(const DepthwisePlane& a, const typename V::Vec (&weight)[R * S],
-                                                  const Taps& taps, int64_t row, int64_t column) {
+inline __attribute__((always_inline)) void square(const Plane& a, const typename V::Vec (&weight)[R * S], const Taps& taps,
+                                                  int64_t row, int64_t column) {
   const int64_t top = row * STRIDE - a.pad_h, left = column * STRIDE - a.pad_w;
   typename V::Vec sum[ROWS];
 #pragma GCC unroll 4
-  for (int b = 0; b < ROWS; b++) sum[b] = V::broadcast(a.bias);
+  for (int b = 0; b < ROWS; b++) sum[b] = V::broadcast(a.first);
 #pragma GCC unroll 16
   for (int i = 0; i < (ROWS - 1) * STRIDE + R; i++) {
     if (top + i < 0 || top + i >= a.h) continue;
@@ -91,35 +102,105 @@ inline __attribute__((always_inline)) void square(const DepthwisePlane& a, const
   for (int b = 0; b < ROWS; b++) put<V>(a, sum[b], row + b, column);
 }
 
-// A vector of columns of all output rows. INNER: all of its inputs, and what is loaded with them, lie inside their rows.
+// A vector of columns of all output rows, plane by plane. INNER: all of its inputs, and what is loaded with them, lie inside
+// their rows.
 template <class V, int R, int S, int STRIDE, bool INNER>
-void square_columns(const DepthwisePlane& a, const typename V::Vec (&weight)[R * S], int64_t column) {
+void square_columns(const DepthwisePlanes& a, int64_t column) {
   const Taps<V, S, STRIDE, INNER> taps(a, column * STRIDE - a.pad_w);
-  int64_t row = 0;
-  for (; row + 4 <= a.p; row += 4) square<V, R, S, STRIDE, 4>(a, weight, taps, row, column);
-  for (; row + 2 <= a.p; row += 2) square<V, R, S, STRIDE, 2>(a, weight, taps, row, column);
-  if (row < a.p) square<V, R, S, STRIDE, 1>(a, weight, taps, row, column);
+  for (int64_t i = 0; i < a.planes; i++) {
+    const Plane plane(a, i);
+    typename V::Vec weight[R * S];
+    for (int j = 0; j < R * S; j++) weight[j] = V::broadcast(plane.weight[j]);
+    int64_t row = 0;
+    for (; row + 4 <= a.p; row += 4) square<V, R, S, STRIDE, 4>(plane, weight, taps, row, column);
+    for (; row + 2 <= a.p; row += 2) square<V, R, S, STRIDE, 2>(plane, weight, taps, row, column);
+    if (row < a.p) square<V, R, S, STRIDE, 1>(plane, weight, taps, row, column);
+  }
 }
 
 template <class V, int R, int S, int STRIDE>
-void square_plane(const DepthwisePlane& a) {
-  typename V::Vec weight[R * S];
-  for (int i = 0; i < R * S; i++) weight[i] = V::broadcast(a.weight[i]);
+void square_planes(const DepthwisePlanes& a) {
   for (int64_t column = 0; column < a.q; column += V::kLanes) {
     const int64_t left = column * STRIDE - a.pad_w;
     if (left >= 0 && left + S - 1 + STRIDE * V::kLanes <= a.w) {
-      square_columns<V, R, S, STRIDE, true>(a, weight, column);
+      square_columns<V, R, S, STRIDE, true>(a, column);
     } else {
-      square_columns<V, R, S, STRIDE, false>(a, weight, column);
+      square_columns<V, R, S, STRIDE, false>(a, column);
     }
   }
 }
 
+// ROWS output rows of a 3 x 3 kernel padded by one column: each input is loaded once, and shifted by a lane for its other taps.
+template <class V, int STRIDE, int ROWS>
+inline __attribute__((always_inline)) void shifted(const Plane& a, const typename V::Vec (&weight)[9], int64_t row) {
+  constexpr int kInputs = (ROWS - 1) * STRIDE + 3, kLanes = V::kLanes;
+  const float* x[kInputs];
+  int64_t width[kInputs];  // 0 above and below the image
+  typename V::Vec before[kInputs], here[kInputs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kInputs; i++) {
+    const int64_t y = row * STRIDE - a.pad_h + i;
+    width[i] = y < 0 || y >= a.h ? 0 : a.w;
+    x[i] = a.x + (width[i] == 0 ? 0 : y * a.w);
+    before[i] = V::broadcast(0.0f);
+    if constexpr (STRIDE == 1) here[i] = V::load_between(x[i], 0, static_cast<int>(width[i] < kLanes ? width[i] : kLanes));
+  }
+  for (int64_t column = 0; column < a.q; column += kLanes) {
+    typename V::Vec sum[ROWS];
+#pragma GCC unroll 4
+    for (int b = 0; b < ROWS; b++) sum[b] = V::broadcast(a.first);
+#pragma GCC unroll 16
+    for (int i = 0; i < kInputs; i++) {
+      typename V::Vec tap[3];
+      const auto load = [&](int64_t at) {
+        const int64_t left = width[i] - at;
+        return V::load_between(x[i] + (left > 0 ? at : 0), 0, static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes));
+      };
+      if constexpr (STRIDE == 1) {
+        const typename V::Vec next = load(column + kLanes);
+        tap[0] = V::template from<kLanes - 1>(before[i], here[i]);
+        tap[1] = here[i];
+        tap[2] = V::template from<1>(here[i], next);
+        before[i] = here[i];
+        here[i] = next;
+      } else {
+        const typename V::Vec low = load(2 * column), high = load(2 * column + kLanes);
+        tap[1] = V::even(low, high);
+        tap[2] = V::odd(low, high);
+        tap[0] = V::template from<kLanes - 1>(before[i], tap[2]);
+        before[i] = tap[2];
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < ROWS; b++) {
+        const int r = i - b * STRIDE;
+        if (r < 0 || r >= 3) continue;
+#pragma GCC unroll 4
+        for (int s = 0; s < 3; s++) sum[b] = V::fma(weight[r * 3 + s], tap[s], sum[b]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < ROWS; b++) put<V>(a, sum[b], row + b, column);
+  }
+}
+
+template <class V, int STRIDE>
+void shifted_planes(const DepthwisePlanes& a) {
+  for (int64_t i = 0; i < a.planes; i++) {
+    const Plane plane(a, i);
+    typename V::Vec weight[9];
+    for (int j = 0; j < 9; j++) weight[j] = V::broadcast(plane.weight[j]);
+    int64_t row = 0;
+    for (; row + 4 <= a.p; row += 4) shifted<V, STRIDE, 4>(plane, weight, row);
+    for (; row + 2 <= a.p; row += 2) shifted<V, STRIDE, 2>(plane, weight, row);
+    if (row < a.p) shifted<V, STRIDE, 1>(plane, weight, row);
+  }
+}
+
 template <class V>
-void any_plane(const DepthwisePlane& a) {
+void any_plane(const Plane& a) {
   for (int64_t row = 0; row < a.p; row++) {
     for (int64_t column = 0; column < a.q; column += V::kLanes) {
-      typename V::Vec sum = V::broadcast(a.bias);
+      typename V::Vec sum = V::broadcast(a.first);
       for (int64_t r = 0; r < a.r; r++) {
         const int64_t y = row * a.stride_h - a.pad_h + r * a.dil_h;
         if (y < 0 || y >= a.h) continue;
@@ -140,13 +221,27 @@ void any_plane(const DepthwisePlane& a) {
 }
 
 template <class V>
-void depthwise_plane(const DepthwisePlane& a) {
-  const int64_t size = a.r == a.s && a.dil_h * a.dil_w == 1 && a.stride_h == a.stride_w ? a.r : 0;
-  if (size == 3 && a.stride_w == 1) return square_plane<V, 3, 3, 1>(a);
-  if (size == 3 && a.stride_w == 2) return square_plane<V, 3, 3, 2>(a);
-  if (size == 5 && a.stride_w == 1) return square_plane<V, 5, 5, 1>(a);
-  if (size == 5 && a.stride_w == 2) return square_plane<V, 5, 5, 2>(a);
-  any_plane<V>(a);
+void any_planes(const DepthwisePlanes& a) {
+  for (int64_t i = 0; i < a.planes; i++) any_plane<V>(Plane(a, i));
+}
+
+template <class V, int SIZE>
+void square_planes_by_stride(const DepthwisePlanes& a) {
+  if constexpr (V::kShifts && SIZE == 3) {
+    const bool wide = a.w > 2 * V::kLanes;  // one vector or two are not worth the shifts
+    if (a.pad_w == 1 && wide) return a.stride_w == 1 ? shifted_planes<V, 1>(a) : shifted_planes<V, 2>(a);
+  }
+  a.stride_w == 1 ? square_planes<V, SIZE, SIZE, 1>(a) : square_planes<V, SIZE, SIZE, 2>(a);
+}
+
+// Half: a vector for rows that are no longer than it, or V.
+template <class V, class Half = V>
+void depthwise_planes(const DepthwisePlanes& a) {
+  const int64_t size = a.r == a.s && a.dil_h * a.dil_w == 1 && a.stride_h == a.stride_w && a.stride_w <= 2 ? a.r : 0;
+  const bool half = a.q <= Half::kLanes;
+  if (size == 3) return half ? square_planes_by_stride<Half, 3>(a) : square_planes_by_stride<V, 3>(a);
+  if (size == 5) return half ? square_planes_by_stride<Half, 5>(a) : square_planes_by_stride<V, 5>(a);
+  any_planes<V>(a);
 }
 
 }  // namespace

@@ -9,8 +9,9 @@
 namespace cnncomp {
 namespace {
 
+// The sums go to `out`, or, where that is null, through the epilogue.
 template <class S, int BLOCKS, int PIXELS, bool SIGNED>
-void conv_tile(const ConvPanel& a, const uint8_t* const* rows, int32_t* out) {
+void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds<BLOCKS>& bounds) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
   typename S::Int acc[PIXELS][V];
 #pragma GCC unroll 16
@@ -22,6 +23,7 @@ void conv_tile(const ConvPanel& a, const uint8_t* const* rows, int32_t* out) {
   const auto flip = S::set(static_cast<int32_t>(0x80808080u));
   const int64_t taps = a.taps, bytes = 4 * a.quads, block_stride = taps * bytes * kBlock;
   const int8_t* weight = a.weight;
+  const uint8_t* const* rows = a.rows + pixel * taps;
   for (int64_t tap = 0; tap < taps; tap++) {
     const uint8_t* x[PIXELS];
 #pragma GCC unroll 16
@@ -41,18 +43,20 @@ void conv_tile(const ConvPanel& a, const uint8_t* const* rows, int32_t* out) {
       }
     }
   }
+  if (out == nullptr) return store_bytes<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
 #pragma GCC unroll 16
   for (int m = 0; m < PIXELS; m++)
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) S::store(out + m * BLOCKS * kBlock + v * S::kLanes, acc[m][v]);
 }
 
-using ConvTile = void (*)(const ConvPanel&, const uint8_t* const*, int32_t*);
+template <int BLOCKS>
+using ConvTile = void (*)(const ConvPanel&, int64_t, int32_t*, const ByteBounds<BLOCKS>&);
 
 // tile[PIXELS - 1] for PIXELS up to MAX.
 template <class S, int BLOCKS, int MAX, bool SIGNED>
 struct ConvTiles {
-  ConvTile tile[MAX];
+  ConvTile<BLOCKS> tile[MAX];
   constexpr ConvTiles() : tile() { fill<MAX>(); }
 
  private:
@@ -63,26 +67,80 @@ struct ConvTiles {
   }
 };
 
+// Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes through
+// other units of the processor. One tap, e.bytes, unsigned. Returns how many pixels it did: the last ones may be left.
+template <class S, int BLOCKS, int QUADS>
+int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
+  constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
+  constexpr int PIXELS = V < 4 && 4 % V == 0 ? 4 / V : 1;  // that fill the vectors of bytes
+  typename S::Operand w[QUADS][V];
+#pragma GCC unroll 16
+  for (int quad = 0; quad < QUADS; quad++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++)
+      w[quad][v] = S::weight(S::load(a.weight + ((v / kPerBlock) * QUADS + quad) * 4 * kBlock + (v % kPerBlock) * S::kBytes));
+  int64_t pixel = 0;
+  for (; pixel + PIXELS <= a.pixels; pixel += PIXELS) {
+    typename S::Int acc[PIXELS][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++) {
+      const uint8_t* const x = a.rows[pixel + m];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) acc[m][v] = S::load(a.init + v * S::kLanes);
+#pragma GCC unroll 16
+      for (int quad = 0; quad < QUADS; quad++) {
+        const auto input = S::input(S::broadcast(x + 4 * quad));
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[quad][v]);
+      }
+    }
+    store_bytes<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
+  }
+  return pixel;
+}
+
+// The same for any number of quads up to QUADS; beyond it does nothing.
+template <class S, int BLOCKS, int QUADS>
+int64_t conv_up_to_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
+  if constexpr (QUADS > 0) {
+    if (a.quads == QUADS) return conv_few_quads<S, BLOCKS, QUADS>(a, bounds);
+    return conv_up_to_quads<S, BLOCKS, QUADS - 1>(a, bounds);
+  }
+  return 0;
+}
+
 constexpr int kEpiloguePixels = 28;
 
-template <class S, int BLOCKS, int MAX>
+// FEW: quads whose weights fit in the registers.
+template <class S, int BLOCKS, int MAX, int FEW = 0>
 void conv_blocks(const ConvPanel& a) {
   static constexpr ConvTiles<S, BLOCKS, MAX, false> unsigned_tiles;
   static constexpr ConvTiles<S, BLOCKS, MAX, true> signed_tiles;
-  const ConvTile* tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
-  const EpilogueFn finish = epilogue_of<S, BLOCKS>(a.epilogue);
+  const ConvTile<BLOCKS>* const tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
+  const Int8Epilogue& e = a.epilogue;
+  const ByteBounds<BLOCKS> bounds(e);
+  const bool direct = e.bytes && e.shift == nullptr;
+  // A residual is read up to whole blocks of channels.
+  const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
+  const EpilogueFn finish = epilogue_of<S, BLOCKS>(e);
   // The epilogue takes several tiles at a time; their sums stay in the first-level cache.
   constexpr int64_t kTiles = kEpiloguePixels / MAX;
   alignas(64) int32_t acc[kTiles * MAX * BLOCKS * kBlock];
   // Tiles of equal size, give or take one: no tile is left with a single pixel.
-  const int64_t count = (a.pixels + MAX - 1) / MAX;
-  int64_t done = 0, end = 0;
+  const int64_t first = direct && !past && !a.x_signed && a.taps == 1 ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
+  const int64_t pixels = a.pixels - first, count = (pixels + MAX - 1) / MAX;
+  int64_t done = first, end = first;
   for (int64_t i = 0; i < count; i++) {
     const int64_t begin = end;
-    end = a.pixels * (i + 1) / count;
-    tiles[end - begin - 1](a, a.rows + begin * a.taps, acc + (begin - done) * BLOCKS * kBlock);
+    end = first + pixels * (i + 1) / count;
+    const bool through = direct && (!past || (a.pixels - end) * e.stride >= kBlock);
+    tiles[end - begin - 1](a, begin, through ? nullptr : acc + (begin - done) * BLOCKS * kBlock, bounds);
+    if (through) {
+      done = end;
+      continue;
+    }
     if (i % kTiles == kTiles - 1 || i == count - 1) {
-      finish(acc, BLOCKS * kBlock, end - done, a.epilogue, done, 0);
+      finish(acc, BLOCKS * kBlock, end - done, e, done, 0);
       done = end;
     }
   }

@@ -66,6 +66,7 @@ struct Scratch {
   Offsets offsets;
   std::vector<SparseRun> runs;
   std::vector<SparseSegment> segments;
+  std::vector<SparsePiece> pieces;
 };
 
 // In here, weights without a list of rows are dense.
@@ -194,16 +195,28 @@ void make_segments(const Conv2dSparseArgs& a, const Plan& plan, int64_t grid, in
   }
 }
 
+// The segments cut into what the tile's vectors hold. False where a vector holds two, or one that begins inside it.
+bool make_pieces(const std::vector<SparseSegment>& segments, int64_t lanes, int64_t vectors, std::vector<SparsePiece>& pieces) {
+  pieces.assign(vectors, {0, 0});
+  for (const SparseSegment& s : segments) {
+    if (s.tile_begin % lanes != 0) return false;
+    for (int64_t i = 0; i < s.length; i += lanes) {
+      pieces[(s.tile_begin + i) / lanes] = {s.out_begin + i, std::min(lanes, s.length - i)};
+    }
+  }
+  return true;
+}
+
 // All blocks of input channels for one tile of one group; t holds what does not depend on the block.
 void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t group, int64_t tile_vectors,
-                const float* direct, Scratch& scratch, SparseTile& t) {
+                bool narrow, const float* direct, Scratch& scratch, SparseTile& t) {
   const int64_t planes = plan.rows.planes() * plan.columns.planes();
   const int64_t block = std::min(a.weights.block, plan.group_c);
   float* packed = direct != nullptr ? nullptr : scratch.planes.get(block * planes * plan.plane_length);
   constexpr int64_t kFloat = sizeof(float);
   t.step = direct != nullptr ? a.h * a.w * kFloat : plan.linear ? plan.plane_length * kFloat : 0;
   const SparseTileKernel* const tiles = plan.dense ? t.step != 0 ? kernels.dense_steps : kernels.dense_offsets
-                                        : t.step != 0 ? kernels.tile_steps : kernels.tile_offsets;
+                                        : t.step != 0 ? kernels.tile_steps[narrow] : kernels.tile_offsets[narrow];
   if (t.step == 0) t.offset = plan.dense ? plan.offset.data() : scratch.offsets.get(a, plan, group);
   for (int64_t b = 0; b < plan.blocks; b++) {
     const int64_t c = group * plan.group_c + b * block, channels = std::min(block, plan.group_c - b * block);
@@ -259,9 +272,12 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.out_stride_k = image_pixels;
   t.segments = scratch.segments.data();
   t.num_segments = static_cast<int64_t>(scratch.segments.size());
+  const bool whole = make_pieces(scratch.segments, plan.lanes, full / plan.lanes, scratch.pieces);
+  t.pieces = whole ? scratch.pieces.data() : nullptr;
   t.lo = a.lo;
   t.hi = a.hi;
-  run_blocks(a, plan, kernels, group, full / plan.lanes, direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr, scratch, t);
+  const bool narrow = is_narrow(kernels, full - (end - begin));
+  run_blocks(a, plan, kernels, group, full / plan.lanes, narrow, direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr, scratch, t);
 }
 
 void run(Conv2dSparseArgs args) {

@@ -5,7 +5,7 @@
 
 namespace cnncomp {
 
-const SparseKernels kSparseAvx512 = sparse_kernels_of<Avx512>();
+const SparseKernels kSparseAvx512 = sparse_kernels_of<Avx512, HalfAvx512>();
 
 }  // namespace cnncomp
 #endif

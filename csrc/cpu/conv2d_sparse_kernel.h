@@ -17,6 +17,11 @@ struct SparseSegment {
   int64_t out_begin;  // floats from SparseTile::out, for output channel 0
 };
 
+// The outputs that a vector of a tile holds, from its first lane on.
+struct SparsePiece {
+  int64_t out_begin, length;  // as in SparseSegment; not all lanes need be outputs
+};
+
 // One tile of output pixels, one block of input channels, a range of output channels.
 struct SparseTile {
   const float* values;  // dense: of this block, (ceil(K / kDenseRows), block_floats)
@@ -38,6 +43,7 @@ struct SparseTile {
   int64_t out_stride_k;   // floats
   const SparseSegment* segments;
   int64_t num_segments;
+  const SparsePiece* pieces;  // the same by vectors of the tile; null where one holds more than one piece
   float lo, hi;
 };
 
@@ -62,9 +68,9 @@ struct SparsePack {
 using SparseTileKernel = void (*)(const SparseTile&);
 
 struct SparseKernels {
-  int lanes;  // floats in a vector
-  // [T - 1]: T vectors of pixels
-  SparseTileKernel tile_steps[kSparseMaxTile], tile_offsets[kSparseMaxTile];
+  int lanes, last_lanes;  // floats in a vector, and in the last one of a narrow tile: as many, or fewer
+  // [narrow][T - 1]: T vectors of pixels
+  SparseTileKernel tile_steps[2][kSparseMaxTile], tile_offsets[2][kSparseMaxTile];
   SparseTileKernel dense_steps[kDenseMaxTile], dense_offsets[kDenseMaxTile];
   void (*pack)(const SparsePack&);
 };

@@ -7,9 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "conv2d_sparse_kernel.h"
 #include "driver.h"
 
 namespace cnncomp {
+
+// Whether the last vector of a tile may be a narrow one where nobody wants the tile's last `unused` pixels.
+inline bool is_narrow(const SparseKernels& kernels, int64_t unused) { return unused >= kernels.lanes - kernels.last_lanes; }
 
 using AlignedBuffer = AlignedArray<float>;
 

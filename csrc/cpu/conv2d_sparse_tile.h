@@ -16,40 +16,40 @@
 namespace cnncomp {
 namespace {
 
-template <class V, int T>
+// The sums of one output channel: T vectors, the last of which may be one of fewer lanes.
+template <class V, int T, class Last = V>
 struct Accumulators {
-  typename V::Vec v[T];
+  static constexpr int kFull = V::kLanes == Last::kLanes ? T : T - 1;
+  static constexpr int kFloats = T * V::kLanes;  // that they take in memory
+  typename V::Vec v[kFull > 0 ? kFull : 1];
+  typename Last::Vec last;  // if kFull < T
 
-  void fill(float value) {
-    const typename V::Vec w = V::broadcast(value);
+  // f(V or Last, vector, its first float) for each.
+  template <class F>
+  inline __attribute__((always_inline)) void each(F f) {
 #pragma GCC unroll 16
-    for (int t = 0; t < T; t++) v[t] = w;
+    for (int t = 0; t < kFull; t++) f(V{}, v[t], t * V::kLanes);
+    if constexpr (kFull < T) f(Last{}, last, kFull * V::kLanes);
+  }
+  void fill(float value) {
+    each([=](auto lanes, auto& acc, int) { acc = lanes.broadcast(value); });
   }
   void load(const float* p) {
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++) v[t] = V::load(p + t * V::kLanes);
+    each([=](auto lanes, auto& acc, int at) { acc = lanes.load(p + at); });
   }
-  void store(float* p) const {
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++) V::store(p + t * V::kLanes, v[t]);
+  void store(float* p) {
+    each([=](auto lanes, auto& acc, int at) { lanes.store(p + at, acc); });
   }
   void add(const Accumulators& other) {
 #pragma GCC unroll 16
-    for (int t = 0; t < T; t++) v[t] = V::add(v[t], other.v[t]);
+    for (int t = 0; t < kFull; t++) v[t] = V::add(v[t], other.v[t]);
+    if constexpr (kFull < T) last = Last::add(last, other.last);
   }
-  void add(const float* p) {
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++) v[t] = V::add(v[t], V::load(p + t * V::kLanes));
-  }
-  void clamp(float lo, float hi) {
-    const typename V::Vec vlo = V::broadcast(lo), vhi = V::broadcast(hi);
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++) v[t] = V::clamp(v[t], vlo, vhi);
-  }
-  void fma(float weight, const float* x) {
+  inline __attribute__((always_inline)) void fma(float weight, const float* x) {
     const typename V::Vec w = V::broadcast(weight);
 #pragma GCC unroll 16
-    for (int t = 0; t < T; t++) v[t] = V::fma(w, V::load(x + t * V::kLanes), v[t]);
+    for (int t = 0; t < kFull; t++) v[t] = V::fma(w, V::load(x + t * V::kLanes), v[t]);
+    if constexpr (kFull < T) last = Last::fma(V::low(w), Last::load(x + kFull * V::kLanes), last);
   }
 };
 
@@ -71,13 +71,13 @@ struct Offsets {
 
 // acc += the non-zeros [begin, end). A short tile has too few sums to fill the latency of the multiply-add: there, every
 // second or fourth non-zero goes to a set of sums of its own.
-template <class V, int T, class Inputs>
+template <class V, int T, class Last, class Inputs>
 inline __attribute__((always_inline)) void add_row(const float* values, const Inputs& input, int32_t begin, int32_t end,
-                                                   Accumulators<V, T>& acc) {
+                                                   Accumulators<V, T, Last>& acc) {
   constexpr int kSets = T >= V::kChains ? 1 : 2 * T >= V::kChains ? 2 : 4;
   int32_t i = begin;
   if constexpr (kSets > 1) {
-    Accumulators<V, T> more[kSets - 1];
+    Accumulators<V, T, Last> more[kSets - 1];
 #pragma GCC unroll 4
     for (int s = 0; s + 1 < kSets; s++) more[s].fill(0.0f);
     for (; i + kSets <= end; i += kSets) {
@@ -108,23 +108,25 @@ void finish(float* out, const float* sum, const float* residual, int64_t length,
   V::store_first(out + i, V::clamp(y, vlo, vhi), rest);
 }
 
-// out = clamp(acc + residual), for the first `length` floats.
-template <class V, int T>
-inline __attribute__((always_inline)) void finish(const Accumulators<V, T>& acc, float* out, const float* residual,
-                                                  int64_t length, float lo, float hi) {
-  const typename V::Vec vlo = V::broadcast(lo), vhi = V::broadcast(hi);
-#pragma GCC unroll 16
-  for (int t = 0; t < T; t++) {
-    const int64_t at = t * V::kLanes, rest = length - at;
-    typename V::Vec y = acc.v[t];
-    if (rest >= V::kLanes) {
-      if (residual != nullptr) y = V::add(y, V::load(residual + at));
-      V::store(out + at, V::clamp(y, vlo, vhi));
-    } else if (rest > 0) {
-      if (residual != nullptr) y = V::add(y, V::load_between(residual + at, 0, static_cast<int>(rest)));
-      V::store_first(out + at, V::clamp(y, vlo, vhi), static_cast<int>(rest));
+// Writes clamp(acc + residual) to output channel k; piece(i) says where the vector from pixel i of the tile on goes, and may be
+// longer than the vector.
+template <class V, int T, class Last, class Piece>
+inline __attribute__((always_inline)) void finish(const SparseTile& a, int64_t k, Accumulators<V, T, Last>& acc, Piece piece) {
+  float* const out = a.out + k * a.out_stride_k;
+  const float* const residual = a.residual != nullptr ? a.residual + k * a.out_stride_k : nullptr;
+  const float lo = a.lo, hi = a.hi;
+  acc.each([=](auto lanes, auto y, int i) {
+    const auto [at, length] = piece(i);
+    const auto vlo = lanes.broadcast(lo), vhi = lanes.broadcast(hi);
+    if (length >= lanes.kLanes) {
+      if (residual != nullptr) y = lanes.add(y, lanes.load(residual + at));
+      lanes.store(out + at, lanes.clamp(y, vlo, vhi));
+    } else if (length > 0) {
+      const int rest = static_cast<int>(length);
+      if (residual != nullptr) y = lanes.add(y, lanes.load_between(residual + at, 0, rest));
+      lanes.store_first(out + at, lanes.clamp(y, vlo, vhi), rest);
     }
-  }
+  });
 }
 
 // Brings `floats` floats into the cache: 3 is the first level, 2 the second.
@@ -135,37 +137,41 @@ inline __attribute__((always_inline)) void fetch(const float* p) {
 }
 
 // acc = what output channel k starts from.
-template <class V, int T>
-inline __attribute__((always_inline)) void begin_row(const SparseTile& a, int64_t k, Accumulators<V, T>& acc) {
+template <class V, int T, class Last>
+inline __attribute__((always_inline)) void begin_row(const SparseTile& a, int64_t k, Accumulators<V, T, Last>& acc) {
   if (a.first_block) {
     acc.fill(a.bias != nullptr ? a.bias[k] : 0.0f);
   } else {
-    acc.load(a.partial + (k - a.k_begin) * T * V::kLanes);
+    acc.load(a.partial + (k - a.k_begin) * acc.kFloats);
   }
 }
 
 // Puts away the sums of output channel k.
-template <class V, int T>
-inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t k, const Accumulators<V, T>& acc) {
+template <class V, int T, class Last>
+inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t k, Accumulators<V, T, Last>& acc) {
   if (!a.last_block) {
-    acc.store(a.partial + (k - a.k_begin) * T * V::kLanes);
+    acc.store(a.partial + (k - a.k_begin) * acc.kFloats);
     return;
   }
   if (a.num_segments == 1 && a.segments[0].tile_begin == 0) {  // not so where a tile begins between two rows
-    const int64_t at = a.segments[0].out_begin + k * a.out_stride_k;
-    finish(acc, a.out + at, a.residual != nullptr ? a.residual + at : nullptr, a.segments[0].length, a.lo, a.hi);
+    const SparseSegment s = a.segments[0];
+    finish(a, k, acc, [=](int i) { return SparsePiece{s.out_begin + i, s.length - i}; });
     return;
   }
-  alignas(64) float last[T * V::kLanes];
-  acc.store(last);
+  if (a.pieces != nullptr) {
+    finish(a, k, acc, [pieces = a.pieces](int i) { return pieces[i / V::kLanes]; });
+    return;
+  }
+  alignas(64) float sums[acc.kFloats];
+  acc.store(sums);
   for (int64_t i = 0; i < a.num_segments; i++) {
     const SparseSegment& s = a.segments[i];
     const int64_t at = s.out_begin + k * a.out_stride_k;
-    finish<V>(a.out + at, last + s.tile_begin, a.residual != nullptr ? a.residual + at : nullptr, s.length, a.lo, a.hi);
+    finish<V>(a.out + at, sums + s.tile_begin, a.residual != nullptr ? a.residual + at : nullptr, s.length, a.lo, a.hi);
   }
 }
 
-template <class V, int T, class Inputs>
+template <class V, int T, class Last, class Inputs>
 void tile(const SparseTile& a) {
   constexpr int kTile = T * V::kLanes;
   constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
@@ -176,10 +182,10 @@ void tile(const SparseTile& a) {
     for (int64_t i = 0; i < fetches && fetched < a.next_channels; i++, fetched++) {
       fetch<kTile, 0, 2>(reinterpret_cast<const float*>(reinterpret_cast<const char*>(a.next) + fetched * a.step));
     }
-    Accumulators<V, T> acc;
+    Accumulators<V, T, Last> acc;
     begin_row(a, k, acc);
-    if (a.last_block && a.num_segments == 1 && k + kAhead < a.k_end) {
-      const int64_t at = a.segments[0].out_begin + (k + kAhead) * a.out_stride_k;
+    if (a.last_block && a.pieces != nullptr && k + kAhead < a.k_end) {
+      const int64_t at = a.pieces[0].out_begin + (k + kAhead) * a.out_stride_k;
       fetch<kTile, 1>(a.out + at);
       if (a.residual != nullptr) fetch<kTile, 0>(a.residual + at);
     }
@@ -249,9 +255,9 @@ void pack(const SparsePack& a) {
   }
 }
 
-template <class V, class Inputs, int... T>
+template <class V, class Last, class Inputs, int... T>
 constexpr void set_tiles(SparseTileKernel* kernel, std::integer_sequence<int, T...>) {
-  ((kernel[T] = tile<V, T + 1, Inputs>), ...);
+  ((kernel[T] = tile<V, T + 1, Last, Inputs>), ...);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 // 32-bit elements of src, of kBytes channels in natural order, for result j.
 template <class S, class T>
 inline void gather_lanes(const T* src, int j, T* dst) {
-  for (int lane = 0; lane < S::kLanes; lane++) dst[lane] = src[lane / 4 * 16 + 4 * j + lane % 4];
+  for (int part = 0; part < S::kLanes / 4; part++) __builtin_memcpy(dst + 4 * part, src + 16 * part + 4 * j, 16);
 }
 
 template <class S>
@@ -21,19 +21,19 @@ struct DepthwiseConstants {
   typename S::Int init[4];
   typename S::Float scale[4], bias[4], hi[4], shift[4];
 
-  explicit DepthwiseConstants(const DepthwisePanel& a, int64_t channel) {
+  DepthwiseConstants(const int32_t* inits, const Int8Epilogue& e, int64_t channel) {
     float f[S::kLanes];
     int32_t i[S::kLanes];
     for (int j = 0; j < 4; j++) {
-      gather_lanes<S>(a.init + channel, j, i);
+      gather_lanes<S>(inits + channel, j, i);
       init[j] = S::load(i);
-      gather_lanes<S>(a.epilogue.scale + channel, j, f);
+      gather_lanes<S>(e.scale + channel, j, f);
       scale[j] = S::load_float(f);
-      gather_lanes<S>(a.epilogue.bias + channel, j, f);
+      gather_lanes<S>(e.bias + channel, j, f);
       bias[j] = S::load_float(f);
-      gather_lanes<S>(a.epilogue.hi + channel, j, f);
+      gather_lanes<S>(e.hi + channel, j, f);
       hi[j] = S::load_float(f);
-      if (a.epilogue.shift != nullptr) gather_lanes<S>(a.epilogue.shift + channel, j, f);
+      if (e.shift != nullptr) gather_lanes<S>(e.shift + channel, j, f);
       shift[j] = S::load_float(f);
     }
   }
@@ -111,18 +111,22 @@ void depthwise_general(const typename S::Int (&acc)[4], const typename S::Int (&
   }
 }
 
+// The weights of kBytes channels in the order of the sums: (quads, 4) vectors. weight: of the first channel.
+template <class S>
+inline void order_weights(const int8_t* weight, int64_t quads, int8_t* ordered) {
+  for (int64_t q = 0; q < quads; q++)
+    for (int j = 0; j < 4; j++)
+      for (int part = 0; part < S::kBytes / kBlock; part++)
+        __builtin_memcpy(ordered + (4 * q + j) * S::kBytes + 16 * part, weight + (part * quads + q) * 4 * kBlock + 16 * j, 16);
+}
+
 // kBytes channels of all pixels. QUADS = 0: any number.
 template <class S, bool SIGNED, int QUADS, bool SHIFT>
 void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
   Int8Epilogue e = a.epilogue;
   e.window_per_channel = true;
-  constexpr int kParts = S::kBytes / kBlock;
-  for (int64_t q = 0; q < a.quads; q++)
-    for (int j = 0; j < 4; j++)
-      for (int part = 0; part < kParts; part++)
-        __builtin_memcpy(a.scratch + (4 * q + j) * S::kBytes + 16 * part,
-                         a.weight + ((channel / kBlock + part) * a.quads + q) * 4 * kBlock + 16 * j, 16);
-  const DepthwiseConstants<S> constants(a, channel);
+  order_weights<S>(a.weight + channel / kBlock * a.quads * 4 * kBlock, a.quads, a.scratch);
+  const DepthwiseConstants<S> constants(a.init, e, channel);
   const auto lo = S::set_float(e.lo);
   const EpilogueFn general = e.residual == nullptr && e.out_dtype != kF32 ? nullptr : epilogue_of<S, 1>(e);
   // Taps beyond the last are zeros too.

@@ -12,6 +12,7 @@ struct Baseline {
   static constexpr int kLanes = 4;
   static constexpr int kChains = 8;  // multiply-adds in flight
   static constexpr int kRegisters = 16;
+  static constexpr bool kShifts = false;
   typedef float Vec __attribute__((vector_size(16)));
   typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 

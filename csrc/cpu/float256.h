@@ -11,6 +11,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kChains = 8;  // multiply-adds in flight
   static constexpr int kRegisters = 16;
+  static constexpr bool kShifts = false;
 
   static Vec broadcast(float v) { return _mm256_set1_ps(v); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }

@@ -3,7 +3,7 @@
 
 #include "conv2d_int8_kernel.h"
 #include "conv2d_sparse_int8_kernel.h"
-#include "depthwise_int8_kernel.h"
+#include "depthwise_int8_columns.h"
 #include "quantize_kernel.h"
 
 namespace cnncomp {
@@ -20,6 +20,8 @@ const Int8Kernels kInt8Avx2{1,
                            {4},
                            conv,
                            depthwise,
+                           {{depthwise_columns<3, 1, Vec256, Vec128>, depthwise_columns<3, 2, Vec256, Vec128>},
+                            {depthwise_columns<5, 1, Vec256, Vec128>, depthwise_columns<5, 2, Vec256, Vec128>}},
                            sum_weights<Vec256>,
                            sum_rows<Vec256>,
                            quantize_flat<Vec256>,

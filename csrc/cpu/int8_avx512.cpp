@@ -3,7 +3,7 @@
 
 #include "conv2d_int8_kernel.h"
 #include "conv2d_sparse_int8_kernel.h"
-#include "depthwise_int8_kernel.h"
+#include "depthwise_int8_columns.h"
 #include "quantize_kernel.h"
 
 namespace cnncomp {
@@ -31,6 +31,8 @@ const Int8Kernels kInt8Avx512{4,
                            {kPixels[0], kPixels[1], kPixels[2], kPixels[3]},
                            conv,
                            depthwise,
+                           {{depthwise_columns<3, 1, Vec512, Vec256, Vec128>, depthwise_columns<3, 2, Vec512, Vec256, Vec128>},
+                            {depthwise_columns<5, 1, Vec512, Vec256, Vec128>, depthwise_columns<5, 2, Vec512, Vec256, Vec128>}},
                            sum_weights<Vec512>,
                            sum_rows<Vec512>,
                            quantize_flat<Vec512>,

@@ -3,7 +3,7 @@
 
 #include "conv2d_int8_kernel.h"
 #include "conv2d_sparse_int8_kernel.h"
-#include "depthwise_int8_kernel.h"
+#include "depthwise_int8_columns.h"
 #include "quantize_kernel.h"
 
 namespace cnncomp {
@@ -14,10 +14,10 @@ constexpr int kPixels[kMaxBlocks] = {14, 12, 8, 6};
 
 void conv(const ConvPanel& a) {
   switch (a.blocks) {
-    case 1: return conv_blocks<Vec512, 1, kPixels[0]>(a);
-    case 2: return conv_blocks<Vec512, 2, kPixels[1]>(a);
-    case 3: return conv_blocks<Vec512, 3, kPixels[2]>(a);
-    default: return conv_blocks<Vec512, 4, kPixels[3]>(a);
+    case 1: return conv_blocks<Vec512, 1, kPixels[0], 8>(a);
+    case 2: return conv_blocks<Vec512, 2, kPixels[1], 8>(a);
+    case 3: return conv_blocks<Vec512, 3, kPixels[2], 8>(a);
+    default: return conv_blocks<Vec512, 4, kPixels[3], 6>(a);
   }
 }
 
@@ -31,6 +31,8 @@ const Int8Kernels kInt8Avx512Vnni{4,
                            {kPixels[0], kPixels[1], kPixels[2], kPixels[3]},
                            conv,
                            depthwise,
+                           {{depthwise_columns<3, 1, Vec512, Vec256, Vec128>, depthwise_columns<3, 2, Vec512, Vec256, Vec128>},
+                            {depthwise_columns<5, 1, Vec512, Vec256, Vec128>, depthwise_columns<5, 2, Vec512, Vec256, Vec128>}},
                            sum_weights<Vec512>,
                            sum_rows<Vec512>,
                            quantize_flat<Vec512>,

@@ -3,7 +3,7 @@
 
 #include "conv2d_int8_kernel.h"
 #include "conv2d_sparse_int8_kernel.h"
-#include "depthwise_int8_kernel.h"
+#include "depthwise_int8_columns.h"
 #include "quantize_kernel.h"
 
 namespace cnncomp {
@@ -19,6 +19,8 @@ const Int8Kernels kInt8Baseline{1,
                                 {2},
                                 conv,
                                 depthwise,
+                                {{depthwise_columns<3, 1, Vec128>, depthwise_columns<3, 2, Vec128>},
+                                 {depthwise_columns<5, 1, Vec128>, depthwise_columns<5, 2, Vec128>}},
                                 sum_weights<Vec128>,
                                 sum_rows<Vec128>,
                                 quantize_flat<Vec128>,

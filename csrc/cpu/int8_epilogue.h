@@ -102,6 +102,85 @@ void epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8
   }
 }
 
+// For hi_bytes of BLOCKS blocks: repeated, so that 64 can be loaded from the byte of any block on.
+template <int BLOCKS>
+struct ByteBounds {
+  alignas(64) uint8_t hi[(BLOCKS + 3) * kBlock];
+  int32_t lo;
+
+  explicit ByteBounds(const Int8Epilogue& e) : lo(static_cast<int32_t>(e.lo_byte * 0x01010101u)) {
+    if (e.hi_bytes == nullptr) return;
+    for (int i = 0; i < BLOCKS + 3; i++) __builtin_memcpy(hi + i * kBlock, e.hi_bytes + i % BLOCKS * kBlock, kBlock);
+  }
+};
+
+// COUNT times 16 channels from chunk I of `bytes` on, of which the first `valid` are wanted.
+template <class S, int I, int COUNT>
+inline void store_chunks(char* out, typename S::Int bytes, int64_t valid) {
+  if (valid >= COUNT * kBlock) return S::template store_part<I, COUNT>(out, bytes);
+  alignas(64) char spare[COUNT * kBlock];
+  S::template store_part<I, COUNT>(spare, bytes);
+  int64_t done = 0;
+  for (; done + 8 <= valid; done += 8) __builtin_memcpy(out + done, spare + done, 8);
+  for (; done < valid; done++) out[done] = spare[done];
+}
+
+// A register tile's outputs where e.bytes; no window. Rounding keeps the order of numbers: rounding, saturating to 8 bit and
+// clamping to rounded bounds is the same as the epilogue's clamp before it, and bytes are four to a lane.
+template <class S, int BLOCKS, int PIXELS>
+inline __attribute__((always_inline)) void store_bytes(
+    const typename S::Int (&acc)[PIXELS][BLOCKS * kBlock / S::kLanes], const Int8Epilogue& e,
+    const ByteBounds<BLOCKS>& bounds, int64_t pixel) {
+  constexpr int V = BLOCKS * kBlock / S::kLanes, kChunks = S::kLanes / 4;  // of 16 channels, in four vectors
+  constexpr int kRun = BLOCKS % kChunks == 0 ? kChunks : BLOCKS == 2 ? 2 : 1;  // chunks that lie together
+  typename S::Float t[PIXELS][V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; v++) {
+    const auto scale = S::load_float(e.scale + v * S::kLanes), bias = S::load_float(e.bias + v * S::kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++) t[m][v] = scale_and_shift<S>(acc[m][v], scale, bias);
+  }
+  if (e.residual != nullptr) {
+    const auto r = S::set_float(e.residual_scale);
+    const char* residual = e.residual + pixel * e.stride;
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++, residual += e.stride) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) {
+        const auto x = e.residual_dtype == kS8 ? load_residual<S, kResidualS8>(residual, v)
+                                               : load_residual<S, kResidualU8>(residual, v);
+        t[m][v] = S::add(t[m][v], S::mul(x, r));
+      }
+    }
+  }
+  char* const out = e.out + pixel * e.stride;
+#pragma GCC unroll 16
+  for (int first = 0; first < PIXELS * V; first += 4) {
+    typename S::Int q[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const int f = first + i < PIXELS * V ? first + i : first;
+      q[i] = S::round(t[f / V][f % V]);
+    }
+    const auto store = [&]<int I>(auto bytes) __attribute__((always_inline)) {
+      const int chunk = first / 4 * kChunks + I;
+      if (I % kRun == 0 && chunk < PIXELS * BLOCKS)
+        store_chunks<S, I, kRun>(out + chunk / BLOCKS * e.stride + chunk % BLOCKS * kBlock, bytes,
+                                 e.channels - chunk % BLOCKS * kBlock);
+    };
+    auto bytes = e.out_dtype == kS8 ? S::template pack_in_order<true>(q[0], q[1], q[2], q[3])
+                                    : S::template pack_in_order<false>(q[0], q[1], q[2], q[3]);
+    if (e.hi_bytes != nullptr) {
+      const auto lo = S::set(bounds.lo), hi = S::load(bounds.hi + first / 4 * kChunks % BLOCKS * kBlock);
+      bytes = e.out_dtype == kS8 ? S::template clamp_bytes<true>(bytes, lo, hi) : S::template clamp_bytes<false>(bytes, lo, hi);
+    }
+    store.template operator()<0>(bytes);
+    if constexpr (kChunks > 1) store.template operator()<1>(bytes);
+    if constexpr (kChunks > 2) store.template operator()<2>(bytes);
+    if constexpr (kChunks > 2) store.template operator()<3>(bytes);
+  }
+}
+
 using EpilogueFn = void (*)(const int32_t*, int64_t, int64_t, const Int8Epilogue&, int64_t, int64_t);
 
 template <class S, int BLOCKS, bool SHIFT>

@@ -26,6 +26,9 @@ struct Int8Epilogue {
   const float* shift;    // of the first channel, or null
   const int32_t* window;     // with a shift: sums of the inputs under the window, of the first pixel on, or ...
   bool window_per_channel;   // ... of the first channel on, for one pixel
+  bool bytes;                // out and residual are 8 bit, and what is rounded fits int32 before it is clamped
+  uint8_t lo_byte;           // lo and hi, rounded to outputs
+  const uint8_t* hi_bytes;   // of the first channel, or null where clamping to them changes nothing
 };
 
 // A panel: up to kMaxBlocks blocks of output channels, any number of pixels.
@@ -49,6 +52,22 @@ struct DepthwisePanel {
   int8_t* scratch;  // quads * 256 bytes, at a multiple of 64
   Int8Epilogue epilogue;
 };
+
+// Rows of output pixels of a window that moves by one or two columns; 8-bit output, no residual, no shift.
+struct DepthwiseColumns {
+  const uint8_t* const* rows;  // (rows, taps of a column): where the input row under a tap begins
+  int64_t num_rows, q;         // of the output
+  int64_t w, c, pad;           // of the input; channels can be read up to whole blocks
+  const uint8_t* zeros;        // for the channels of a pixel outside
+  bool x_signed;
+  const int8_t* weight;        // (blocks, columns, quads of a column, 16, 4)
+  int64_t block, end;          // the blocks of channels to compute, the first a multiple of four
+  const int32_t* init;
+  int8_t* scratch;             // columns * quads * 256 bytes, at a multiple of 64
+  Int8Epilogue epilogue;       // from channel 0 on
+};
+
+using DepthwiseColumnsFn = void (*)(const DepthwiseColumns&);
 
 constexpr int kSparseInt8MaxTile = 14;  // vectors of pixels
 
@@ -116,6 +135,7 @@ struct Int8Kernels {
   int max_pixels[kMaxBlocks];   // pixels in the register tile of 1, 2, ... blocks
   void (*conv)(const ConvPanel&);
   void (*depthwise)(const DepthwisePanel&);
+  DepthwiseColumnsFn depthwise_columns[2][2];  // of 3x3 and 5x5 windows, stride 1 and 2 along the row
   // sums[i] = sum of the weights of channel i in one block of (quads, 16, 4).
   void (*sum_weights)(const int8_t* block, int64_t quads, int32_t* sums);
   // sums[i] = sum of `channels` inputs under each of the taps of pixel i. rows: (pixels, taps).

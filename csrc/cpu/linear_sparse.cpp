@@ -81,6 +81,7 @@ void run_task(const LinearSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.out_stride_k = plan.tile;
   t.segments = &all;
   t.num_segments = 1;
+  t.pieces = nullptr;
   t.lo = -std::numeric_limits<float>::infinity();
   t.hi = std::numeric_limits<float>::infinity();
   for (int64_t b = 0; b < plan.blocks; b++) {
@@ -88,7 +89,7 @@ void run_task(const LinearSparseArgs& a, const Plan& plan, const SparseKernels& 
     t.row_ptr = a.weights.row_ptr + b * a.k;
     t.first_block = b == 0;
     t.last_block = b + 1 == plan.blocks;
-    kernels.tile_steps[plan.tile_vectors - 1](t);
+    kernels.tile_steps[is_narrow(kernels, plan.tile - rows)][plan.tile_vectors - 1](t);
   }
   finish(a, t.out, plan.tile, begin, begin + rows, t.k_begin, t.k_end);
 }

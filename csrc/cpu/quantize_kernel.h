@@ -69,7 +69,12 @@ void quantize_planes(const float* x, int64_t plane_stride, int64_t c, int64_t pi
       alignas(64) int32_t quads[16];
       quantize_quads<S>(src, stride, planes, range, quads);
       uint8_t* dst = out + p * c + channel;
-      for (int64_t i = 0; i < count; i++, dst += c) {
+      int64_t i = 0;
+      if (count == 16 && end - (dst + 15 * c) >= 4) {
+#pragma GCC unroll 16
+        for (; i < 16; i++, dst += c) __builtin_memcpy(dst, quads + i, 4);
+      }
+      for (; i < count; i++, dst += c) {
         if (end - dst >= 4) {
           __builtin_memcpy(dst, quads + i, 4);
         } else {

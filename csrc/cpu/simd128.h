@@ -4,6 +4,7 @@
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
+// pack_in_order: the lanes of a, then those of b, c, d; store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes, from the I-th on.
 // load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
 // turn_bytes: of the 4x4 bytes in each 128 bits, rows become columns. clamp_bytes: each byte to at least lo, then at most hi.
 // store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is
@@ -80,6 +81,10 @@ struct Vec128 {
     const Int ab = _mm_packs_epi32(a, b), cd = _mm_packs_epi32(c, d);
     return SIGNED ? _mm_packs_epi16(ab, cd) : _mm_packus_epi16(ab, cd);
   }
+  template <bool SIGNED>
+  static Int pack_in_order(Int a, Int b, Int c, Int d) { return pack<SIGNED>(a, b, c, d); }
+  template <int I, int COUNT>
+  static void store_part(void* p, Int v) { store(p, v); }
 
   static Int turn_bytes(Int v) {
     v = _mm_unpacklo_epi8(v, _mm_srli_si128(v, 8));

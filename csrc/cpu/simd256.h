@@ -70,6 +70,19 @@ struct Vec256 {
     const Int ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
     return SIGNED ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
   }
+  template <bool SIGNED>
+  static Int pack_in_order(Int a, Int b, Int c, Int d) {
+    // pack leaves 4 bytes of each in each 128 bits.
+    return _mm256_permutevar8x32_epi32(pack<SIGNED>(a, b, c, d), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  template <int I, int COUNT>
+  static void store_part(void* p, Int v) {
+    if constexpr (COUNT == 2) {
+      store(p, v);
+    } else {
+      Vec128::store(p, _mm256_extracti128_si256(v, I));
+    }
+  }
 
   static Int turn_bytes(Int v) {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

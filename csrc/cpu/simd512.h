@@ -71,6 +71,22 @@ struct Vec512 {
     const Int ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
     return SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
   }
+  template <bool SIGNED>
+  static Int pack_in_order(Int a, Int b, Int c, Int d) {
+    // pack leaves 4 bytes of each in each 128 bits.
+    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, pack<SIGNED>(a, b, c, d));
+  }
+  template <int I, int COUNT>
+  static void store_part(void* p, Int v) {
+    if constexpr (COUNT == 4) {
+      store(p, v);
+    } else if constexpr (COUNT == 2) {
+      Vec256::store(p, _mm512_extracti64x4_epi64(v, I / 2));
+    } else {
+      Vec128::store(p, _mm512_extracti32x4_epi32(v, I));
+    }
+  }
 
   static Int turn_bytes(Int v) {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -87,9 +103,7 @@ struct Vec512 {
   template <bool SIGNED, int V>
   static void store_bytes(uint8_t* p, const Int (&v)[V]) {
     if constexpr (V == 4) {
-      // pack leaves 4 bytes of each v in each 128 bits.
-      const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      store(p, _mm512_permutexvar_epi32(order, pack<SIGNED>(v[0], v[1], v[2], v[3])));
+      store(p, pack_in_order<SIGNED>(v[0], v[1], v[2], v[3]));
     } else {
       for (int i = 0; i < V; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(v[i]));
     }

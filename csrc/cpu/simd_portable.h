@@ -76,6 +76,10 @@ struct Vec128 {
     const Words cd = __builtin_shufflevector(Words(c), Words(d), 0, 2, 4, 6, 8, 10, 12, 14);
     return Int(__builtin_shufflevector(Bytes(ab), Bytes(cd), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
   }
+  template <bool SIGNED>
+  static Int pack_in_order(Int a, Int b, Int c, Int d) { return pack<SIGNED>(a, b, c, d); }
+  template <int I, int COUNT>
+  static void store_part(void* p, Int v) { store(p, v); }
 
   static Int turn_bytes(Int v) {
     return Int(__builtin_shufflevector(Bytes(v), Bytes(v), 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));

@@ -28,7 +28,7 @@ void check_sizes(const cuda::Conv2d& c) {
 cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, uintptr_t weight, int k, int r, int s,
                        int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups,
                        uintptr_t constants, uintptr_t residual, int residual_dtype, float residual_scale, float lo,
-                       uintptr_t out, int out_dtype, uintptr_t workspace, int64_t workspace_bytes, const std::string& tile, int parts) {
+                       uintptr_t out, int out_dtype) {
   cuda::Conv2d conv = {};
   conv.x = reinterpret_cast<const void*>(x);
   conv.weight = reinterpret_cast<const int8_t*>(weight);
@@ -40,8 +40,6 @@ cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, u
   conv.n = n, conv.h = h, conv.w = w, conv.c = c, conv.k = k, conv.r = r, conv.s = s;
   conv.stride_h = stride_h, conv.stride_w = stride_w, conv.pad_h = pad_h, conv.pad_w = pad_w;
   conv.dil_h = dil_h, conv.dil_w = dil_w, conv.groups = groups;
-  conv.workspace = {reinterpret_cast<void*>(workspace), workspace_bytes};
-  conv.wish = {tile, parts};
   check_sizes(conv);
   return conv;
 }
@@ -58,26 +56,41 @@ py::dict as_dict(const cuda::Launch& launch) {
   return d;
 }
 
-// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d.
-template <typename... Args>
-void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*make)(Args...)) {
+// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d
+// and one that plans it for a device of which it knows some numbers.
+template <typename... Args, typename... About>
+void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*make)(Args...),
+            cuda::Launch (*plan)(const cuda::Conv2d&, About...)) {
   m.def(
       name,
-      [make](int device, uintptr_t stream, int multiprocessors, Args... args) {
+      [make, plan](int device, uintptr_t stream, About... about, Args... args) {
         const cuda::Conv2d conv = make(args...);
-        if (!empty(conv)) cuda::run(cuda::plan_conv2d_int8(conv, multiprocessors), device, reinterpret_cast<void*>(stream));
+        if (!empty(conv)) cuda::run(plan(conv, about...), device, reinterpret_cast<void*>(stream));
       },
       doc, py::call_guard<py::gil_scoped_release>());
   m.def((std::string("plan_") + name).c_str(),
-        [make](int multiprocessors, Args... args) { return as_dict(cuda::plan_conv2d_int8(make(args...), multiprocessors)); },
+        [make, plan](About... about, Args... args) { return as_dict(plan(make(args...), about...)); },
         "The kernel, grid, block and parameter bytes that the call would launch with. Touches no device.");
 }
 
 cuda::Conv2d make_linear(uintptr_t x, bool x_signed, int m, int c, uintptr_t weight, int k, uintptr_t constants,
                          uintptr_t residual, int residual_dtype, float residual_scale, float lo, uintptr_t out,
-                         int out_dtype, uintptr_t workspace, int64_t workspace_bytes, const std::string& tile, int parts) {
+                         int out_dtype) {
   return make_conv(x, x_signed, m, 1, 1, c, weight, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, constants, residual, residual_dtype,
-                   residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts);
+                   residual_scale, lo, out, out_dtype);
+}
+
+// The same with trailing arguments: workspace, its bytes, and the caller's wish.
+template <auto kMake, typename... Args>
+cuda::Conv2d with_workspace(Args... args, uintptr_t workspace, int64_t bytes, const std::string& tile, int parts) {
+  cuda::Conv2d conv = kMake(args...);
+  conv.workspace = {reinterpret_cast<void*>(workspace), bytes};
+  conv.wish = {tile, parts};
+  return conv;
+}
+template <auto kMake, typename... Args>
+auto add_workspace(cuda::Conv2d (*)(Args...)) {
+  return &with_workspace<kMake, Args...>;
 }
 
 }  // namespace
@@ -89,11 +102,19 @@ PYBIND11_MODULE(_cuda, m) {
          "conv2d_int8(device, stream, multiprocessors, x, x_signed, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
          "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype, workspace, "
          "workspace_bytes, tile, parts)",
-         &make_conv);
+         add_workspace<&make_conv>(&make_conv), &cuda::plan_conv2d_int8);
   define(m, "linear_int8",
          "linear_int8(device, stream, multiprocessors, x, x_signed, m, c, weight, k, constants, residual, residual_dtype, "
          "residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts)",
-         &make_linear);
+         add_workspace<&make_linear>(&make_linear), &cuda::plan_conv2d_int8);
+  define(m, "conv2d_sparse24_int8",
+         "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as conv2d_int8; weight: packed by "
+         "cnncomp.sparsity.pack_2to4; shared: bytes of shared memory of a multiprocessor. sm_80 and later.",
+         &make_conv, &cuda::plan_conv2d_sparse24_int8);
+  define(m, "linear_sparse24_int8",
+         "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
+         "conv2d_sparse24_int8.",
+         &make_linear, &cuda::plan_conv2d_sparse24_int8);
   m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
   m.def(
       "capture_id",

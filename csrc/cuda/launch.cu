@@ -38,18 +38,22 @@ std::string describe(const Launch& l, int device) {
          std::to_string(l.shared) + " bytes of shared memory";
 }
 
+constexpr uint32_t kSharedByDefault = 48 << 10;
+
 }  // namespace
 
 void run(const Launch& launch, int device, void* stream) {
   DeviceGuard guard(device);
   void* params = const_cast<char*>(launch.params.data());
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
-  if (launch.shared > 48 * 1024)  // what every kernel may have without asking; no stream is involved
-    check(cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared)),
-          describe(launch, device));
   // The error comes back from the call itself; an older one of somebody else stays theirs.
-  const cudaError_t error =
-      cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, launch.shared, static_cast<cudaStream_t>(stream));
+  cudaError_t error = cudaSuccess;
+  if (launch.shared > kSharedByDefault)  // no work on a stream: allowed while one is captured
+    error = cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(launch.shared));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, launch.shared,
+                             static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // ours, and reported: don't let the next caller find it
   check(error, describe(launch, device));

@@ -67,7 +67,7 @@ struct Launch {
   const void* function = nullptr;
   uint32_t grid[3] = {1, 1, 1};
   uint32_t block = 0;
-  uint32_t shared = 0;  // dynamic, bytes
+  uint32_t shared = 0;  // bytes of dynamic shared memory
   std::vector<char> params;
 
   template <typename Params>
@@ -96,6 +96,9 @@ inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<ui
 Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_gemm_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_depthwise_int8(const Conv2d& conv);
+
+// With weights packed by cnncomp/sparsity/two_four.py, for sm_80 and later. shared: bytes of a multiprocessor.
+Launch plan_conv2d_sparse24_int8(const Conv2d& conv, int multiprocessors, int shared);
 
 // Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
 void run(const Launch& launch, int device, void* stream);

@@ -25,10 +25,12 @@ std::vector<int8_t> dense_weights(Random& random, const ConvSizes& z) {
 }
 
 std::vector<int8_t> depthwise_weights(Random& random, const ConvSizes& z) {
-  const int64_t taps = z.r * z.s, quads = up(taps, 4);
-  std::vector<int8_t> packed(static_cast<size_t>(up(z.c, 16) * quads * 64));
+  const int64_t columns = z.r == 1 ? 1 : z.s, length = z.r == 1 ? z.s : z.r, quads = up(length, 4);
+  std::vector<int8_t> packed(static_cast<size_t>(up(z.c, 16) * columns * quads * 64));
   for (int64_t c = 0; c < z.c; c++)
-    for (int64_t t = 0; t < taps; t++) packed[((c / 16 * quads + t / 4) * 16 + c % 16) * 4 + t % 4] = weight(random);
+    for (int64_t s = 0; s < columns; s++)
+      for (int64_t t = 0; t < length; t++)
+        packed[(((c / 16 * columns + s) * quads + t / 4) * 16 + c % 16) * 4 + t % 4] = weight(random);
   return packed;
 }
 

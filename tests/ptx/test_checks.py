@@ -106,7 +106,32 @@ def test_lanes_that_took_different_ways_meet_at_a_warp_wide_instruction():
     assert (out == np.repeat([6, 6], 32)).all()
 
 
+SAME = "and.b32 %r21, %r0, {mask}; and.b32 %r22, %r0, 31; shl.b32 %r22, %r22, 2; mov.u32 %r6, tile; add.u32 %r6, %r6, %r22;"
+
+
+def test_two_warps_may_write_one_value():
+    """As Triton's do where both hold it; compute-sanitizer takes such writes for no error either."""
+    out, _ = run(SAME.format(mask=31) + "st.shared.u32 [%r6], %r21; bar.sync 0; ld.shared.u32 %r9, [%r6];" + STORE)
+    np.testing.assert_array_equal(out, np.arange(N) % 32)
+
+
+def test_two_warps_may_write_halves_of_a_word():
+    body = (
+        "and.b32 %r21, %r0, 31; shl.b32 %r21, %r21, 2; shr.u32 %r22, %r0, 5; shl.b32 %r22, %r22, 1; mov.u32 %r6, tile;"
+    )
+    body += "add.u32 %r6, %r6, %r21; add.u32 %r7, %r6, %r22; cvt.u16.u32 %h1, %r0; st.shared.v2.b8 [%r7], {%h1, %h1};"
+    out, _ = run(body + "bar.sync 0; ld.shared.u32 %r9, [%r6];" + STORE)
+    lane = np.arange(N) % 32
+    np.testing.assert_array_equal(out, lane * 0x0101 + (lane + 32) * 0x01010000)
+
+
 FAULTS = {
+    "two warps, two values": (RaceError, "is written that warp", SAME.format(mask=63) + "st.shared.u32 [%r6], %r21;"),
+    "one value, read before the barrier": (
+        RaceError,
+        "is read that warp",
+        SAME.format(mask=31) + "st.shared.u32 [%r6], %r21; ld.shared.u32 %r9, [%r6];",
+    ),
     "lanes without bar.warp": (RaceError, "lane", MINE + NEXT + "st.shared.u32 [%r6], %r0; ld.shared.u32 %r9, [%r7];"),
     "lane overwrites another's read": (
         RaceError,

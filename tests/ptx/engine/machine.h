@@ -196,7 +196,7 @@ struct Machine {
   // Shared memory (spaces.cpp). lane -1: the warp as a whole.
   uint8_t* shared_at(uint64_t address, uint32_t size, uint32_t align, int lane);
   void note_read(Warp& w, uint32_t address, uint32_t size, int lane);
-  void note_write(Warp& w, uint32_t address, uint32_t size, int lane, bool atomic = false);
+  void note_write(Warp& w, uint32_t address, uint32_t size, int lane, bool atomic = false, bool unchanged = false);
   void note_pending(Warp& w, uint32_t address, uint32_t size, int lane);
   void note_landed(uint32_t address, uint32_t size, int warp, uint32_t clock, int lane, uint32_t sync);
   void note_async_read(Warp& w, uint32_t address, uint32_t size, int delta);

@@ -139,7 +139,7 @@ void store(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
   addresses(w, i.ops[0], at);
   for (int k = 0; k < n; ++k) get_any(w, i.ops[k + 1], mask, raw, k, bytes);
   Tally tally;
-  uint32_t shared_lane[kLanes];
+  uint32_t shared_lane[kLanes], unchanged = 0;
   for (uint32_t left = mask; left; left &= left - 1) {
     const int l = __builtin_ctz(left);
     const Place p = place_of(i.ints[0], at[l]);
@@ -152,7 +152,9 @@ void store(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
         std::memcpy(m.global_write(w, p.address, size, l), raw[l], size);
       }
     } else if (p.space == kShared) {
-      std::memcpy(m.shared_at(p.address, size, size, l), raw[l], size);
+      uint8_t* const to = m.shared_at(p.address, size, size, l);
+      if (std::memcmp(to, raw[l], size) == 0) unchanged |= 1u << l;
+      std::memcpy(to, raw[l], size);
       shared_lane[l] = static_cast<uint32_t>(p.address);
     } else if (p.space == kLocal) {
       std::memcpy(local_at(m, w, p.address, size, l, true), raw[l], size);
@@ -165,7 +167,7 @@ void store(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
     const int l = __builtin_ctz(left);
     bool repeated = false;  // equal values at one address, checked above
     for (uint32_t b = tally.shared_mask & ((1u << l) - 1); b; b &= b - 1) repeated = repeated || shared_lane[__builtin_ctz(b)] == shared_lane[l];
-    if (!repeated) m.note_write(w, shared_lane[l], size, l);
+    if (!repeated) m.note_write(w, shared_lane[l], size, l, false, unchanged >> l & 1);
   }
   tally.count(m, w, size, false);
 }

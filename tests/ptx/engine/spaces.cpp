@@ -164,7 +164,9 @@ void Machine::note_read(Warp& w, uint32_t address, uint32_t size, int lane) {
   }
 }
 
-void Machine::note_write(Warp& w, uint32_t address, uint32_t size, int lane, bool atomic) {
+// `unchanged`: the bytes are there already. Two warps may write one value, as Triton's do where both hold it; whoever reads must
+// come after the first.
+void Machine::note_write(Warp& w, uint32_t address, uint32_t size, int lane, bool atomic, bool unchanged) {
   const int shift = unit_shift();
   const size_t count = warps.size();
   ++progress;
@@ -173,7 +175,9 @@ void Machine::note_write(Warp& w, uint32_t address, uint32_t size, int lane, boo
     if (config.check_shared) {
       if (u.pending) fail(kRace, "shared memory is written that an asynchronous copy is still on its way to", lane);
       if (u.async_reads) fail(kRace, "shared memory is overwritten that an asynchronous operation may still read", lane);
-      if (!(atomic && u.atomic) && write_unordered(u, w, lane))
+      const bool unordered = !(atomic && u.atomic) && write_unordered(u, w, lane);
+      if (unordered && unchanged && u.written && u.write_warp != w.id) continue;
+      if (unordered)
         fail(kRace, "shared memory is written that " + other(u, w) + " wrote, with no synchronisation between", lane);
       const uint32_t* reads = &read_clocks[k * count];
       if (!(atomic && u.atomic))

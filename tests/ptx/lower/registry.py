@@ -164,20 +164,16 @@ class Program:
     initial: NDArray[np.uint8]
     special_slots: NDArray[np.int32]
     problems: dict[int, str] = field(default_factory=dict)
-    bytewise: bool = False  # accesses single bytes of shared memory
+    bytewise: bool = False  # accesses less than a word of shared memory at once
 
 
 def _bytewise(ins: Instruction) -> bool:
     shared = any(p.startswith("shared") for p in ins.opcode) or (
         ins.base in ("ld", "st") and ins.opcode[1] not in ("global", "param", "local")
     )
-    return (
-        ins.base in ("ld", "st", "atom", "red")
-        and shared
-        and ins.type[1:] in ("8", "16")
-        and "v2" not in ins.opcode
-        and "v4" not in ins.opcode
-    )
+    elements = next((int(p[1:]) for p in ins.opcode if p in ("v2", "v4")), 1)
+    small = ins.type[1:] in ("8", "16") and elements * int(ins.type[1:]) < 32
+    return ins.base in ("ld", "st", "atom", "red") and shared and small
 
 
 def lower_kernel(kernel: Kernel, knows: Callable[[str], bool]) -> Program:

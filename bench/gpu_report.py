@@ -1,0 +1,137 @@
+"""Tables of the model's records: bench/gpu_model.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+from bench.gpu_hardware import GPUS
+from bench.gpu_model import LABEL
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A table: time per network, batch and GPU of the package's kernels, and how often each resource binds."""
+    lines = [f"{'network':14} {'batch':>5} {'GPU':10} {'ms':>8} {'of int8 peak':>12}  bound by  ({LABEL})"]
+    ours = [r for r in rows if r["peer"] is None]
+    for network, batch, name in sorted({(r["network"], r["batch"], r["gpu"]) for r in ours}):
+        mine = [r for r in ours if (r["network"], r["batch"], r["gpu"]) == (network, batch, name)]
+        gpu = next(g for g in GPUS if g.name == name)
+        seconds = sum(r["us"] * r["count"] for r in mine) * 1e-6
+        useful = sum(2 * r["macs"] * r["count"] for r in mine)
+        binding: dict[str, int] = {}
+        for r in mine:
+            binding[r["bound"]] = binding.get(r["bound"], 0) + 1
+        share = useful / seconds / gpu.int8_peak
+        lines.append(f"{network:14} {batch:5d} {name:10} {seconds * 1e3:8.3f} {share:11.1%}   {binding}")
+    return "\n".join(lines)
+
+
+#: By network, GPU, batch and peer ("cutlass int8 dense"): layer to how many times as fast as the peer the package's kernel is,
+#: with each of VARIATIONS.
+Ratios = dict[tuple[str, str, int, str], dict[str, list[float]]]
+
+
+def ratios(rows: list[dict[str, Any]], passes: bool = False) -> Ratios:
+    """The peers' times over the package's, layer by layer; with the pass for what a peer's kernel can't fuse if asked."""
+    ours = {(r["network"], r["gpu"], r["batch"], r["layer"]): r["us_varied"] for r in rows if r["peer"] is None}
+    found: Ratios = {}
+    for r in rows:
+        if r["peer"]:
+            mine = ours[r["network"], r["gpu"], r["batch"], r["layer"]]
+            key = (r["network"], r["gpu"], r["batch"], f"{r['peer']} {r['dtype']} {r['pattern']}")
+            found.setdefault(key, {})[r["layer"]] = [
+                (theirs + passes * r["pass_us"]) / us for theirs, us in zip(r["us_varied"], mine, strict=True)
+            ]
+    return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    logarithms = [math.log(v) for v in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def compare(rows: list[dict[str, Any]]) -> str:
+    """A table in Markdown of geometric means over the distinct layers that a peer has a kernel for.
+
+    The range is over the constants' uncertainty; worst layer and the column with the pass that the peer can't fuse are with the
+    frozen constants.
+    """
+    titles = (
+        "network",
+        "GPU",
+        "batch",
+        "peer",
+        "layers",
+        f"times as fast, {LABEL}",
+        "range",
+        "worst layer",
+        "with its pass",
+    )
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    passes = ratios(rows, passes=True)
+    for key, values in sorted(ratios(rows).items()):
+        means = [geometric_mean(column) for column in zip(*values.values(), strict=True)]
+        worst = min(v[0] for v in values.values())
+        whole = geometric_mean(v[0] for v in passes[key].values())
+        numbers = f"{means[0]:.2f} | {min(means):.2f}..{max(means):.2f} | {worst:.2f} | "
+        numbers += f"{whole:.2f}" if whole != means[0] else ""
+        lines.append(f"| {' | '.join(map(str, key))} | {len(values)} | {numbers} |")
+    return "\n".join(lines)
+
+
+#: Columns of the overview: peer as in Ratios, whether with its pass, title.
+COLUMNS = (
+    ("cutlass int8 dense", False, "CUTLASS int8"),
+    ("cutlass int8 dense", True, "and its pass"),
+    ("cutlass fp16 dense", False, "CUTLASS fp16"),
+    ("inductor fp16 dense", False, "inductor fp16"),
+    ("inductor int8 dense", False, "inductor int8"),
+    ("triton int8 dense", False, "plain Triton int8"),
+    ("cutlass int8 2:4", False, "CUTLASS 2:4 int8"),
+)
+
+
+def overview(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> str:
+    """Geometric means over layers as a table in Markdown: a line for each network, GPU (all by default) and batch."""
+    alone, passes = ratios(rows), ratios(rows, passes=True)
+    titles = ["network", "GPU", "batch", *(title for *_, title in COLUMNS)]
+    lines = ["| " + " | ".join(titles) + " |", "|---|---|---:|" + "---:|" * len(COLUMNS)]
+    wanted = tuple(gpus) or tuple(gpu.name for gpu in GPUS)
+    places = sorted({key[:3] for key in alone if key[1] in wanted}, key=lambda k: (k[0], wanted.index(k[1]), k[2]))
+    for place in places:
+        cells = []
+        for peer, with_pass, _ in COLUMNS:
+            values = (passes if with_pass else alone).get((*place, peer))
+            cells.append(f"{geometric_mean(v[0] for v in values.values()):.2f}" if values else "")
+        lines.append("| " + " | ".join([*map(str, place), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def document(rows: list[dict[str, Any]]) -> str:
+    """The section of docs/results.md."""
+    shown = ("A100", "H100")
+    others = tuple(gpu.name for gpu in GPUS if gpu.name not in shown)
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "triton", "nvidia-cutlass"))
+    return f"""## GPU kernels beside others ({LABEL})
+
+How many times as fast the package's int8 CUDA kernels are as the best of each peer's tiles, by the model: geometric means over
+the distinct convolution and linear layers that the peer has a kernel for. u8 in and out, scale and bias per channel, ReLU.
+
+{overview(rows, shown)}
+
+"And its pass": CUTLASS fuses one scale, not one per channel; the pass that scales each channel reads 32-bit sums and writes
+bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak, with no
+tile, wave or multiprocessor wasted, which no kernel reaches on small batches. CUTLASS 2:4 multiplies half as much, in layers
+that are matrix products. Neither CUTLASS nor Triton has int8 for depthwise layers, and inductor has int8 for products alone.
+
+<details><summary>Other GPUs</summary>
+
+{overview(rows, others)}
+
+</details>
+
+Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}. Records, with ranges over
+the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is worth is in docs/design.md."""

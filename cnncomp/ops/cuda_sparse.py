@@ -1,0 +1,100 @@
+"""Launch of the GPU kernels with sparse weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.ops import cuda
+from cnncomp.ops.library import conv_out_size
+from cnncomp.sparsity.two_four import why_not_2to4
+
+
+def check_device(device: torch.device) -> None:
+    """Raise :class:`DeviceError` where no kernel of this build multiplies 2:4 sparse weights."""
+    if device.type != "cuda":
+        raise DeviceError("x", device, "an NVIDIA GPU")
+    if torch.cuda.get_device_capability(device) < (8, 0) or cuda.backend(device) != "cuda":
+        raise DeviceError("x", device, "a GPU of sm_80 or later that this build's CUDA kernels are for")
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
+def _launch_arguments(x: Tensor) -> tuple[int, int, int, int]:
+    """Device index, stream handle, number of multiprocessors, bytes of shared memory of one."""
+    return (*cuda._launch_arguments(x), _shared(x.device))
+
+
+def conv2d_sparse24_int8(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`cnncomp.ops.cuda.conv2d_int8`, with ``weight`` packed by :func:`cnncomp.sparsity.pack_2to4`.
+
+    Raises:
+        DeviceError: a device before sm_80.
+        ArgumentError: input channels of a group that are no multiple of 16, more than 15 rows or columns of taps, 2^31 bytes
+            of input.
+    """
+    n, c, h, w = x.shape
+    if reason := why_not_2to4(c, kernel_size, groups):
+        raise ArgumentError("weight", f"{c} channels, {tuple(kernel_size)} taps, {groups} groups", reason)
+    p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    k = constants.shape[1]
+    out = torch.empty((n, k, p, q), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    x = _aligned(x.contiguous(memory_format=torch.channels_last))
+    weight, constants = _aligned(weight.contiguous()), constants.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    launch = cuda._module().conv2d_sparse24_int8
+    try:
+        launch(
+            *_launch_arguments(x), x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, *kernel_size,
+            *stride, *padding, *dilation, groups, *cuda._epilogue_arguments(constants, residual, residual_scale, lo, out),
+        )  # fmt: skip
+    except ValueError as error:  # the plan refuses sizes before anything is launched
+        raise ArgumentError("x", f"shape {tuple(x.shape)}", str(error)) from None
+    return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, copied where it does not begin at a multiple of 16 bytes; the copy has its strides."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def linear_sparse24_int8(
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """2:4 int8 linear: ``x`` (..., C), output (..., K); otherwise as :func:`conv2d_sparse24_int8`."""
+    c, k = x.shape[-1], constants.shape[1]
+    image = x.reshape(-1, c, 1, 1)
+    res = None if residual is None else residual.reshape(-1, k, 1, 1)
+    one = (1, 1)
+    where = (one, one, (0, 0), one, 1)
+    out = conv2d_sparse24_int8(image, weight, constants, res, residual_scale, lo, *where, out_dtype)
+    return out.reshape(*x.shape[:-1], k)

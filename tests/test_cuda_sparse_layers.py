@@ -1,0 +1,117 @@
+"""2:4 operators and layers up to the launch: on a CPU as dense ones, and through the launch glue into the emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cnncomp.errors import ArgumentError, DeviceError, PatternError
+from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, Sparse24QuantConv2d, Sparse24QuantLinear
+from cnncomp.ops import cuda_sparse, reference
+from cnncomp.sparsity import pack_2to4
+from tests import cuda_emulated as emulated
+from tests.cuda_device import emulated_device
+from tests.helpers import random_8bit
+from tests.test_packers import masked_2to4
+
+needs_nvcc = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
+INT8 = torch.int8
+
+
+def random_constants(k: int) -> torch.Tensor:
+    return torch.stack([torch.rand(k) * 2e-3, torch.randn(k) * 20 + 60, torch.full((k,), 240.0)])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("groups, out_dtype, residual", [(1, torch.uint8, INT8), (2, torch.float32, torch.float32)])
+def test_launch_of_a_conv(layout, groups, out_dtype, residual):
+    """Every argument differs from its neighbours, so none can change places unnoticed."""
+    x = random_8bit((2, 32, 9, 11), torch.uint8).contiguous(memory_format=layout)
+    weight = masked_2to4(torch.randint(-127, 128, (16, 32 // groups, 3, 2), dtype=INT8))
+    geometry, constants = ((2, 1), (1, 0), (1, 2), groups), random_constants(16)
+    shape = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape
+    res = torch.randint(-128, 128, shape).to(residual).contiguous(memory_format=layout)
+    expected = reference.conv2d_int8(x, weight, constants, res, 0.25, 3.0, *geometry, out_dtype)
+    args = (x, pack_2to4(weight, groups), constants, res, 0.25, 3.0, (3, 2), *geometry, out_dtype)
+    with emulated_device():
+        got = cuda_sparse.conv2d_sparse24_int8(*args)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
+    assert torch.equal(torch.ops.cnncomp.conv2d_sparse24_int8(*args), expected)  # on the CPU
+
+
+@needs_nvcc
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,)])
+def test_launch_of_a_linear(shape):
+    x, weight = random_8bit(shape, INT8), masked_2to4(torch.randint(-127, 128, (24, 48), dtype=INT8))
+    constants = random_constants(24)
+    rest = (None, 0.0, -128.0, INT8)
+    expected = reference.linear_int8(x.reshape(-1, 48), weight, constants, *rest).reshape(*shape[:-1], 24)
+    packed = pack_2to4(weight[..., None, None])
+    with emulated_device():
+        assert torch.equal(cuda_sparse.linear_sparse24_int8(x, packed, constants, *rest), expected)
+    assert torch.equal(torch.ops.cnncomp.linear_sparse24_int8(x, packed, constants, *rest), expected)
+
+
+def test_misaligned_and_empty_inputs():
+    constants = random_constants(8)
+    packed = pack_2to4(torch.zeros(8, 16, 1, 1, dtype=INT8))
+    x = torch.zeros(0, 16, 4, 4, dtype=torch.uint8)
+    where = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    out = cuda_sparse.conv2d_sparse24_int8(x, packed, constants, None, 0.0, 0.0, *where, torch.uint8)
+    assert out.shape == (0, 8, 4, 4)
+    odd = torch.zeros(33, dtype=torch.uint8)[1:].reshape(2, 16, 1, 1)
+    assert cuda_sparse._aligned(odd).data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize(
+    "shape, kernel_size, groups, match",
+    [
+        ((1, 24, 4, 4), (1, 1), 1, "multiple of 16"),
+        ((1, 32, 20, 20), (16, 1), 1, "at most 15"),
+        ((1, 32, 4, 4), (1, 1), 4, "8 in a group"),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_an_error(shape, kernel_size, groups, match):
+    weight = torch.zeros(8, shape[1] // groups, *kernel_size, dtype=INT8)
+    x, one = torch.zeros(shape, dtype=torch.uint8), (1, 1)
+    args = (random_constants(8), None, 0.0, 0.0, kernel_size, one, (0, 0), one, groups, torch.uint8)
+    with pytest.raises(ArgumentError, match=match):
+        cuda_sparse.conv2d_sparse24_int8(x, pack_2to4(weight, groups), *args)
+
+
+def test_operands_that_do_not_belong_together():
+    packed = pack_2to4(torch.zeros(8, 16, 1, 1, dtype=INT8))
+    x, where = torch.zeros(1, 16, 4, 4, dtype=torch.uint8), ((3, 3), (1, 1), (0, 0), (1, 1), 1)
+    with pytest.raises(ArgumentError, match="packed shape"):
+        torch.ops.cnncomp.conv2d_sparse24_int8(x, packed, random_constants(8), None, 0.0, 0.0, *where, torch.uint8)
+    with pytest.raises(ArgumentError, match="no mean shift"):
+        torch.ops.cnncomp.linear_sparse24_int8(x[0, :, 0], packed, torch.zeros(4, 8), None, 0.0, 0.0, torch.uint8)
+
+
+def test_layers_on_a_cpu_are_the_dense_ones():
+    geometry, spec = Geometry(32, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
+    weight = masked_2to4(torch.randint(-127, 128, (24, 32, 3, 3), dtype=INT8))
+    args = (torch.rand(24) / 1000 + 1e-4, torch.randn(24), spec, Clamp(0.0))
+    x = torch.rand(2, 32, 5, 6)
+    sparse, dense = Sparse24QuantConv2d(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(sparse.weight_int8(), weight)
+    flat = masked_2to4(torch.randint(-127, 128, (24, 80), dtype=INT8))
+    sparse, dense = Sparse24QuantLinear(flat, *args), QuantLinear(flat, *args)
+    again = Sparse24QuantLinear.build(sparse.config(), sparse.tensors())
+    x = torch.rand(3, 80)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(again(x), dense(x))
+    with pytest.raises(PatternError, match=r"3 non-zeros at output channel 1, input channels 4 to 7"):
+        flat = torch.zeros(2, 8, dtype=INT8)
+        flat[1, 5:8] = 1
+        Sparse24QuantLinear(flat, torch.ones(2), None, spec)
+    with pytest.raises(ArgumentError, match="weight_shift"):
+        Sparse24QuantLinear(torch.zeros(2, 8, dtype=INT8), torch.ones(2), None, spec, weight_shift=torch.ones(2))
+
+
+def test_devices_without_sparse_tensor_cores(monkeypatch):
+    with pytest.raises(DeviceError, match="cpu"):
+        cuda_sparse.check_device(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(DeviceError, match="sm_80"):
+        cuda_sparse.check_device(torch.device("cuda", 0))
