@@ -24,8 +24,10 @@ FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
 #: File names of the kernels, with the parts of a launch's name that stand for its template's flags, in order.
 FLAGS_OF = {
     "conv2d_int8": ("_s8",),
+    "conv2d_runs_int8": ("_s8",),
     "gemm_int8": ("_s8",),
     "depthwise_int8": ("_s8",),
+    "depthwise3x3_int8": ("_s8",),
     "conv2d_sparse24_int8": ("_s8",),
 }
 KERNELS = tuple(FLAGS_OF)

@@ -167,7 +167,8 @@ def problems(row: Row) -> list[str]:
         return found
     if row.loop["IMMA"] < 8 or row.loop["LDSM"] < 2:
         found.append(f"the main loop has {row.loop['IMMA']} IMMA and {row.loop['LDSM']} LDSM")
-    bytewise = row.kernel.startswith("conv2d_int8 ") and row.kernel.split()[7] == "1"
+    name, *numbers = row.kernel.split()
+    bytewise = name == "conv2d_runs_int8" or (name == "conv2d_int8" and numbers[6] == "1")
     if not bytewise:
         if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"]):
             found.append(

@@ -51,7 +51,7 @@ def assert_same(got, expected, what):
 
 def check_conv(
     arch, n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, dtype=torch.uint8,
-    out_dtype=torch.int8, residual=None, tile="", parts=1, kernel="", misalign=0, ptx=None,
+    out_dtype=torch.int8, residual=None, tile="", parts=1, sms=SMS, kernel="", misalign=0, ptx=None,
 ):  # fmt: skip
     """One convolution against the reference; gives back what the emulator counted."""
     what = {name: value for name, value in locals().items() if name != "ptx"}
@@ -64,7 +64,7 @@ def check_conv(
     expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out_dtype)
     case = emulated.Case(x, weight, constants, res, shape, out_dtype, misalign, 0 if parts == 1 else WORKSPACE)
     plan = _cuda.plan_conv2d_int8(
-        SMS, case.x, dtype == torch.int8, n, h, w, c, case.weight, k, r, s,
+        sms, case.x, dtype == torch.int8, n, h, w, c, case.weight, k, r, s,
         *stride, *padding, *dilation, groups, *case.epilogue(0.37, lo), *case.schedule(tile, parts),
     )  # fmt: skip
     assert re.match(kernel, plan["kernel"]), plan["kernel"]
@@ -198,7 +198,45 @@ def piece_edges(channels, m, n):
 def test_conv_of_pieces_at_tile_edges(arch, piece, channels, tile):
     for i, sizes in enumerate(piece_edges(channels, *TILES[tile])):
         kernel = f"conv2d_int8_{tile}_.*_{piece}_[us]8$"
-        check_conv(arch, **sizes, dtype=list(INT_RANGE)[i % 2], tile=tile, parts=i % 3 + 1, kernel=kernel)
+        more = dict(tile=tile, parts=i % 3 + 1, misalign=int(piece == 1))
+        check_conv(arch, **sizes, dtype=list(INT_RANGE)[i % 2], kernel=kernel, **more)
+
+
+RUNS = [
+    dict(n=2, c=3, h=14, w=16, k=40, r=7, s=7, stride=(2, 2), padding=(3, 3)),
+    dict(n=1, c=3, h=12, w=11, k=64, r=3, s=3, padding=(1, 1)),
+    dict(n=4, c=1, h=6, w=7, k=68, r=5, s=5, padding=(2, 2)),
+    dict(n=1, c=5, h=8, w=9, k=12, r=2, s=7, dilation=(3, 1), padding=(3, 5)),
+    dict(n=1, c=50, h=8, w=17, k=66, r=1, s=1),
+    dict(n=3, c=2, h=3, w=6, k=8, r=3, s=11, padding=(2, 6), stride=(1, 3)),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("sizes", RUNS)
+def test_conv_of_few_channels(arch, sizes):
+    """Runs of one chunk and of many, inside the image and over all of its edges."""
+    for dtype, parts in zip(INT_RANGE, (1, 2), strict=True):
+        check_conv(arch, **sizes, dtype=dtype, parts=parts, kernel="conv2d_runs_int8_128x64")
+
+
+DEPTHWISE = [
+    dict(n=2, c=20, h=9, w=7, padding=(1, 1)),
+    dict(n=1, c=4, h=3, w=3),
+    dict(n=1, c=132, h=5, w=6, padding=(2, 2)),
+    dict(n=3, c=8, h=1, w=1, padding=(1, 1)),
+    dict(n=1, c=36, h=6, w=14, padding=(0, 1)),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("rows, multiprocessors", [(1, 10**6), (4, 0)])
+def test_depthwise_3x3(arch, stride, rows, multiprocessors):
+    for i, sizes in enumerate(DEPTHWISE):
+        kernel = f"depthwise3x3_int8_{stride}_{rows}_"
+        more = dict(k=sizes["c"], groups=sizes["c"], r=3, s=3, stride=(stride, stride), residual=RESIDUALS[i % 4])
+        check_conv(arch, **sizes, **more, dtype=list(INT_RANGE)[i % 2], sms=multiprocessors, kernel=kernel)
 
 
 def test_misaligned_input_is_read_byte_by_byte():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -64,6 +65,21 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, residual=U8),
             dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, out=F32, residual=F32),
             *SMALL,
+        ],
+    ),
+    "conv2d_runs_int8_128x64_64x32_1x4_s8": (
+        "80",
+        [
+            dict(n=2, c=3, h=14, w=16, k=40, r=7, s=7, stride=(2, 2), padding=(3, 3), dtype=S8),
+            dict(n=1, c=5, h=8, w=9, k=12, r=2, s=7, dilation=(3, 1), padding=(3, 5), dtype=S8, residual=U8, parts=2),
+            dict(n=3, c=2, h=3, w=6, k=76, r=3, s=11, padding=(2, 6), stride=(1, 3), dtype=S8, out=F32),
+        ],
+    ),
+    "depthwise3x3_int8_1_1_u8": (
+        "80",
+        [
+            dict(n=2, c=20, h=9, w=7, k=20, r=3, s=3, padding=(1, 1), groups=20, residual=S8),
+            dict(n=1, c=132, h=5, w=6, k=132, r=3, s=3, padding=(2, 2), groups=132, residual=F32, out=F32),
         ],
     ),
     "depthwise_int8_4_u8": (
@@ -154,7 +170,7 @@ def run_case(
 
     def run(ptx: str) -> Any:
         case = emulated.Case(x, weight, constants, res, shape, out, 0, WORKSPACE if parts > 1 else 0)
-        tile = "" if name.startswith("depthwise") else name.split("_")[2]
+        tile = next((part for part in name.split("_") if re.fullmatch(r"\d+x\d+", part)), "")
         plan = _cuda.plan_conv2d_int8(
             SMS, case.x, dtype == S8, n, h, w, c, case.weight, k, r, s, *stride, *padding, *dilation, groups,
             *case.epilogue(0.37, lo), *case.schedule(tile, parts),

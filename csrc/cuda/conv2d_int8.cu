@@ -58,7 +58,7 @@ Launch plan_tile(const Conv2d& conv, const Choice& choice) {
 
 template <typename Tiles, int kPiece>
 Launch plan(const Conv2d& conv, int multiprocessors) {
-  return with_tile<Tiles>(conv, multiprocessors, [&](auto tile, const Choice& choice) {
+  return with_tile<Tiles>(conv, problem_of(conv), multiprocessors, [&](auto tile, const Choice& choice) {
     return plan_tile<typename decltype(tile)::type, kPiece>(conv, choice);
   });
 }
@@ -75,7 +75,8 @@ int piece_of(const Conv2d& conv) {
 }  // namespace
 
 Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors) {
-  if (conv.c == conv.groups && conv.groups > 1) return plan_depthwise_int8(conv);
+  if (conv.c == conv.groups && conv.groups > 1)
+    return depthwise3x3_fits(conv) ? plan_depthwise3x3_int8(conv, multiprocessors) : plan_depthwise_int8(conv);
   const int piece = piece_of(conv);
   if (piece >= 16 && conv.pointwise()) return plan_gemm_int8(conv, multiprocessors);
   switch (piece) {
@@ -83,7 +84,8 @@ Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors) {
     case 16: return plan<FewTiles, 16>(conv, multiprocessors);
     case 8: return plan<OneTile, 8>(conv, multiprocessors);
     case 4: return plan<OneTile, 4>(conv, multiprocessors);
-    default: return plan<OneTile, kBytes>(conv, multiprocessors);
+    default:
+      return conv2d_runs_fits(conv) ? plan_conv2d_runs_int8(conv, multiprocessors) : plan<OneTile, kBytes>(conv, multiprocessors);
   }
 }
 

@@ -45,7 +45,7 @@ Launch plan_tile(const Conv2d& conv, const Choice& choice) {
 }  // namespace
 
 Launch plan_gemm_int8(const Conv2d& conv, int multiprocessors) {
-  return with_tile<AllTiles>(conv, multiprocessors, [&](auto tile, const Choice& choice) {
+  return with_tile<AllTiles>(conv, problem_of(conv), multiprocessors, [&](auto tile, const Choice& choice) {
     return plan_tile<typename decltype(tile)::type>(conv, choice);
   });
 }

@@ -97,6 +97,12 @@ Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_gemm_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_depthwise_int8(const Conv2d& conv);
 
+// Kernels for some layers only, where they are faster, and whether they can run a layer.
+Launch plan_conv2d_runs_int8(const Conv2d& conv, int multiprocessors);
+Launch plan_depthwise3x3_int8(const Conv2d& conv, int multiprocessors);
+bool conv2d_runs_fits(const Conv2d& conv);
+bool depthwise3x3_fits(const Conv2d& conv);
+
 // With weights packed by cnncomp/sparsity/two_four.py, for sm_80 and later. shared: bytes of a multiprocessor.
 Launch plan_conv2d_sparse24_int8(const Conv2d& conv, int multiprocessors, int shared);
 

@@ -104,8 +104,7 @@ Schedule set_grid(Launch& launch, const Problem& p, const Choice& choice, const 
 
 // Calls plan(TileTag, Choice) for the cheapest tile of a list, or for the one that the caller wishes.
 template <typename Tiles, typename Plan>
-Launch with_tile(const Conv2d& conv, int multiprocessors, Plan&& plan) {
-  const Problem p = problem_of(conv);
+Launch with_tile(const Conv2d& conv, const Problem& p, int multiprocessors, Plan&& plan) {
   Choice best;
   std::function<Launch()> chosen;
   Tiles::for_each([&](auto tile) {
