@@ -81,7 +81,7 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
     def run() -> tuple[Result, Launch]:
         result = emulate(
             load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]],
-            shared=plan["shared"], memory=memory, blocks=_blocks(plan, shape.groups),
+            shared=emulated.shared_of(plan, arch), memory=memory, blocks=_blocks(plan, shape.groups),
             checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip
         registers = registers_of(kernel, arch)

@@ -110,11 +110,16 @@ def entry_of(launch: str, ptx: str) -> str:
     return found[0]
 
 
+def shared_of(plan: dict[str, Any], arch: str) -> int:
+    """Bytes of dynamic shared memory that a planned launch asks for on sm_<arch>."""
+    return int(plan["shared_turing" if arch == "75" else "shared"])
+
+
 def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str | None = None) -> Result:
     """Run in the emulator what the extension module would launch."""
     ptx = ptx or ptx_of(source_of(plan["kernel"]), arch)
     kernel = load(ptx, entry_of(plan["kernel"], ptx))
-    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=plan["shared"], memory=memory)
+    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=shared_of(plan, arch), memory=memory)
 
 
 def nhwc(x: Tensor) -> np.ndarray:

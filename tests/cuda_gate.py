@@ -97,15 +97,15 @@ def archs_of(kernel: str) -> tuple[str, ...]:
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
 
-def dynamic_shared(name: str) -> int:
-    """Bytes that a launch of the kernel of this short name asks for, besides the static ones."""
+def dynamic_shared(name: str, arch: str) -> int:
+    """Bytes that a launch of the kernel of this short name asks for on sm_<arch>, besides the static ones."""
     if name.startswith("depthwise"):
         return 0
     if "_sparse24_" in name:
         channels, pixels, _, stages, element = map(int, name.split()[1:6])
         return stages * (channels // 64 * (4096 + 1024 // element) + 128 * pixels)
     pixels, channels, _, _, slices, stages = map(int, name.split()[1:7])
-    return stages * slices * (pixels + channels) * 64
+    return (2 if arch == "75" else stages) * slices * (pixels + channels) * 64
 
 
 def shipped(name: str, arch: str) -> bool:
@@ -138,7 +138,7 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
         name = short_name(mangled)
         if not shipped(name, arch):
             continue
-        memory = int(shared) + dynamic_shared(name)
+        memory = int(shared) + dynamic_shared(name, arch)
         blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), memory)
         found.append(
             Row(

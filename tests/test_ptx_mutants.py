@@ -182,7 +182,7 @@ def run_case(
                 plan["grid"],
                 plan["block"],
                 [plan["params"]],
-                shared=plan["shared"],
+                shared=emulated.shared_of(plan, arch),
                 memory=case.memory,
                 max_instructions=300_000,
             )

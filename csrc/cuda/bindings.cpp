@@ -52,6 +52,7 @@ py::dict as_dict(const cuda::Launch& launch) {
   d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
   d["block"] = launch.block;
   d["shared"] = launch.shared;
+  d["shared_turing"] = launch.shared_turing;
   d["params"] = py::bytes(launch.params.data(), launch.params.size());
   return d;
 }

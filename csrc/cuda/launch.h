@@ -67,7 +67,8 @@ struct Launch {
   const void* function = nullptr;
   uint32_t grid[3] = {1, 1, 1};
   uint32_t block = 0;
-  uint32_t shared = 0;  // bytes of dynamic shared memory
+  uint32_t shared = 0;         // bytes of dynamic shared memory
+  uint32_t shared_turing = 0;  // the same on sm_75
   std::vector<char> params;
 
   template <typename Params>

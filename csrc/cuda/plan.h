@@ -96,6 +96,7 @@ Schedule set_grid(Launch& launch, const Problem& p, const Choice& choice, const 
   launch.grid[2] = static_cast<uint32_t>(depth);
   launch.block = Tile::kThreads;
   launch.shared = Tile::kSharedBytes;
+  launch.shared_turing = kTuringStages * Tile::kStageBytes;
   auto* tickets = static_cast<uint32_t*>(workspace.data);
   auto* sums = static_cast<int32_t*>(workspace.data) + ceil_div(tiles * p.groups, 32) * 32;
   return {static_cast<int32_t>(tiles_n), choice.parts, choice.slices, choice.parts > 1 ? sums : nullptr,

@@ -78,6 +78,7 @@ __device__ __forceinline__ void multiply_slice(Accumulators<Tile>& acc, Fragment
 // start at `place`, asynchronously or not, and moves on by a slice. Its slices are loaded in order, and no other.
 template <typename Tile, bool kSigned, typename Loader>
 __device__ __forceinline__ void main_loop(Accumulators<Tile>& acc, Loader& loader, int slices) {
+  constexpr int kStages = CNNCOMP_TURING ? kTuringStages : Tile::kStages, kRing = kStages * Tile::kStageBytes;
   const uint32_t tiles = shared_tiles();
   uint32_t own = tiles + own_place<Tile>();
   pin(own);
@@ -88,21 +89,21 @@ __device__ __forceinline__ void main_loop(Accumulators<Tile>& acc, Loader& loade
     commit_copies();
   };
 #pragma unroll
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage)
+  for (int stage = 0; stage < kStages - 1; ++stage)
     fetch(stage * Tile::kStageBytes, slices - stage * Tile::kSlices);
   FragmentAddresses first = fragment_addresses<Tile>(tiles);
   pin(first.a);
   pin(first.b);
-  uint32_t read = 0, write = (Tile::kStages - 1) * Tile::kStageBytes;
+  uint32_t read = 0, write = (kStages - 1) * Tile::kStageBytes;
   for (int left = slices; left > 0; left -= Tile::kSlices) {
-    wait_copies<Tile::kStages - 2>();
+    wait_copies<kStages - 2>();
     __syncthreads();  // the step at `read` is complete, and everyone is done with the one at `write`
-    fetch(write, left - (Tile::kStages - 1) * Tile::kSlices);
+    fetch(write, left - (kStages - 1) * Tile::kSlices);
     unroll<Tile::kSlices>([&](auto s) {
       if (s.value < left) multiply_slice<Tile, kSigned, s.value>(acc, {first.a + read, first.b + read});
     });
     write = read;
-    read = read + Tile::kStageBytes == Tile::kSharedBytes ? 0 : read + Tile::kStageBytes;
+    read = read + Tile::kStageBytes == kRing ? 0 : read + Tile::kStageBytes;
   }
 }
 

@@ -6,6 +6,9 @@
 
 namespace cnncomp::cuda {
 
+// Stages on sm_75, which has no asynchronous copies to keep under way.
+constexpr int kTuringStages = 2;
+
 template <int kBlockM_, int kBlockN_, int kWarpM_, int kWarpN_, int kSlices_, int kStages_>
 struct TileConfig {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpM = kWarpM_, kWarpN = kWarpN_;
@@ -26,7 +29,7 @@ struct TileConfig {
   static_assert(kRowStep % 8 == 0, "the swizzle repeats every 8 rows, so a thread's places differ by a constant");
   static_assert(kBlockM % kRowStep == 0 && kBlockN % kRowStep == 0, "every thread copies the same number of chunks");
   static_assert(kStages >= 2, "one step is copied while another is multiplied");
-  static_assert(kSharedBytes <= 64 * 1024, "what a block may have on sm_75");
+  static_assert(kSharedBytes <= 64 * 1024, "leaves room for a second block, where there is as much as on an A100");
 
   static constexpr int kSums = kBlockM * kBlockN / kThreads;  // of a thread
 
