@@ -1,11 +1,12 @@
-"""The int8 CUDA kernels on the GPU of this machine, in one command: exact or not, how fast beside cuDNN, and the model's guess.
+"""The int8 CUDA kernels on this machine's GPU, in one command: exact or not, how fast beside others, and the model's guess.
 
     python -m bench.gpu_check              # needs an NVIDIA GPU
     python -m bench.gpu_check --emulate    # a dry run: the launches go to the emulator, nothing is timed
 
 Writes ``build/bench/gpu_check.json``: device, versions, the small cases of the GPU tests in all their types, one record per
-layer, what compute-sanitizer said where it is there. The exit status is 1 if an output differs from the reference in any bit,
-or compute-sanitizer found an error.
+layer with the times of cuDNN, inductor and CUTLASS and what bench/gpu_model.py says of each, what compute-sanitizer said where
+it is there. The exit status is 1 if an output differs from the reference in any bit, or compute-sanitizer found an error.
+``pytest bench/bench_gpu.py`` times the same calls one after the other, in a warm cache.
 """
 
 from __future__ import annotations
@@ -60,30 +61,59 @@ def milliseconds(call: Any) -> list[float]:
     return sorted(found)
 
 
-def check_layer(shape: ConvShape, batch: int, device: torch.device) -> dict[str, Any]:
-    """Run a layer on the device and compare it with the reference, bit for bit; on a GPU time it and cuDNN in fp16."""
+def own_call(shape: ConvShape, batch: int, device: torch.device) -> tuple[Callable[[], Tensor], Tensor]:
+    """The package's int8 kernel on a layer, and what it must give."""
     x, weight, constants = tensors(shape, batch)
     g = shape.geometry
     geometry = (g.stride, g.padding, g.dilation, g.groups)
     expected = reference.conv2d_int8(x, weight, constants, None, 0.0, 0.0, *geometry, torch.uint8)
     placed = [t.to(device) for t in (x, weight.permute(0, 2, 3, 1).contiguous(), constants)]
+    return lambda: cuda.conv2d_int8(*placed, None, 0.0, 0.0, *geometry, torch.uint8), expected
 
-    def call() -> Tensor:
-        return cuda.conv2d_int8(*placed, None, 0.0, 0.0, *geometry, torch.uint8)
 
+def peer_calls(
+    shape: ConvShape, batch: int, device: torch.device
+) -> dict[str, Callable[[], list[Callable[[], object]]]]:
+    """What makes each peer's calls on a layer, of which the fastest counts: cuDNN in fp16, inductor's tuned fp16 convolution,
+    and each tile of CUTLASS's in int8 and fp16, built on the spot."""
+    g = shape.geometry
+    geometry = (g.stride, g.padding, g.dilation, g.groups)
+    x, weight, _ = tensors(shape, batch)
+    half = [t.to(device, torch.float16).contiguous(memory_format=torch.channels_last) for t in (x, weight)]
+
+    def inductor() -> list[Callable[[], object]]:
+        tuned = torch.compile(
+            lambda x, weight: torch.nn.functional.conv2d(x, weight, None, *geometry).relu(),
+            options={"max_autotune": True, "max_autotune_conv_backends": "TRITON"}, dynamic=False,
+        )  # fmt: skip
+        return [lambda: tuned(*half)]
+
+    def cutlass(dtype: str) -> list[Callable[[], object]]:
+        from bench import cutlass_device, gpu_peers
+
+        arch = "75" if torch.cuda.get_device_capability(device) < (8, 0) else "80"
+        return [cutlass_device.conv(*found) for found in gpu_peers.conv_variants(shape, batch, arch, dtype)]
+
+    found: dict[str, Callable[[], list[Callable[[], object]]]] = {
+        "cudnn_fp16": lambda: [lambda: torch.nn.functional.conv2d(*half, None, *geometry)],
+        "inductor_fp16": inductor,
+    }
+    if shape.groups == 1:
+        found |= {f"cutlass_{dtype}": lambda dtype=dtype: cutlass(dtype) for dtype in ("int8", "fp16")}  # type: ignore[misc]
+    return found
+
+
+def check_layer(shape: ConvShape, batch: int, device: torch.device) -> dict[str, Any]:
+    """Run a layer on the device and compare it with the reference, bit for bit; on a GPU time it and its peers."""
+    call, expected = own_call(shape, batch, device)
     differing = int((call().cpu() != expected).sum())
     record: dict[str, Any] = {"network": shape.network, "layer": shape.name, "batch": batch, "differing": differing}
     if device.type == "cuda":
-        half = (
-            x.to(device, torch.float16),
-            weight.to(device, torch.float16).contiguous(memory_format=torch.channels_last),
-        )
-        times = {
-            "us": milliseconds(call),
-            "cudnn_fp16_us": milliseconds(lambda: torch.nn.functional.conv2d(*half, None, *geometry)),
+        record["us"] = middle(milliseconds(call))
+        record["peers"] = {
+            name: attempt(lambda make=make: min(middle(milliseconds(c)) for c in make()))  # type: ignore[misc]
+            for name, make in peer_calls(shape, batch, device).items()
         }
-        record |= {name: middle(values) for name, values in times.items()}
-        record["peers"] = peers(shape, batch, device, half)
         record["modelled_us"] = modelled(shape, batch, device)
     return record
 
@@ -94,55 +124,39 @@ def middle(values: list[float]) -> float:
 
 
 def attempt(call: Callable[[], float]) -> float | str:
-    """A peer's time in microseconds, or why there is none: what fails in a peer is no failure of this project's."""
+    """A time in microseconds, or why there is none: what fails in a peer is no failure of this project's."""
     try:
         return call()
     except Exception as error:  # of another project's compiler, loader or launch
         return f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def peers(shape: ConvShape, batch: int, device: torch.device, half: tuple[Tensor, Tensor]) -> dict[str, float | str]:
-    """Microseconds of inductor's tuned fp16 convolution, and of CUTLASS's best tile in int8 and fp16, built on the spot."""
-    g = shape.geometry
-    geometry = (g.stride, g.padding, g.dilation, g.groups)
+def modelled(shape: ConvShape, batch: int, device: torch.device) -> dict[str, float | str]:
+    """What bench/gpu_model.py says of this layer: of the package's kernel ("cnncomp"), and of the peers that it has kernels of.
 
-    def inductor() -> float:
-        tuned = torch.compile(
-            lambda x, weight: torch.nn.functional.conv2d(x, weight, None, *geometry).relu(),
-            options={"max_autotune": True, "max_autotune_conv_backends": "TRITON"}, dynamic=False,
-        )  # fmt: skip
-        return middle(milliseconds(lambda: tuned(*half)))
-
-    def cutlass(dtype: str) -> float:
-        from bench import cutlass_device, gpu_peers
-
-        arch = "75" if torch.cuda.get_device_capability(device) < (8, 0) else "80"
-        launches = [cutlass_device.conv(*found) for found in gpu_peers.conv_variants(shape, batch, arch, dtype)]
-        return min(middle(milliseconds(launch)) for launch in launches)
-
-    found = {"inductor_fp16": attempt(inductor)}
-    if shape.groups == 1:
-        found |= {f"cutlass_{dtype}": attempt(lambda dtype=dtype: cutlass(dtype)) for dtype in ("int8", "fp16")}  # type: ignore[misc]
-    return found
-
-
-def modelled(shape: ConvShape, batch: int, device: torch.device) -> float | None:
-    """What bench/gpu_model.py says of this layer, None for a GPU that it has no facts of, or without nvcc."""
-    from bench.gpu_hardware import gpu_of
+    Nothing for a GPU that it has no facts of, or without nvcc.
+    """
+    from bench.gpu_hardware import GPUS
     from bench.gpu_model import model
     from tests import cuda_emulated
 
-    arch = "{}{}".format(*torch.cuda.get_device_capability(device))
-    try:
-        gpu = gpu_of(arch)
-    except StopIteration:
-        return None
-    if cuda_emulated.NVCC is None:
-        return None
+    capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    gpu = next((gpu for gpu in GPUS if gpu.arch == capability), None)
+    if gpu is None or cuda_emulated.NVCC is None:
+        return {}
+    from bench import gpu_peers
     from bench.gpu_layers import run_layer
 
-    (counts, launch), _ = run_layer(shape, batch, "75" if arch == "75" else "80", gpu)
-    return float(model(counts, launch, gpu)["us"])
+    arch = "75" if capability == "sm_75" else "80"
+    best = lambda candidates: min(model(*c.counted, gpu)["us"] for c in candidates)  # noqa: E731
+    found = {"cnncomp": attempt(lambda: float(model(*run_layer(shape, batch, arch, gpu)[0], gpu)["us"]))}
+    if shape.groups == 1:
+        for dtype in ("int8", "fp16"):
+            made = lambda dtype=dtype: gpu_peers.conv_candidates(shape, batch, arch, dtype)  # noqa: E731
+            found[f"cutlass_{dtype}"] = attempt(lambda made=made: best(made()))  # type: ignore[misc]
+        if arch != "75" and shape.dilation == 1:
+            found["inductor_fp16"] = attempt(lambda: best(gpu_peers.inductor_candidates(shape, batch, "fp16")))
+    return found
 
 
 def sanitize() -> dict[str, Any] | None:
@@ -216,9 +230,13 @@ def report(found: dict[str, Any]) -> str:
             "exact" if not r["differing"] else f"{r['differing']} DIFFER"
         )
         if "us" in r:
-            guess = "" if r["modelled_us"] is None else f", modelled {r['modelled_us']:.1f}"
-            others = "".join(f", {peer} {us:.1f}" for peer, us in r["peers"].items() if isinstance(us, float))
-            text += f"  {r['us']:.1f} us, cuDNN fp16 {r['cudnn_fp16_us']:.1f}{others}{guess}"
+            times = {"cnncomp": r["us"], **r["peers"]}
+            text += "  us (modelled): " + ", ".join(
+                f"{name} {us:.1f}"
+                + (f" ({guess:.1f})" if isinstance(guess := r["modelled_us"].get(name), float) else "")
+                for name, us in times.items()
+                if isinstance(us, float)
+            )
         lines.append(text)
     return "\n".join(lines)
 

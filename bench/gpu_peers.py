@@ -72,7 +72,7 @@ def conv_candidates(shape: ConvShape, batch: int, arch: str, dtype: str) -> Iter
         return
     for variant, (_, h, w, c, k, r, s, padding, stride, _) in conv_variants(shape, batch, arch, dtype):
         sizes = (batch, (h, w), c, k, (r, s), padding, stride)
-        key = (_digest(), variant, sizes, BLOCKS, L1)
+        key = (_digest(), variant, sizes, BLOCKS, "of those with a tile", L1)
         found = counted(key, lambda v=variant, s=sizes: run_conv(v, *s, most=BLOCKS))  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", dtype, "dense", found)
 
@@ -131,9 +131,8 @@ def sparse_candidates(shape: ConvShape, batch: int) -> Iterator[Candidate]:
     for m, n, stages, warp_m, warp_n in SPARSE_TILES:
         variant = Variant("gemm", "int8", Tile(m, n, 128, stages, warp_m, warp_n), "int8", "int32", sparse=True)
         sizes = (_up(shape.k, m), _up(batch * shape.h * shape.w, 16), _up(shape.c, 128))
-        found = counted(
-            (_digest(), variant, sizes, BLOCKS, L1), lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS)
-        )  # type: ignore[misc]
+        key = (_digest(), variant, sizes, BLOCKS, "of those with a tile", L1)
+        found = counted(key, lambda v=variant, s=sizes: run_gemm(v, *s, most=BLOCKS))  # type: ignore[misc]
         yield Candidate(variant.name, "cutlass", "int8", "2:4", found)
 
 

@@ -1,4 +1,4 @@
-"""Modelled times of the CUDA kernels with sparse weights, beside the dense int8 ones: ``python -m bench.gpu_sparse``.
+"""Modelled times of the CUDA kernels with sparse weights, beside dense ones: ``python -m bench.gpu_sparse``.
 
 Adds its records to those that ``python -m bench.gpu_model`` has written.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,17 @@ from torch import Tensor
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import GPUS, Gpu
 from bench.gpu_layers import BLOCKS, out_size, registers_of, run_layer
-from bench.gpu_model import L1, LABEL, OUT, Launch, _record, model, sample_of, touched, varied
+from bench.gpu_model import L1, LABEL, OUT, Launch, _record, model, resident, sample_of, touched, varied
+from bench.gpu_peers import conv_candidates
 from bench.layers import GPU_NETWORKS, ConvShape, gpu_shapes
 from cnncomp import _cuda
-from cnncomp.ops.cuda_sparse import why_not_2to4
 from cnncomp.sparsity import pack_2to4
+from cnncomp.sparsity.two_four import why_not_2to4
 from tests import cuda_emulated as emulated
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
+from tests.ptx.cute import headers
+
+DTYPES = ("int8", "fp16")
 
 
 class SparseRun(NamedTuple):
@@ -53,50 +57,68 @@ def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) 
     return result, Launch(**{**vars(launch), "registers": registers_of(plan["kernel"], arch)})
 
 
-def run_2to4_int8(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> SparseRun | None:
-    """The 2:4 int8 convolution, u8 input and output, no residual; None for a layer that it can't run."""
-    g = shape.geometry
-    if why_not_2to4(shape.c, g.kernel_size, shape.groups):
+def run_2to4(shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "int8") -> SparseRun | None:
+    """The 2:4 convolution, no residual; None for a layer that it can't run. ``dtype``: "int8", with u8 input and output, or
+    "fp16"."""
+    g, half = shape.geometry, dtype == "fp16"
+    kind, of_weight = (torch.float16, torch.float16) if half else (torch.uint8, torch.int8)
+    if why_not_2to4(shape.c, g.kernel_size, shape.groups, kind.itemsize):
         return None
     memory = GlobalMemory()
-    x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=torch.uint8)
-    weight = pack_2to4(two_to_four((shape.k, shape.c // shape.groups, shape.r, shape.s), torch.int8), shape.groups)
-    out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=torch.uint8)
-    constants, place = torch.ones(3, shape.k), memory.pointer
-    plan = _cuda.plan_conv2d_sparse24_int8(
-        gpu.sms, gpu.shared, place(x), False, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s,
-        *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0,
+    x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=kind)
+    weight = pack_2to4(two_to_four((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight), shape.groups)
+    out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=kind)
+    constants, place, code = torch.ones(3, shape.k), memory.pointer, emulated.DTYPE_CODE[kind]
+    planned = _cuda.plan_conv2d_sparse24_f16 if half else _cuda.plan_conv2d_sparse24_int8
+    plan = planned(
+        gpu.sms, gpu.shared, place(x), code, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s,
+        *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), code,
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read, grid = int(share * x.nbytes), plan["grid"]
     least = read + weight.nbytes + out.nbytes + constants.nbytes
-    launch = Launch(math.prod(grid), plan["block"], 0, least, "int8", read, grid[1] * grid[2], sparse=True)
-    key = (emulated.digest("conv2d_sparse24_int8"), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1)
+    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, grid[1] * grid[2], sparse=True)
+    key = (emulated.digest(emulated.source_of(plan["kernel"])), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1)
     found = counted(key, lambda: _run(plan, arch, memory, launch))
-    return SparseRun(plan["kernel"], "int8", "2:4", 0.5, found)
+    return SparseRun(plan["kernel"], dtype, "2:4", 0.5, found)
 
 
-def sparse_runs(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> Iterator[SparseRun]:
-    """All sparse kernels that can run a layer."""
-    for run in (run_2to4_int8,):
-        if (found := run(shape, batch, arch, gpu)) is not None:
-            yield found
+def dense_us(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str, float]:
+    """Microseconds of the dense kernels of a layer: "own", int8 alone, and "cutlass", the best tile, where it is installed."""
+    found = {}
+    if dtype == "int8":
+        counted_run, _ = run_layer(shape, batch, "80", gpu)
+        found["own"] = model(*counted_run, gpu)["us"]
+    if headers():
+        fitting = (c.counted for c in conv_candidates(shape, batch, "80", dtype))
+        times = [model(*run, gpu)["us"] for run in fitting if resident(run[1], gpu, run[0]["shared_bytes"])]
+        if times:
+            found["cutlass"] = min(times)
+    return found
 
 
-def records(shapes: Iterable[ConvShape], batch: int, gpus: Iterable[Gpu]) -> list[dict[str, Any]]:
-    """One record per layer, GPU and sparse kernel, with ``dense_us``: the time of the dense int8 kernel. ``gpus``: of sm_80
-    and later."""
+def records(
+    shapes: Iterable[ConvShape], batch: int, gpus: Iterable[Gpu], dtypes: Sequence[str] = DTYPES
+) -> list[dict[str, Any]]:
+    """One record per layer, GPU and sparse kernel, with ``dense_us``: the times of the dense kernels. ``gpus``: of sm_80 and
+    later."""
     found = []
     for shape in shapes:
         for gpu in gpus:
-            runs = list(sparse_runs(shape, batch, "80", gpu))
-            if not runs:
-                continue
-            dense, _ = run_layer(shape, batch, "80", gpu)
-            dense_us = model(*dense, gpu)["us"]
-            for kernel, dtype, pattern, sparsity, (counts, launch) in runs:
-                about = {"kernel": kernel, "peer": None, "dtype": dtype, "pattern": pattern, "sparsity": sparsity}
-                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0, "dense_us": dense_us}
+            for dtype in dtypes:
+                run = run_2to4(shape, batch, "80", gpu, dtype)
+                if run is None:
+                    continue
+                counts, launch = run.counted
+                about = {
+                    "kernel": run.kernel,
+                    "peer": None,
+                    "dtype": dtype,
+                    "pattern": run.pattern,
+                    "sparsity": run.sparsity,
+                }
+                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
+                about["dense_us"] = dense_us(shape, batch, gpu, dtype)
                 found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
     return found
 
@@ -114,13 +136,14 @@ def report(rows: list[dict[str, Any]]) -> str:
     groups: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("pattern", "dtype", "network", "gpu", "batch"))
-        groups.setdefault(key, []).append((row["shape"]["c"], row["dense_us"] / row["us"]))
-    for (pattern, dtype, network, gpu, batch), found in sorted(groups.items()):
+        for than, us in row["dense_us"].items():
+            groups.setdefault((*key, than), []).append((row["shape"]["c"], us / row["us"]))
+    for (pattern, dtype, network, gpu, batch, than), found in sorted(groups.items()):
         means = [_mean([ratio for c, ratio in found if c >= least]) for least in (0, DEEP)]
         worst, gain = min(ratio for _, ratio in found), sum(ratio > 1 for _, ratio in found)
         lines.append(
-            f"{pattern:8} {dtype:6} {network:14} {gpu:10} {batch:5d} {len(found):6d} {means[0]:6.2f} {means[1]:7.2f}"
-            f" {worst:6.2f} {gain:5d}"
+            f"{pattern:8} {dtype:6} {network:14} {gpu:10} {batch:5d} {than:8} {len(found):6d} {means[0]:6.2f}"
+            f" {means[1]:7.2f} {worst:6.2f} {gain:5d}"
         )
     return "\n".join(lines)
 
@@ -137,12 +160,13 @@ def main() -> None:
     parser.add_argument(
         "--gpu", action="append", choices=[g.name for g in GPUS[1:]], help="all of sm_80 and later by default"
     )
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="all by default")
     arguments = parser.parse_args()
     gpus = [g for g in GPUS[1:] if not arguments.gpu or g.name in arguments.gpu]
     rows: list[dict[str, Any]] = []
     for network in arguments.network or GPU_NETWORKS:
         for batch in arguments.batch or (1, 8, 64):
-            rows += records(gpu_shapes(network), batch, gpus)
+            rows += records(gpu_shapes(network), batch, gpus, arguments.dtype or DTYPES)
     print(report(rows))
     others = [row for row in json.loads(OUT.read_text()) if "dense_us" not in row] if OUT.exists() else []
     OUT.parent.mkdir(parents=True, exist_ok=True)

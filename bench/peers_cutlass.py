@@ -14,20 +14,33 @@ TORCH = {"int8": torch.int8, "int32": torch.int32, "fp16": torch.float16, "fp32"
 NO_CHECKS = Checks(races=False, initialised=False, blocks=False)
 
 
+def working(grid: tuple[int, int, int], rows: int, columns: int) -> list[int]:
+    """Numbers of the blocks that have a tile: CUTLASS rounds the columns of a grid up, and the blocks past the last return.
+
+    Args:
+        grid: Blocks; ``x`` counts tiles of rows, and of columns so many as are taken together.
+        rows, columns: Tiles.
+    """
+    together, rest = divmod(grid[0], rows)
+    assert not rest and together * grid[1] >= columns, (grid, rows, columns)
+    return [y * grid[0] + x for y in range(grid[1]) for x in range(grid[0]) if y * together + x % together < columns]
+
+
 def _run(
-    variant: Variant, sizes: list[int], tensors: list[torch.Tensor], read: float, most: int
+    variant: Variant, sizes: list[int], tensors: list[torch.Tensor], size: tuple[int, int], read: float, most: int
 ) -> tuple[Result, Launch]:  # fmt: skip
-    """``read`` is what must be read of the first tensor."""
+    """``size`` is the output's, ``read`` what must be read of the first tensor."""
     memory = GlobalMemory()
     planned = plan(
         variant, sizes, [memory.pointer(t) for t in tensors] + [0] * (variant.source == "gemm" and not variant.sparse)
     )
-    grid = math.prod(planned.grid)
-    result = launch(variant, planned, memory, sample_of(grid, most), checks=NO_CHECKS, caches=Caches(l1=L1))
+    blocks = working(planned.grid, *(-(-v // t) for v, t in zip(size, (variant.tile.m, variant.tile.n), strict=True)))
+    chosen = [blocks[i] for i in sample_of(len(blocks), most) or range(len(blocks))]
+    result = launch(variant, planned, memory, chosen, checks=NO_CHECKS, caches=Caches(l1=L1))
     least = int(read) + sum(t.nbytes for t in tensors[1:])
     sweeps = planned.grid[1]  # CUTLASS's order of blocks goes over all rows for some columns at a time
     registers = build(variant).registers
-    return result, Launch(grid, planned.threads, registers, least, variant.dtype, int(read), sweeps)
+    return result, Launch(len(blocks), planned.threads, registers, least, variant.dtype, int(read), sweeps)
 
 
 def run_conv(
@@ -49,7 +62,7 @@ def run_conv(
     bias, out = torch.zeros(k, dtype=written), torch.zeros(batch * p * q * k, dtype=written)
     share = math.prod(touched(v, r, stride) for v, r in zip(size, kernel, strict=True))
     sizes = [batch, *size, c, k, *kernel, padding, stride, dilation]
-    return _run(variant, sizes, [x, weight, bias, out], share * x.nbytes, most)
+    return _run(variant, sizes, [x, weight, bias, out], (batch * p * q, k), share * x.nbytes, most)
 
 
 def run_gemm(variant: Variant, m: int, n: int, k: int, most: int = 48) -> tuple[Result, Launch]:
@@ -61,4 +74,4 @@ def run_gemm(variant: Variant, m: int, n: int, k: int, most: int = 48) -> tuple[
     if variant.sparse:  # 2 bits for each kept element
         size = a.nbytes // (8 if variant.dtype == "fp16" else 4)
         tensors.append(torch.full((size,), 0x44, dtype=torch.uint8))  # the first and the second of each four
-    return _run(variant, [m, n, k], tensors, a.nbytes, most)
+    return _run(variant, [m, n, k], tensors, (m, n), a.nbytes, most)

@@ -24,7 +24,7 @@ from bench.gpu_hardware import GPUS, Gpu
 from bench.gpu_model import CALIBRATION, FILL, L1, Launch, sample_of, touched
 from bench.layers import ConvShape
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
-from tests.triton_aot import compile_kernel, inspect
+from tests.triton_aot import compile_kernel, registers_and_stack
 
 CACHE = Path(__file__).parent.parent / "build" / "inductor"
 CANDIDATES = 4  # tiles that are compiled for a layer, of those that the bound puts first on each GPU
@@ -233,7 +233,7 @@ def build(problem: Problem, tile: Tile) -> Built:
     pointers |= {"scale_ptr": "fp32", "bias_ptr": "fp32" if problem.dtype == "int8" else element}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     compiled = compile_kernel(kernel, pointers, {}, (), {}, 80, options)
-    return Built(compiled.asm["ptx"], compiled.metadata.shared, inspect(compiled).registers)
+    return Built(compiled.asm["ptx"], compiled.metadata.shared, registers_and_stack(compiled)[0])
 
 
 def run(

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from bench.gpu_model import L1, Launch, sample_of, touched
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
-from tests.triton_aot import compile_kernel, inspect
+from tests.triton_aot import compile_kernel, registers_and_stack
 
 #: block m, n, k in bytes, warps, stages.
 TILES = ((128, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3))
@@ -76,7 +76,7 @@ def build(dtype: str, kernel: tuple[int, int], tile: tuple[int, ...], aligned: b
     meta["BLOCK_K"] = k if dtype == "int8" else k // 2
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     compiled = compile_kernel(conv_kernel, pointers, integers, (), meta, 80, options)
-    return Built(compiled.asm["ptx"], compiled.metadata.shared, inspect(compiled).registers)
+    return Built(compiled.asm["ptx"], compiled.metadata.shared, registers_and_stack(compiled)[0])
 
 
 def run_conv(

@@ -63,9 +63,18 @@ class EmulatedModule:
         self, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any
     ) -> None:
         a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
-        weights = math.prod(packed_shape((a["k"], a["c"] // a["groups"], a["r"], a["s"]), torch.int8, a["groups"]))
         plan = functools.partial(_cuda.plan_conv2d_sparse24_int8, multiprocessors, shared)
-        self._run(plan, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * math.prod(out_size(a)))
+        self._run_sparse24(plan, a, torch.int8)
+
+    def conv2d_sparse24_f16(self, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any) -> None:
+        a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
+        plan = functools.partial(_cuda.plan_conv2d_sparse24_f16, multiprocessors, shared)
+        self._run_sparse24(plan, a, torch.float16)
+
+    def _run_sparse24(self, plan: Any, a: dict[str, Any], dtype: torch.dtype) -> None:
+        weights = math.prod(packed_shape((a["k"], a["c"] // a["groups"], a["r"], a["s"]), dtype, a["groups"]))
+        x = a["n"] * a["h"] * a["w"] * a["c"] * dtype.itemsize
+        self._run(plan, a, x, weights, a["n"] * math.prod(out_size(a)))
 
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
         names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
@@ -74,7 +83,7 @@ class EmulatedModule:
         self._run(plan, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
 
     def _run(self, plan: Any, a: dict[str, Any], x: int, weights: int, pixels: int) -> None:
-        size_of = (1, 1, 4)
+        size_of = (1, 1, 4, 2, 2)
         sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
         if a["residual"]:
             sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
@@ -96,5 +105,6 @@ def emulated_device() -> Iterator[None]:
         mock.patch.object(cuda, "_cuda", EmulatedModule()),
         mock.patch.object(cuda, "_launch_arguments", lambda x: (0, 0, 108)),
         mock.patch.object(cuda_sparse, "_shared", lambda device: 164 << 10),
+        mock.patch.object(cuda_sparse, "check_device", lambda device: None),
     ):
         yield

@@ -29,9 +29,10 @@ FLAGS_OF = {
     "depthwise_int8": ("_s8",),
     "depthwise3x3_int8": ("_s8",),
     "conv2d_sparse24_int8": ("_s8",),
+    "conv2d_sparse24_f16": ("_bf16",),
 }
 KERNELS = tuple(FLAGS_OF)
-DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
 def _included(path: Path) -> set[Path]:
@@ -123,6 +124,8 @@ def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str 
 
 
 def nhwc(x: Tensor) -> np.ndarray:
+    """As an array, channels last; bfloat16, which numpy has not, as int16."""
+    x = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
     return x.permute(0, 2, 3, 1).contiguous().numpy() if x.dim() == 4 else x.contiguous().numpy()
 
 
@@ -157,7 +160,7 @@ class Case:
 
     def output(self) -> Tensor:
         """What the kernel wrote."""
-        out = torch.from_numpy(self.memory.fetch(self.out, self.image))
+        out = torch.from_numpy(self.memory.fetch(self.out, self.image)).view(self.out_dtype)
         return out.permute(0, 3, 1, 2) if out.dim() == 4 else out
 
     def workspace_is_zero(self) -> bool:

@@ -17,7 +17,7 @@ from tests import cuda_emulated as emulated
 
 ARCHS = ("75", "80", "86", "89", "90a", "120a")
 SNAPSHOT = Path(__file__).parent / "cuda_gate.txt"
-COLUMNS = ("IMMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
+COLUMNS = ("MMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,17 @@ class Row:
         shown = self.loop or self.opcodes
         sizes = (self.registers, self.stack, self.shared, self.threads, self.blocks, shown.total())
         return " ".join(
-            [f"{self.kernel:40} {self.arch:>5}", *(f"{n:7d}" for n in sizes), *(f"{shown[c]:6d}" for c in COLUMNS)]
+            [
+                f"{self.kernel:40} {self.arch:>5}",
+                *(f"{n:7d}" for n in sizes),
+                *(f"{count(shown, c):6d}" for c in COLUMNS),
+            ]
         )
+
+
+def count(opcodes: Counter[str], column: str) -> int:
+    """How often an opcode occurs; "MMA": products of tensor cores, of integers or halves."""
+    return opcodes["IMMA"] + opcodes["HMMA"] if column == "MMA" else opcodes[column]
 
 
 HEADER = " ".join(
@@ -102,7 +111,7 @@ def dynamic_shared(name: str, arch: str) -> int:
     if name.startswith("depthwise"):
         return 0
     if "_sparse24_" in name:
-        channels, pixels, _, stages, element = map(int, name.split()[1:6])
+        channels, pixels, _, _, stages, element = map(int, name.split()[1:7])
         return stages * (channels // 64 * (4096 + 1024 // element) + 128 * pixels)
     pixels, channels, _, _, slices, stages = map(int, name.split()[1:7])
     return (2 if arch == "75" else stages) * slices * (pixels + channels) * 64
@@ -111,9 +120,10 @@ def dynamic_shared(name: str, arch: str) -> int:
 def shipped(name: str, arch: str) -> bool:
     """Whether a plan takes the kernel of this short name on this architecture: some tiles are for much shared memory, some for
     little."""
-    sparse = "conv2d_sparse24_int8 128 "
-    in_less = name.startswith((sparse + "128 32", sparse + "64 32 2"))
-    in_more = name.startswith((sparse + "128 64", sparse + "64 32 3"))
+    if "_sparse24_" not in name:
+        return True
+    tile = " ".join(name.split()[1:6])
+    in_less, in_more = tile in ("128 128 32 1 3", "128 64 32 1 2"), tile in ("128 128 64 1 3", "128 64 32 1 3")
     much = gpu_of(arch).shared >= 160 << 10
     return not (in_less if much else in_more)
 
@@ -165,8 +175,9 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: each of its four parts needs a warp")
     if row.kernel.startswith("depthwise"):
         return found
-    if row.loop["IMMA"] < 8 or row.loop["LDSM"] < 2:
-        found.append(f"the main loop has {row.loop['IMMA']} IMMA and {row.loop['LDSM']} LDSM")
+    products = count(row.loop, "MMA")
+    if products < 8 or row.loop["LDSM"] < 2:
+        found.append(f"the main loop has {products} MMA and {row.loop['LDSM']} LDSM")
     name, *numbers = row.kernel.split()
     bytewise = name == "conv2d_runs_int8" or (name == "conv2d_int8" and numbers[6] == "1")
     if not bytewise:

@@ -230,8 +230,9 @@ def test_longest_reduction(isa: str, dtype: torch.dtype) -> None:
     check(conv, o)
 
 
-def test_nan_residual_stays_nan(isa: str) -> None:
-    conv = Conv(4, 20, 2, residual=F32, out=F32)
+@pytest.mark.parametrize("k", [20, 64])
+def test_nan_residual_stays_nan(isa: str, k: int) -> None:
+    conv = Conv(4, k, 2, residual=F32, out=F32)
     o = random_operands(conv)
     assert o.residual is not None
     o.residual[1, 18] = math.nan

@@ -28,7 +28,7 @@ BAD = {
     "spills": dict(stack=16),
     "2 STL": dict(opcodes=LOOP + Counter(STL=2)),
     "four parts": dict(threads=32),
-    "0 IMMA": dict(loop=LOOP - Counter(IMMA=16)),
+    "0 MMA": dict(loop=LOOP - Counter(IMMA=16)),
     "plain loads": dict(loop=LOOP + Counter(LDG=4)),
     "asynchronous": dict(loop=LOOP - Counter(LDGSTS=4)),
     "PRMT": dict(loop=LOOP + Counter(PRMT=64)),

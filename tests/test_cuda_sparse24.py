@@ -62,6 +62,7 @@ CONVS = {
     "uneven strides": dict(n=2, c=16, h=9, w=8, k=9, r=3, s=2, stride=(3, 2), padding=(0, 1)),
     "dilation": dict(n=1, c=32, h=8, w=9, k=8, r=3, s=3, padding=(2, 4), dilation=(2, 3)),
     "padding alone": dict(n=1, c=16, h=1, w=1, k=4, r=3, s=3, padding=(1, 1)),
+    "long reduction": dict(n=1, c=144, h=6, w=7, k=70, r=3, s=3, padding=(1, 1)),
     "groups": dict(n=1, c=32, h=5, w=5, k=12, r=3, s=3, padding=(1, 1), groups=2),
     "large kernel": dict(n=1, c=16, h=15, w=15, k=8, r=15, s=15, padding=(7, 7)),
 }  # fmt: skip
@@ -70,11 +71,16 @@ CONVS = {
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", CONVS)
 def test_conv(name, arch):
-    check_conv(arch, **CONVS[name], kernel="64x64")
+    check_conv(arch, **CONVS[name], kernel="64x64_32_2" if name == "long reduction" else "64x64")
     check_conv(arch, **CONVS[name], dtype=torch.int8)
 
 
-LARGE = {"128x64_32_3": NARROW, "128x128_64_3": WIDE, "128x64_32_2": (5, LITTLE), "128x128_32_3": (1, LITTLE)}
+LARGE = {
+    "128x64_32_1_3": NARROW,
+    "128x128_64_1_3": WIDE,
+    "128x64_32_1_2": (5, LITTLE),
+    "128x128_32_1_3": (1, LITTLE),
+}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -130,9 +136,9 @@ def test_layer_of_zeros():
         constants[2][:, None, None]), "the bias")  # fmt: skip
 
 
-@pytest.mark.parametrize("device, k", [(SMALL, 64), *((device, 128) for device in LARGE.values())])
-def test_shared_memory_has_no_bank_conflicts(device, k):
-    result = check_conv("80", n=4, c=64, h=8, w=8, k=k, r=3, s=3, padding=(1, 1), device=device)
+@pytest.mark.parametrize("device, c, k", [(SMALL, 64, 64), (SMALL, 128, 64), *((d, 64, 128) for d in LARGE.values())])
+def test_shared_memory_has_no_bank_conflicts(device, c, k):
+    result = check_conv("80", n=4, c=c, h=8, w=8, k=k, r=3, s=3, padding=(1, 1), device=device)
     assert result.wavefronts == result.ideal_wavefronts > 0
 
 

@@ -35,9 +35,37 @@ def test_launch_of_a_conv(layout, groups, out_dtype, residual):
     expected = reference.conv2d_int8(x, weight, constants, res, 0.25, 3.0, *geometry, out_dtype)
     args = (x, pack_2to4(weight, groups), constants, res, 0.25, 3.0, (3, 2), *geometry, out_dtype)
     with emulated_device():
-        got = cuda_sparse.conv2d_sparse24_int8(*args)
+        got = cuda_sparse.conv2d_sparse24(*args)
     assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
     assert torch.equal(torch.ops.cnncomp.conv2d_sparse24_int8(*args), expected)  # on the CPU
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_launch_of_a_conv_of_halves(dtype):
+    """Small integers, so that every sum is exact."""
+    x, geometry = torch.randint(-2, 3, (2, 32, 9, 11)).to(dtype), ((2, 1), (1, 0), (1, 2), 2)
+    weight = masked_2to4(torch.randint(-2, 3, (16, 16, 3, 2)).to(dtype))
+    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+    res, constants = torch.randint(-8, 9, acc.shape).to(dtype), random_constants(16).round()
+    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
+    args = (x, pack_2to4(weight, 2), constants, res, 0.25, 3.0, (3, 2), *geometry, dtype)
+    with emulated_device():
+        got = cuda_sparse.conv2d_sparse24(*args)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
+    assert torch.equal(torch.ops.cnncomp.conv2d_sparse24_f16(*args), expected)  # on the CPU
+
+
+def test_halves_that_do_not_belong_together():
+    x, packed = torch.zeros(1, 16, 4, 4, dtype=torch.float16), pack_2to4(torch.zeros(8, 16, 1, 1, dtype=torch.float16))
+    one, op = (1, 1), torch.ops.cnncomp.conv2d_sparse24_f16
+    rest = (None, 0.0, 0.0, one, one, (0, 0), one, 1)
+    with pytest.raises(ArgumentError, match="packed shape"):
+        op(x, pack_2to4(torch.zeros(8, 16, 1, 1, dtype=INT8)), random_constants(8), *rest, torch.float16)
+    with pytest.raises(ArgumentError, match="out_dtype"):
+        op(x, packed, random_constants(8), *rest, torch.bfloat16)
+    with pytest.raises(ArgumentError, match="constants"):
+        op(x, packed, torch.zeros(4, 8), *rest, torch.float16)
 
 
 @needs_nvcc
@@ -49,7 +77,7 @@ def test_launch_of_a_linear(shape):
     expected = reference.linear_int8(x.reshape(-1, 48), weight, constants, *rest).reshape(*shape[:-1], 24)
     packed = pack_2to4(weight[..., None, None])
     with emulated_device():
-        assert torch.equal(cuda_sparse.linear_sparse24_int8(x, packed, constants, *rest), expected)
+        assert torch.equal(cuda_sparse.linear_sparse24(x, packed, constants, *rest), expected)
     assert torch.equal(torch.ops.cnncomp.linear_sparse24_int8(x, packed, constants, *rest), expected)
 
 
@@ -58,7 +86,7 @@ def test_misaligned_and_empty_inputs():
     packed = pack_2to4(torch.zeros(8, 16, 1, 1, dtype=INT8))
     x = torch.zeros(0, 16, 4, 4, dtype=torch.uint8)
     where = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
-    out = cuda_sparse.conv2d_sparse24_int8(x, packed, constants, None, 0.0, 0.0, *where, torch.uint8)
+    out = cuda_sparse.conv2d_sparse24(x, packed, constants, None, 0.0, 0.0, *where, torch.uint8)
     assert out.shape == (0, 8, 4, 4)
     odd = torch.zeros(33, dtype=torch.uint8)[1:].reshape(2, 16, 1, 1)
     assert cuda_sparse._aligned(odd).data_ptr() % 16 == 0
@@ -77,7 +105,7 @@ def test_what_the_kernels_cannot_run_is_an_error(shape, kernel_size, groups, mat
     x, one = torch.zeros(shape, dtype=torch.uint8), (1, 1)
     args = (random_constants(8), None, 0.0, 0.0, kernel_size, one, (0, 0), one, groups, torch.uint8)
     with pytest.raises(ArgumentError, match=match):
-        cuda_sparse.conv2d_sparse24_int8(x, pack_2to4(weight, groups), *args)
+        cuda_sparse.conv2d_sparse24(x, pack_2to4(weight, groups), *args)
 
 
 def test_operands_that_do_not_belong_together():

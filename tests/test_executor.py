@@ -141,7 +141,7 @@ def test_gradients_raise_as_before() -> None:
 
 
 def test_a_gradient_for_a_layer_that_stayed_does_not_vanish() -> None:
-    net = nn.Sequential(nn.PReLU(3), nn.Conv2d(3, 4, 3))
+    net = nn.Sequential(nn.PReLU(3), nn.ConvTranspose2d(3, 4, 3))
     net[0].weight.requires_grad_()
     model = recorded(cnncomp.convert(net, X, measure=False, cache=False), X)  # nothing of ours in it
     sparse_one = recorded(sparse(nn.Sequential(conv(), nn.PReLU(8)), X), X)

@@ -7,8 +7,11 @@ import ctypes
 import pytest
 import torch
 
-from bench import gpu_check, gpu_exact
+from bench import bench_gpu, gpu_check, gpu_exact
+from bench.layers import conv_shapes
 from tests import cuda_emulated as emulated
+from tests.cuda_device import emulated_device
+from tests.ptx.cute import headers
 
 pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
@@ -57,13 +60,13 @@ def test_a_peer_that_fails_says_why_and_fails_nothing():
         "batch": 1,
         "differing": 0,
         "us": 4.0,
-        "cudnn_fp16_us": 8.0,
-        "modelled_us": 5.0,
+        "modelled_us": {"cnncomp": 5.0, "cudnn_fp16": "none", "inductor_fp16": 7.0, "cutlass_int8": 3.0},
     }
     found = {"device": "G", "cnncomp": "1", "torch": "2", "sanitizer": None, "cases": []}
-    found["layers"] = [layer | {"peers": {"inductor_fp16": 9.0, "cutlass_int8": "RuntimeError: no such kernel"}}]
+    peers = {"cudnn_fp16": 8.0, "inductor_fp16": 9.0, "cutlass_int8": "RuntimeError: no such kernel"}
+    found["layers"] = [layer | {"peers": peers}]
     assert not gpu_check.failed(found)
-    assert "exact  4.0 us, cuDNN fp16 8.0, inductor_fp16 9.0, modelled 5.0" in gpu_check.report(found)
+    assert "exact  us (modelled): cnncomp 4.0 (5.0), cudnn_fp16 8.0, inductor_fp16 9.0 (7.0)" in gpu_check.report(found)
 
 
 def test_cutlass_is_launched_as_planned(monkeypatch):
@@ -96,3 +99,47 @@ def test_cutlass_is_launched_as_planned(monkeypatch):
     heard["fails"] = "cuLaunchKernel"
     with pytest.raises(RuntimeError, match="cuLaunchKernel failed with CUresult 700"):
         cutlass_device.launch(variant, planned, 77)
+
+
+class Listener:
+    """In the place of pytest-benchmark's fixture, whose table is not for tests."""
+
+    def __init__(self):
+        self.extra_info, self.group, self.rounds = {}, "", 0
+
+    def pedantic(self, target, rounds, warmup_rounds):
+        for self.rounds in range(1, rounds + warmup_rounds + 1):
+            target()
+
+
+@pytest.mark.parametrize("kernel", bench_gpu.KERNELS)
+def test_benchmark_runs_dry(kernel, monkeypatch):
+    """The package's kernel in the emulator; peers as far as they go without a GPU: what can't be had is skipped, not failed."""
+    shape = next(s for s in conv_shapes("resnet50") if s.name == "layer4.0.downsample.0")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    heard = Listener()
+    with emulated_device():
+        if kernel.startswith("cutlass"):
+            with pytest.raises(pytest.skip.Exception, match="Error"):
+                bench_gpu.bench_layer(heard, shape, 1, kernel, torch.device("cpu"))
+            return
+        bench_gpu.bench_layer(heard, shape, 1, kernel, torch.device("cpu"))
+    assert heard.rounds == 1 and heard.extra_info["kernel"] == kernel and heard.extra_info["modelled_us"] is None
+
+
+def test_the_model_stands_beside_each_peer(monkeypatch):
+    """As on an A100: a guess for the package's kernel and for each peer whose kernels can be counted here."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from bench import gpu_peers
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("bench.gpu_peers.TILES", gpu_peers.TILES[-1:])
+    monkeypatch.setattr("bench.peers_inductor.CANDIDATES", 1)
+    shape = conv_shapes("resnet50")[-1]
+    found = gpu_check.modelled(shape, 1, torch.device("cuda:0"))
+    assert set(found) == {"cnncomp", "cutlass_int8", "cutlass_fp16", "inductor_fp16"}
+    assert isinstance(found["cnncomp"], float) and isinstance(found["inductor_fp16"], float)
+    if headers():
+        assert found["cutlass_int8"] < found["cutlass_fp16"] and 2 < found["cnncomp"] < 100
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert gpu_check.modelled(shape, 1, torch.device("cuda:0")) == {}

@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench import peers_inductor, peers_triton
 
 pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
-from bench import gpu_peers
+from bench import gpu_layers, gpu_peers, peers_cutlass
 from bench.gpu_hardware import gpu_of
 from bench.gpu_layers import run_layer
+from bench.gpu_model import model
 from bench.layers import ConvShape, conv_shapes
 from tests import cuda_emulated as emulated
 
@@ -102,3 +103,68 @@ def test_counts_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr("bench.gpu_layers.emulate", None)
     assert run_layer(shape, 1, "80", gpu_of("80")) == first
     assert first[0][1].least_bytes > shape.k * shape.geometry.reduction
+
+
+def named(network: str, name: str) -> ConvShape:
+    return next(shape for shape in conv_shapes(network) if shape.name == name)
+
+
+def assert_stands_for(sampled, whole):
+    """Counts of a sample, scaled to the grid, are the whole grid's: within 3 %, bytes that padding leaves out within 13 %."""
+    (part, launch), (full, _) = sampled, whole
+    assert part["blocks"] < full["blocks"] == launch.grid
+    scale = launch.grid / part["blocks"]
+    for name, within in (("tensor_ops", 0), ("instructions", 0.03), ("wavefronts", 0.03), ("l2_bytes", 0.13)):
+        assert part[name] * scale == pytest.approx(full[name], rel=within), name
+    for gpu in (gpu_of("80"), gpu_of("86")):
+        assert model(part, launch, gpu)["us"] == pytest.approx(model(full, launch, gpu)["us"], rel=0.02)
+
+
+@pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [
+        (named("resnet50", "conv1"), 1),
+        (named("resnet50", "layer1.0.conv2"), 4),
+        (named("resnet50", "layer2.0.downsample.0"), 2),
+        (named("mobilenet_v2", "features.2.conv.1.0"), 1),
+    ],
+    ids=str,
+)
+def test_sampled_counts_of_the_kernels(shape, batch, monkeypatch, tmp_path):
+    monkeypatch.setattr("bench.gpu_counts.CACHE", tmp_path)
+    found = []
+    for blocks in (gpu_layers.BLOCKS, 10**9):
+        monkeypatch.setattr(gpu_layers, "BLOCKS", blocks)
+        found.append(run_layer(shape, batch, "80", gpu_of("80"))[0])
+    assert_stands_for(*found)
+
+
+def test_sampled_counts_of_a_triton_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x, weight, ones = torch.zeros(4, 28, 28, 64).half(), torch.zeros(96, 3, 3, 64).half(), torch.ones(96)
+    found = [
+        peers_triton.run_conv("fp16", peers_triton.TILES[1], x, weight, ones, ones, 1, 1, most=most)[1:]
+        for most in (gpu_layers.BLOCKS, 10**9)
+    ]
+    assert_stands_for(*((result.summary(), launch) for result, launch in found))
+
+
+@pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
+def test_sampled_counts_of_cutlass():
+    """576 channels are nine tiles, four of which are taken together: a quarter of the grid's blocks has no tile."""
+    pytest.importorskip("cutlass_library", reason="without the extra gpu-lab")
+    shape = named("resnet50", "layer1.0.conv1")
+    variant = [v for v, _ in gpu_peers.conv_variants(shape, 1, "80", "int8")][-1]
+    found = [
+        peers_cutlass.run_conv(variant, 4, (14, 14), 96, 576, (1, 1), 0, 1, most=most)
+        for most in (gpu_layers.BLOCKS, 10**9)
+    ]
+    assert found[0][1].grid == math.ceil(4 * 14 * 14 / 64) * 9
+    assert_stands_for(*((result.summary(), launch) for result, launch in found))
+
+
+def test_blocks_with_a_tile():
+    """Two tiles of rows, five of columns, four together: x is 4 row + column % 4; one each in the second row of blocks."""
+    assert peers_cutlass.working((8, 2, 1), 2, 5) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12]
+    assert peers_cutlass.working((3, 2, 1), 3, 2) == [0, 1, 2, 3, 4, 5]

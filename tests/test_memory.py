@@ -46,6 +46,6 @@ def test_pruned_resnet50_takes_less_than_its_dense_weights(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     # 23 MB of weights, 7 MB of activations, and what reading the file takes at most; the dense weights are 102 MB.
-    assert found["peak"] < 70
+    assert found["peak"] < 60
     # The second call is recorded, and recording must not import torch's compiler, which takes 150 MB.
     assert not [name for name in found["modules"] if name.startswith("torch._dynamo")]

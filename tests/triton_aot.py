@@ -57,15 +57,24 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def inspect(compiled: Any) -> Report:
-    """Disassemble a compiled kernel."""
+def _tool(name: str, option: str, compiled: Any) -> str:
+    """What one of the CUDA binary utilities says of a compiled kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
-        sass = run(TOOLS / "nvdisasm", "-c", file.name)
-        usage = run(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        return subprocess.run([TOOLS / name, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def registers_and_stack(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread of a compiled kernel, and bytes of its stack."""
+    usage = _tool("cuobjdump", "--dump-resource-usage", compiled)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
+    return int(match[1]), int(match[2])
+
+
+def inspect(compiled: Any) -> Report:
+    """Disassemble a compiled kernel."""
+    sass = _tool("nvdisasm", "-c", compiled)
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.M))
-    return Report(int(match[1]), int(match[2]), compiled.metadata.shared, opcodes, compiled.asm["ptx"], sass)
+    return Report(*registers_and_stack(compiled), compiled.metadata.shared, opcodes, compiled.asm["ptx"], sass)

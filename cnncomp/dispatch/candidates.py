@@ -35,6 +35,8 @@ NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
 MIN_SPARSITY = 0.3
 #: Without measurement, sparse from here on.
 HEURISTIC_SPARSITY = 0.6
+#: Without measurement, up to so many input channels of a group are convolved by our own dense kernel.
+HEURISTIC_DIRECT = 4
 
 
 def _weight(layer: ConvertedLayer) -> torch.Tensor:
@@ -248,7 +250,7 @@ def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
 
 def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
     """The choice without measurement: int8 where quantised, sparse from 60 % zeros (of the quads, in int8), else dense, our
-    own if depthwise."""
+    own if depthwise or a network's first layer."""
     by_name = {o.candidate.kernel: o for o in options}
     if "conv2d_sparse_int8" in by_name and empty_quads(layer) >= HEURISTIC_SPARSITY:
         return by_name["conv2d_sparse_int8"]
@@ -258,4 +260,8 @@ def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
     for name in ("conv2d_sparse", "linear_sparse"):
         if name in by_name and sparsity_of_weight(layer) >= HEURISTIC_SPARSITY:
             return by_name[name]
+    if DIRECT_KERNEL in by_name and isinstance(layer, DenseConv2d):
+        g = layer.geometry
+        if g.in_channels // g.groups <= HEURISTIC_DIRECT:
+            return by_name[DIRECT_KERNEL]
     return by_name.get(DEPTHWISE_KERNEL, options[0])

@@ -80,7 +80,7 @@ def _conv_cuda(
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     _check(x, weight, constants, residual, shape, out_dtype, (shape[1], x.shape[1] // groups, *kernel_size), groups)
     where = (kernel_size, stride, padding, dilation, groups)
-    return cuda_sparse.conv2d_sparse24_int8(x, weight, constants, residual, residual_scale, lo, *where, out_dtype)
+    return cuda_sparse.conv2d_sparse24(x, weight, constants, residual, residual_scale, lo, *where, out_dtype)
 
 
 define("conv2d_sparse24_int8", CONV_SCHEMA, _conv_fake, _conv_cpu, _conv_cuda)
@@ -115,7 +115,7 @@ def _linear_cuda(
 
     k = constants.shape[1]
     _check(x, weight, constants, residual, (*x.shape[:-1], k), out_dtype, (k, x.shape[-1], 1, 1), 1)
-    return cuda_sparse.linear_sparse24_int8(x, weight, constants, residual, residual_scale, lo, out_dtype)
+    return cuda_sparse.linear_sparse24(x, weight, constants, residual, residual_scale, lo, out_dtype)
 
 
 define("linear_sparse24_int8", LINEAR_SCHEMA, _linear_fake, _linear_cpu, _linear_cuda)

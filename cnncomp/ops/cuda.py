@@ -19,7 +19,7 @@ try:
 except ImportError:  # built without nvcc
     _cuda = None  # type: ignore[assignment]
 
-_DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+_DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
 @functools.cache

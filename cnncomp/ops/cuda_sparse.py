@@ -33,7 +33,7 @@ def _launch_arguments(x: Tensor) -> tuple[int, int, int, int]:
     return (*cuda._launch_arguments(x), _shared(x.device))
 
 
-def conv2d_sparse24_int8(
+def conv2d_sparse24(
     x: Tensor,
     weight: Tensor,
     constants: Tensor,
@@ -47,31 +47,47 @@ def conv2d_sparse24_int8(
     groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """As :func:`cnncomp.ops.cuda.conv2d_int8`, with ``weight`` packed by :func:`cnncomp.sparsity.pack_2to4`.
+    """Convolution with 2:4 sparse weights. No synchronisation.
+
+    Args:
+        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied.
+        weight: From :func:`cnncomp.sparsity.pack_2to4`, int8 or of x's dtype.
+        constants: (3, K) float32: scale, bias, hi.
+        residual: Shape of the output; float32, or 8-bit beside an 8-bit x, or of x's dtype; None for none.
+        residual_scale: Factor of the residual.
+        lo: Lower clamp.
+        kernel_size, stride, padding, dilation: (vertical, horizontal).
+        groups: G.
+        out_dtype: As the residual's.
+
+    Returns:
+        (N, K, P, Q) of ``out_dtype``, channels_last.
 
     Raises:
         DeviceError: a device before sm_80.
-        ArgumentError: input channels of a group that are no multiple of 16, more than 15 rows or columns of taps, 2^31 bytes
-            of input.
+        ArgumentError: input channels of a group that are no multiple of 16 bytes, more than 15 rows or columns of taps, 2^31
+            bytes of input, types that do not belong together.
     """
     n, c, h, w = x.shape
-    if reason := why_not_2to4(c, kernel_size, groups):
+    if reason := why_not_2to4(c, kernel_size, groups, x.itemsize):
         raise ArgumentError("weight", f"{c} channels, {tuple(kernel_size)} taps, {groups} groups", reason)
     p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     k = constants.shape[1]
     out = torch.empty((n, k, p, q), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
+    check_device(x.device)
     x = _aligned(x.contiguous(memory_format=torch.channels_last))
     weight, constants = _aligned(weight.contiguous()), constants.contiguous()
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    launch = cuda._module().conv2d_sparse24_int8
+    module = cuda._module()
+    launch = module.conv2d_sparse24_int8 if x.itemsize == 1 else module.conv2d_sparse24_f16
     try:
         launch(
-            *_launch_arguments(x), x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, *kernel_size,
+            *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, weight.data_ptr(), k, *kernel_size,
             *stride, *padding, *dilation, groups, *cuda._epilogue_arguments(constants, residual, residual_scale, lo, out),
         )  # fmt: skip
-    except ValueError as error:  # the plan refuses sizes before anything is launched
+    except ValueError as error:  # the plan refuses sizes and types before anything is launched
         raise ArgumentError("x", f"shape {tuple(x.shape)}", str(error)) from None
     return out
 
@@ -81,7 +97,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def linear_sparse24_int8(
+def linear_sparse24(
     x: Tensor,
     weight: Tensor,
     constants: Tensor,
@@ -90,11 +106,11 @@ def linear_sparse24_int8(
     lo: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """2:4 int8 linear: ``x`` (..., C), output (..., K); otherwise as :func:`conv2d_sparse24_int8`."""
+    """2:4 linear: ``x`` (..., C), output (..., K); otherwise as :func:`conv2d_sparse24`."""
     c, k = x.shape[-1], constants.shape[1]
     image = x.reshape(-1, c, 1, 1)
     res = None if residual is None else residual.reshape(-1, k, 1, 1)
     one = (1, 1)
     where = (one, one, (0, 0), one, 1)
-    out = conv2d_sparse24_int8(image, weight, constants, res, residual_scale, lo, *where, out_dtype)
+    out = conv2d_sparse24(image, weight, constants, res, residual_scale, lo, *where, out_dtype)
     return out.reshape(*x.shape[:-1], k)

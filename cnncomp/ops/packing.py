@@ -126,9 +126,8 @@ def default_block(weight: Tensor, linear: bool = False) -> int:
     """
     taps = weight.shape[2] * weight.shape[3]
     density = int(torch.count_nonzero(weight)) / max(1, weight.numel())
-    fewest, most, wanted = (
-        (80, 512, 13) if taps == 1 else (144, 288, 20)
-    )  # inputs, inputs, non-zeros in a row of a block
+    # Inputs, inputs, and non-zeros in a row of a block.
+    fewest, most, wanted = (80, 512, 13) if taps == 1 else (144, 288, 20)
     inputs = 256 if linear else min(max(fewest, wanted / max(density, 1e-3)), most)
     return _even_block(weight.shape[1], max(1, round(inputs / taps)))
 
@@ -146,27 +145,24 @@ def _from_blocks(
 
 
 def _pack_non_zeros(weight: Tensor, groups: int, block: int) -> PackedSparse:
-    """The non-zeros of ``weight`` (K, C', R, S). Makes no other tensor of its size: packing should not take several times a
-    model's memory.
+    """The non-zeros of ``weight`` (K, C', R, S), block by block: packing should not take several times a model's memory.
 
     Raises:
         ArgumentError: a block whose positions do not fit 16 bits.
     """
-    k, c, r, s = weight.shape
+    k, _, r, s = weight.shape
     if block < 1 or block * r * s > 65536:
         raise ArgumentError("block", block, f"1 <= block and block*R*S <= 65536 (R*S = {r * s})")
-    kg, blocks = k // groups, -(-c // block)
-    place = weight.flatten().nonzero()[:, 0]
-    values = weight.flatten()[place]
-    out, inner = place // (c * r * s), (place % (c * r * s)).int()
-    row = (out // kg * blocks + inner // (block * r * s)) * kg + out % kg
-    del place, out
-    order = row.argsort(stable=True)  # within a row the positions ascend already
-    values, position = values[order], (inner % (block * r * s))[order]
-    row_ptr = torch.zeros(groups * blocks * kg + 1, dtype=torch.int32)
-    row_ptr[1:] = torch.bincount(row, minlength=groups * blocks * kg).cumsum(0)
-    index = torch.where(position >= 32768, position - 65536, position).to(torch.int16)
-    return PackedSparse(values, index, row_ptr, block)
+    values, positions, counts = [weight.new_empty(0)], [], [torch.zeros(1, dtype=torch.int64)]
+    for group in weight.unflatten(0, (groups, k // groups)):
+        for part in group.split(block, 1):
+            rows = part.flatten(1)
+            row, position = rows.nonzero(as_tuple=True)
+            values.append(rows[row, position])
+            positions.append(torch.where(position >= 32768, position - 65536, position).to(torch.int16))
+            counts.append(torch.bincount(row, minlength=rows.shape[0]))
+    index = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int16)
+    return PackedSparse(torch.cat(values), index, torch.cat(counts).cumsum(0).int(), block)
 
 
 def _unpack_rows(packed: PackedSparse, width: int) -> Tensor:

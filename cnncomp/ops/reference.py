@@ -42,7 +42,7 @@ def epilogue(
     if residual is not None:
         t = t + residual.float() * torch.tensor(residual_scale, dtype=torch.float32)
     t = torch.minimum(torch.maximum(t, torch.tensor(lo, dtype=torch.float32)), hi)
-    return t if out_dtype == torch.float32 else torch.round(t).to(out_dtype)
+    return torch.round(t).to(out_dtype) if out_dtype in QRANGE else t.to(out_dtype)
 
 
 def conv2d_int8(

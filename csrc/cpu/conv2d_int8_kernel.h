@@ -9,7 +9,7 @@
 namespace cnncomp {
 namespace {
 
-// The sums go to `out`, or, where that is null, through the epilogue.
+// The sums go to `out`, or, where that is null and the inputs are unsigned, through the epilogue.
 template <class S, int BLOCKS, int PIXELS, bool SIGNED>
 void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds<BLOCKS>& bounds) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
@@ -43,7 +43,9 @@ void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds
       }
     }
   }
-  if (out == nullptr) return store_bytes<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
+  if constexpr (!SIGNED) {
+    if (out == nullptr) return store_tile<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < PIXELS; m++)
 #pragma GCC unroll 16
@@ -68,7 +70,7 @@ struct ConvTiles {
 };
 
 // Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes through
-// other units of the processor. One tap, e.bytes, unsigned. Returns how many pixels it did: the last ones may be left.
+// other units of the processor. One tap, unsigned inputs. Returns how many pixels it did: the last ones may be left.
 template <class S, int BLOCKS, int QUADS>
 int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
@@ -94,7 +96,7 @@ int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
         for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[quad][v]);
       }
     }
-    store_bytes<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
+    store_tile<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
   }
   return pixel;
 }
@@ -119,7 +121,8 @@ void conv_blocks(const ConvPanel& a) {
   const ConvTile<BLOCKS>* const tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
   const Int8Epilogue& e = a.epilogue;
   const ByteBounds<BLOCKS> bounds(e);
-  const bool direct = e.bytes && e.shift == nullptr;
+  // Signed inputs, which for most layers were flipped before, are not worth kernels of their own.
+  const bool direct = e.shift == nullptr && !a.x_signed && (e.out_dtype != kF32 || e.channels >= BLOCKS * kBlock);
   // A residual is read up to whole blocks of channels.
   const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
   const EpilogueFn finish = epilogue_of<S, BLOCKS>(e);
@@ -127,7 +130,7 @@ void conv_blocks(const ConvPanel& a) {
   constexpr int64_t kTiles = kEpiloguePixels / MAX;
   alignas(64) int32_t acc[kTiles * MAX * BLOCKS * kBlock];
   // Tiles of equal size, give or take one: no tile is left with a single pixel.
-  const int64_t first = direct && !past && !a.x_signed && a.taps == 1 ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
+  const int64_t first = direct && !past && a.taps == 1 ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
   const int64_t pixels = a.pixels - first, count = (pixels + MAX - 1) / MAX;
   int64_t done = first, end = first;
   for (int64_t i = 0; i < count; i++) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,19 +33,20 @@ struct Plan {
   int64_t tail_begin;               // offset in the input of the first row that is read from `tail`
   Int8Constants constants;
   bool bytes;  // outputs and residual are 8 bit, and what is rounded to the outputs fits int32 before it is clamped
+  uint8_t lo;               // where `bytes`: the bounds of the outputs ...
+  std::vector<uint8_t> hi;  // ... (k)
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
   int64_t quad_stride() const { return plane_length * kQuad; }  // bytes
 };
 
 struct Scratch {
-  AlignedArray<uint8_t> planes;
+  AlignedArray<uint8_t> planes, bytes, residual;
   AlignedArray<int32_t> sums, turned;
   std::vector<const uint8_t*> pointers;
   std::vector<SparseInt8Segment> segments;
   std::vector<uint8_t> spare;
-  std::vector<uint8_t*> out_rows;
-  std::vector<const uint8_t*> residual_rows;
+  std::vector<uint8_t*> out_rows, residual_rows;
 };
 
 // Loads that split no cache line are twice as fast: a plane for each tap of a row, and rows that begin at whole vectors, or
@@ -64,7 +66,7 @@ void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
 
 // Tiles of one size, such that what a tile reads of a block of input channels stays in the first-level cache.
 void choose_tile(const SparseInt8Kernels& kernels, Plan& plan) {
-  constexpr int64_t kCache = 28 << 10;
+  static const int64_t kCache0 = 0; (void)kCache0; const char* env = getenv("KC"); const int64_t kCache = env ? atoll(env) << 10 : 28 << 10;
   const int64_t fits = kCache / (kQuad * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
   const int64_t most = std::clamp<int64_t>(fits / kernels.lanes, 4, kernels.max_tile);
   const int64_t vectors = ceil_div(plan.pixels, kernels.lanes);
@@ -116,13 +118,42 @@ void make_constants(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kern
   }
 }
 
-// Whether the epilogue may round before it clamps, and pack. With |sum| <= 2^31, the bounds keep the number below 2^30.
-bool fits_bytes(const Conv2dSparseInt8Args& a) {
-  if (a.out_dtype == kF32) return false;
+// Quads of weights of output channel k.
+int64_t count_quads(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t k) {
+  int64_t count = 0;
+  const int32_t* row_ptr = a.weights.row_ptr + k / plan.group_k * plan.blocks * plan.group_k + k % plan.group_k;
+  for (int64_t b = 0; b < plan.blocks; b++, row_ptr += plan.group_k) count += row_ptr[1] - row_ptr[0];
+  return count;
+}
+
+// Whether the epilogue may round before it clamps, and pack: the bounds keep the number below 2^30. Any sum is at most 2^31;
+// only channels of few weights, or none, have larger scales.
+bool fits_bytes(const Conv2dSparseInt8Args& a, const Plan& plan) {
+  constexpr float kLargest = 255 * 128 * kQuad;  // that a quad adds to a sum
+  if (a.out_dtype == kF32 || plan.group_k % kBlock != 0) return false;
   if (a.residual != nullptr && (a.residual_dtype == kF32 || !(std::abs(a.residual_scale) < 0x1p20f))) return false;
-  for (int64_t k = 0; k < a.k; k++)
-    if (!(std::abs(a.constants[k]) < 0.25f && std::abs(a.constants[a.k + k]) < 0x1p28f)) return false;
+  for (int64_t k = 0; k < a.k; k++) {
+    const float scale = std::abs(a.constants[k]);
+    if (!(std::abs(a.constants[a.k + k]) < 0x1p28f)) return false;
+    if (!(scale < 0.25f) && !(scale * kLargest * static_cast<float>(count_quads(a, plan, k)) < 0x1p29f)) return false;
+  }
   return true;
+}
+
+// A bound of the epilogue as an output byte: rounded half to even, as numbers from 2^23 on are.
+uint8_t byte_bound(float bound, Dtype out) {
+  constexpr float kMagic = 12582912.0f;
+  const float least = out == kS8 ? -128.0f : 0.0f, most = out == kS8 ? 127.0f : 255.0f;
+  const float inside = bound < least ? least : bound > most ? most : bound;
+  return static_cast<uint8_t>(static_cast<int32_t>(inside + kMagic - kMagic));
+}
+
+void make_bounds(const Conv2dSparseInt8Args& a, Plan& plan) {
+  plan.bytes = fits_bytes(a, plan);
+  if (!plan.bytes) return;
+  plan.lo = byte_bound(a.lo, a.out_dtype);
+  plan.hi.resize(a.k);
+  for (int64_t k = 0; k < a.k; k++) plan.hi[k] = byte_bound(a.constants[2 * a.k + k], a.out_dtype);
 }
 
 void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
@@ -136,7 +167,7 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   make_offsets(a, plan);
   guard_rows(a, plan);
   make_constants(a, kernels, plan);
-  plan.bytes = fits_bytes(a);
+  make_bounds(a, plan);
   plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, ceil_div(plan.group_k, kBlock));
 }
 
@@ -202,64 +233,105 @@ void make_segments(const Plan& plan, int64_t grid, int64_t begin, int64_t end, s
 }
 
 // Where each pixel of the tile lies in memory of one byte per channel; pixels that are none lie in `spare`.
-template <class Byte>
-Byte* const* make_rows(const Plan& plan, const Scratch& scratch, Byte* base, int64_t stride, Byte* spare,
-                       std::vector<Byte*>& rows) {
-  rows.assign(plan.tile, spare);
+uint8_t* const* make_rows(const Plan& plan, const Scratch& scratch, uint8_t* base, int64_t stride, uint8_t* spare,
+                          std::vector<uint8_t*>& rows) {
+  rows.assign(ceil_div(plan.tile, kBlock) * kBlock, spare);
   for (const SparseInt8Segment& s : scratch.segments)
     for (int64_t i = 0; i < s.length; i++) rows[s.tile_begin + i] = base + (s.out_begin + i) * stride;
   return rows.data();
 }
 
+// A tile's 8-bit outputs and residual, up to kSparseInt8Channels of them at a time: where they lie as planes and as rows.
+struct Turns {
+  SparseInt8Turn out, residual;
+
+  Turns(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Tile& t, Scratch& scratch) : out(), residual() {
+    scratch.spare.resize(plan.group_k);
+    out.pixels = ceil_div(plan.tile, kBlock) * kBlock;
+    out.stride = t.byte_stride;
+    out.planes = scratch.bytes.get(kSparseInt8Channels * out.stride);
+    residual = out;
+    uint8_t* const spare = scratch.spare.data();
+    out.rows = make_rows(plan, scratch, reinterpret_cast<uint8_t*>(t.epilogue.out), a.k, spare, scratch.out_rows);
+    if (a.residual == nullptr) return;
+    residual.planes = scratch.residual.get(kSparseInt8Channels * out.stride);
+    // Rows that are only read.
+    const auto from = reinterpret_cast<uint8_t*>(const_cast<char*>(t.epilogue.residual));
+    residual.rows = make_rows(plan, scratch, from, a.k, spare, scratch.residual_rows);
+  }
+};
+
+// What a task is: a tile of a grid, a group, a range of its output channels.
+struct Task {
+  int64_t grid, begin, end, group, k_begin, k_end;
+
+  Task(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t task) {
+    const int64_t k_range = task % plan.k_ranges, tile = task / plan.k_ranges % plan.tiles;
+    group = task / plan.k_ranges / plan.tiles % a.groups;
+    grid = task / plan.k_ranges / plan.tiles / a.groups;
+    begin = tile * plan.tile;
+    end = std::min(plan.pixels, begin + plan.tile);
+    const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+    const auto boundary = [&](int64_t i) {
+      if (i == plan.k_ranges) return plan.group_k;
+      return k_range_begin(row_ptr, plan.blocks, plan.group_k, i, plan.k_ranges) / kBlock * kBlock;
+    };
+    k_begin = boundary(k_range);
+    k_end = boundary(k_range + 1);
+  }
+};
+
+// The tile's sums, or with `turns` outputs, of the channels [t.k_begin, t.k_end).
+void run_blocks(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, const uint8_t* planes,
+                int64_t group, const Turns* turns, SparseInt8Tile& t) {
+  const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+  for (int64_t b = 0; b < plan.blocks; b++) {
+    t.x = planes + b * plan.planes() * plan.block_quads * plan.quad_stride();
+    t.row_ptr = row_ptr + b * plan.group_k;
+    t.first_block = b == 0;
+    t.bytes = turns != nullptr && b + 1 == plan.blocks ? turns->out.planes : nullptr;
+    kernels.tile[plan.tile_vectors - 1](t);
+  }
+}
+
 void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t task) {
   static thread_local Scratch scratch;
-  const int64_t k_range = task % plan.k_ranges;
-  const int64_t tile = task / plan.k_ranges % plan.tiles;
-  const int64_t group = task / plan.k_ranges / plan.tiles % a.groups;
-  const int64_t grid = task / plan.k_ranges / plan.tiles / a.groups;
-  const int64_t begin = tile * plan.tile, end = std::min(plan.pixels, begin + plan.tile);
-  const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
-  const auto boundary = [&](int64_t i) {
-    if (i == plan.k_ranges) return plan.group_k;
-    return k_range_begin(row_ptr, plan.blocks, plan.group_k, i, plan.k_ranges) / kBlock * kBlock;
-  };
-  const int64_t k_begin = boundary(k_range), k_end = boundary(k_range + 1);
-  if (k_begin == k_end) return;
-
-  const uint8_t* const planes = copy_planes(a, plan, kernels, grid, begin, group, scratch);
-  make_segments(plan, grid, begin, end, scratch.segments);
-  // Their sums stay in cache while the blocks of input channels go by.
-  int32_t* const sums = scratch.sums.get(kSparseInt8Channels * plan.tile);
-  SparseInt8Tile t;
+  const Task part(a, plan, task);
+  if (part.k_begin == part.k_end) return;
+  const uint8_t* const planes = copy_planes(a, plan, kernels, part.grid, part.begin, part.group, scratch);
+  make_segments(plan, part.grid, part.begin, part.end, scratch.segments);
+  SparseInt8Tile t{};
   t.values = a.weights.values;
   t.index = a.weights.index;
   t.offset = plan.offset.data();
-  t.init = plan.constants.init(group);
-  t.sums = sums;
-  SparseInt8Finish f{sums, plan.tile, 0, 0, scratch.turned.get(plan.tile * kBlock), scratch.segments.data(),
-                     static_cast<int64_t>(scratch.segments.size()), plan.constants.epilogue(a, 0, group, 0), nullptr, nullptr};
-  if (plan.bytes) {
-    scratch.spare.resize(plan.group_k);
-    uint8_t* const spare = scratch.spare.data();
-    const auto out = reinterpret_cast<uint8_t*>(f.epilogue.out);
-    const auto residual = reinterpret_cast<const uint8_t*>(f.epilogue.residual);
-    f.out_rows = make_rows<uint8_t>(plan, scratch, out, a.k, spare, scratch.out_rows);
-    if (residual != nullptr) {
-      f.residual_rows = make_rows<const uint8_t>(plan, scratch, residual, a.k, spare, scratch.residual_rows);
+  t.init = plan.constants.init(part.group);
+  // They stay in cache while the blocks of input channels go by.
+  t.sums = scratch.sums.get(kSparseInt8Channels * plan.tile);
+  t.byte_stride = ceil_div(plan.tile_vectors, 4) * 4 * kernels.lanes;
+  t.lo = plan.lo;
+  t.hi = plan.hi.data() + part.group * plan.group_k;
+  t.epilogue = plan.constants.epilogue(a, 0, part.group, 0);
+  std::optional<Turns> turns;
+  if (plan.bytes) turns.emplace(a, plan, t, scratch);
+  SparseInt8Finish f{t.sums, plan.tile, 0, 0, nullptr, scratch.segments.data(), 0, t.epilogue};
+  f.num_segments = static_cast<int64_t>(scratch.segments.size());
+  for (int64_t k = part.k_begin; k < part.k_end; k += kSparseInt8Channels) {
+    t.k_begin = f.channel = k;
+    t.k_end = std::min(k + kSparseInt8Channels, part.k_end);
+    const int64_t channels = f.channels = t.k_end - k;
+    if (turns && a.residual != nullptr) {
+      turns->residual.channel = k, turns->residual.channels = channels;
+      kernels.rows_to_planes(turns->residual);
+      t.residual = turns->residual.planes;
     }
-  }
-  for (int64_t k = k_begin; k < k_end; k += kSparseInt8Channels) {
-    t.k_begin = k;
-    t.k_end = std::min(k + kSparseInt8Channels, k_end);
-    for (int64_t b = 0; b < plan.blocks; b++) {
-      t.x = planes + b * plan.planes() * plan.block_quads * plan.quad_stride();
-      t.row_ptr = row_ptr + b * plan.group_k;
-      t.first_block = b == 0;
-      kernels.tile[plan.tile_vectors - 1](t);
+    run_blocks(a, plan, kernels, planes, part.group, turns ? &*turns : nullptr, t);
+    if (turns) {
+      turns->out.channel = k, turns->out.channels = channels;
+      kernels.planes_to_rows(turns->out);
+    } else {
+      f.turned = scratch.turned.get(plan.tile * kBlock);
+      kernels.finish(f);
     }
-    f.channel = k;
-    f.channels = t.k_end - k;
-    kernels.finish(f);
   }
 }
 

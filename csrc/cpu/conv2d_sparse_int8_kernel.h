@@ -57,7 +57,7 @@ inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, in
     for (int t = 0; t < T; t++) to[t] = S::dot(to[t], S::input(S::load(x + t * S::kBytes)), w);
   };
   int32_t i = begin;
-  if constexpr (T < 4) {
+  if constexpr (T < (S::kLanes == 16 ? 8 : 4)) {
     typename S::Int more[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) more[t] = S::set(0);
@@ -71,12 +71,52 @@ inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, in
   for (; i < end; i++) add(i, acc);
 }
 
-template <class S, int T>
-void sparse_tile(const SparseInt8Tile& a) {
+// Four vectors of a channel's sums, from `first` on, as output bytes. Rounding keeps the order of numbers, so that clamping
+// the rounded ones to rounded bounds is the same as the epilogue's clamp before it, and bytes are four to a lane.
+template <class S, Residual RESIDUAL, int T>
+inline __attribute__((always_inline)) typename S::Int round_sums(const typename S::Int (&acc)[T], int first,
+                                                                 const uint8_t* residual, const Int8Epilogue& e, int64_t k) {
+  const auto scale = S::set_float(e.scale[k]), bias = S::set_float(e.bias[k]), step = S::set_float(e.residual_scale);
+  typename S::Int v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const int t = first + i;
+    if (t >= T) {
+      v[i] = v[0];
+      continue;
+    }
+    auto sum = scale_and_shift<S>(acc[t], scale, bias);
+    if constexpr (RESIDUAL != kNoResidual) {
+      const uint8_t* const p = residual + t * S::kLanes;
+      sum = S::add(sum, S::mul(S::to_float(RESIDUAL == kResidualS8 ? S::load_s8(p) : S::load_u8(p)), step));
+    }
+    v[i] = S::round(sum);
+  }
+  return S::in_order(e.out_dtype == kS8 ? S::template pack<true>(v[0], v[1], v[2], v[3])
+                                        : S::template pack<false>(v[0], v[1], v[2], v[3]));
+}
+
+template <class S, Residual RESIDUAL, int T>
+inline __attribute__((always_inline)) void store_channel(const SparseInt8Tile& a, int64_t k,
+                                                         const typename S::Int (&acc)[T]) {
+  const Int8Epilogue& e = a.epilogue;
+  const int64_t at = (k - a.k_begin) * a.byte_stride;
+  const auto lo = S::set(static_cast<int32_t>(a.lo * 0x01010101u));
+  const auto hi = S::set(static_cast<int32_t>(a.hi[k] * 0x01010101u));
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t += 4) {
+    const auto v = round_sums<S, RESIDUAL, T>(acc, t, RESIDUAL == kNoResidual ? nullptr : a.residual + at, e, k);
+    const auto inside = e.out_dtype == kS8 ? S::template clamp_bytes<true>(v, lo, hi) : S::template clamp_bytes<false>(v, lo, hi);
+    S::store(a.bytes + at + t * S::kLanes, inside);
+  }
+}
+
+template <class S, int T, Residual RESIDUAL, bool BYTES>
+void sparse_tile_as(const SparseInt8Tile& a) {
   int32_t* sums = a.sums;
   for (int64_t k = a.k_begin; k < a.k_end; k++, sums += T * S::kLanes) {
     const int32_t begin = a.row_ptr[k], end = a.row_ptr[k + 1];
-    if (!a.first_block && begin == end) continue;
+    if (!BYTES && !a.first_block && begin == end) continue;
     typename S::Int acc[T];
     if (a.first_block) {
       const auto init = S::set(a.init[k]);
@@ -87,103 +127,72 @@ void sparse_tile(const SparseInt8Tile& a) {
       for (int t = 0; t < T; t++) acc[t] = S::load(sums + t * S::kLanes);
     }
     add_quads<S, T>(a, begin, end, acc);
+    if constexpr (BYTES) {
+      store_channel<S, RESIDUAL, T>(a, k, acc);
+    } else {
 #pragma GCC unroll 16
-    for (int t = 0; t < T; t++) S::store(sums + t * S::kLanes, acc[t]);
-  }
-}
-
-// The residual's byte I of each lane.
-template <class S, Residual RESIDUAL, int I>
-inline typename S::Float residual_byte(typename S::Int quads) {
-  if constexpr (RESIDUAL == kResidualU8) {
-    return S::to_float(S::bit_and(S::template shift_right<8 * I>(quads), S::set(255)));
-  } else {
-    return S::to_float(S::template shift_right<24>(S::template shift_left<24 - 8 * I>(quads)));
-  }
-}
-
-// A bound of the epilogue as an output byte.
-inline uint8_t byte_bound(float bound, Dtype out) {
-  const float least = out == kS8 ? -128.0f : 0.0f, most = out == kS8 ? 127.0f : 255.0f;
-  const float inside = bound < least ? least : bound > most ? most : bound;
-  return static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf(inside)));
-}
-
-// What the epilogue does to four channels, broadcast. Copied from memory once: a store in the loop could change it there.
-template <class S, Dtype OUT>
-struct QuadConstants {
-  typename S::Float scale[4], bias[4], residual_scale;
-  typename S::Int lo, hi;  // of the outputs' bytes
-
-  QuadConstants(const Int8Epilogue& e, int64_t channel) : residual_scale(S::set_float(e.residual_scale)) {
-    uint32_t bounds = 0;
-    for (int i = 0; i < 4; i++) {
-      scale[i] = S::set_float(e.scale[channel + i]);
-      bias[i] = S::set_float(e.bias[channel + i]);
-      bounds |= static_cast<uint32_t>(byte_bound(e.hi[channel + i], OUT)) << 8 * i;
-    }
-    hi = S::set(static_cast<int32_t>(bounds));
-    lo = S::set(static_cast<int32_t>(byte_bound(e.lo, OUT) * 0x01010101u));
-  }
-};
-
-// Channel I of four, of a vector of pixels, rounded.
-template <class S, Dtype OUT, Residual RESIDUAL, int I>
-inline typename S::Int finish_channel(const int32_t* sums, typename S::Int residual, const QuadConstants<S, OUT>& c) {
-  auto t = scale_and_shift<S>(S::load(sums), c.scale[I], c.bias[I]);
-  if constexpr (RESIDUAL != kNoResidual) t = S::add(t, S::mul(residual_byte<S, RESIDUAL, I>(residual), c.residual_scale));
-  return S::round(t);
-}
-
-// 8-bit outputs in whole blocks of 16 channels: computed on vectors of pixels, as the sums lie, and turned to channels
-// innermost as bytes; all channels of a pixel one after the other, for they share cache lines. Rounding keeps the order of
-// numbers, so that clamping the rounded ones to rounded bounds is the same as the epilogue's clamp before it, and bytes are
-// four to a lane.
-template <class S, Dtype OUT, Residual RESIDUAL>
-void finish_bytes(const SparseInt8Finish& a) {
-  const int64_t tile = a.tile;
-  for (int64_t quad = 0; quad < a.channels / 4; quad++) {
-    const int32_t* const sums = a.sums + 4 * quad * tile;
-    int32_t* const quads = a.turned + quad * tile;
-    const QuadConstants<S, OUT> c(a.epilogue, a.channel + 4 * quad);
-    for (int64_t p = 0; p < tile; p += S::kLanes) {
-      const auto residual = RESIDUAL == kNoResidual ? S::set(0) : S::load(quads + p);
-      const auto bytes = S::template pack<OUT == kS8>(finish_channel<S, OUT, RESIDUAL, 0>(sums + p, residual, c),
-                                                      finish_channel<S, OUT, RESIDUAL, 1>(sums + tile + p, residual, c),
-                                                      finish_channel<S, OUT, RESIDUAL, 2>(sums + 2 * tile + p, residual, c),
-                                                      finish_channel<S, OUT, RESIDUAL, 3>(sums + 3 * tile + p, residual, c));
-      S::store(quads + p, S::template clamp_bytes<OUT == kS8>(S::turn_bytes(bytes), c.lo, c.hi));
+      for (int t = 0; t < T; t++) S::store(sums + t * S::kLanes, acc[t]);
     }
   }
-  for (int64_t p = 0; p < tile; p += S::kLanes) {
-    for (int64_t c = 0; c < a.channels; c += kBlock) {
-      typename S::Int v[4];
+}
+
+template <class S, int T>
+void sparse_tile(const SparseInt8Tile& a) {
+  if (a.bytes == nullptr) return sparse_tile_as<S, T, kNoResidual, false>(a);
+  if (a.residual == nullptr) return sparse_tile_as<S, T, kNoResidual, true>(a);
+  if (a.epilogue.residual_dtype == kU8) return sparse_tile_as<S, T, kResidualU8, true>(a);
+  return sparse_tile_as<S, T, kResidualS8, true>(a);
+}
+
+// v: in each 128 bits, sixteen rows of a 16x16 matrix of bytes; they become its columns. Zipping rows i and i + 8 turns the
+// eight bits of a byte's row and column by one.
+template <class S>
+inline void transpose16(typename S::Int (&v)[16]) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) v[i] = S::load(a.turned + (c / 4 + i) * tile + p);
-      transpose4<S>(v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) S::store_rows(a.out_rows + p + i, a.channel + c, v[i]);
+  for (int turn = 0; turn < 4; turn++) {
+    typename S::Int zipped[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      zipped[2 * i] = S::zip8_lo(v[i], v[i + 8]);
+      zipped[2 * i + 1] = S::zip8_hi(v[i], v[i + 8]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = zipped[i];
+  }
+}
+
+// Sixteen pixels, S::kBytes channels. Of the planes, those of channels 16 apart lie in one vector.
+template <class S, bool TO_ROWS>
+inline void turn_pixels(const SparseInt8Turn& a, int64_t pixel, int64_t channel) {
+  uint8_t* const planes = a.planes + channel * a.stride + pixel;
+  uint8_t* const* const rows = a.rows + pixel;
+  const int64_t at = a.channel + channel, step = 16 * a.stride;
+  typename S::Int v[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) v[i] = TO_ROWS ? S::load_lanes(planes + i * a.stride, step) : S::load(rows[i] + at);
+  transpose16<S>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    if constexpr (TO_ROWS) {
+      S::store(rows[i] + at, v[i]);
+    } else {
+      S::store_lanes(planes + i * a.stride, step, v[i]);
     }
   }
 }
 
-template <class S, Dtype OUT>
-void finish_bytes_of(const SparseInt8Finish& a) {
-  if (a.epilogue.residual == nullptr) return finish_bytes<S, OUT, kNoResidual>(a);
-  for (int64_t p = 0; p < a.tile; p += S::kLanes) {
-    for (int64_t c = 0; c < a.channels; c += kBlock) {
-      typename S::Int v[4];
-      load_columns<S>(a.residual_rows + p, a.channel + c, v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) S::store(a.turned + (c / 4 + i) * a.tile + p, v[i]);
-    }
+template <class S, bool TO_ROWS>
+void turn(const SparseInt8Turn& a) {
+  for (int64_t pixel = 0; pixel < a.pixels; pixel += 16) {
+    int64_t channel = 0;
+    for (; channel + S::kBytes <= a.channels; channel += S::kBytes) turn_pixels<S, TO_ROWS>(a, pixel, channel);
+    for (; channel < a.channels; channel += 16) turn_pixels<Vec128, TO_ROWS>(a, pixel, channel);
   }
-  return a.epilogue.residual_dtype == kU8 ? finish_bytes<S, OUT, kResidualU8>(a) : finish_bytes<S, OUT, kResidualS8>(a);
 }
 
 // Any outputs: the sums of 16 channels are turned to channels innermost, which is how the dense kernel's epilogue takes them.
 template <class S>
-void finish_any(const SparseInt8Finish& a) {
+void finish_sums(const SparseInt8Finish& a) {
   constexpr int kParts = kBlock / S::kLanes;
   const EpilogueFn epilogue = epilogue_in_table<S, 1, false>(a.epilogue);
   for (int64_t c = 0; c < a.channels; c += kBlock) {
@@ -205,17 +214,6 @@ void finish_any(const SparseInt8Finish& a) {
   }
 }
 
-template <class S>
-void finish_sums(const SparseInt8Finish& a) {
-  if (a.out_rows == nullptr || a.channels % kBlock != 0) {
-    finish_any<S>(a);
-  } else if (a.epilogue.out_dtype == kU8) {
-    finish_bytes_of<S, kU8>(a);
-  } else {
-    finish_bytes_of<S, kS8>(a);
-  }
-}
-
 int32_t sum_bytes(const int8_t* values, int64_t count) {
   const auto ones = Vec128::input(Vec128::set(0x01010101));
   auto acc = Vec128::set(0);
@@ -231,7 +229,8 @@ int32_t sum_bytes(const int8_t* values, int64_t count) {
 // Tiles of up to MAX vectors.
 template <class S, int MAX>
 struct SparseInt8Tiles : SparseInt8Kernels {
-  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, {}, gather_quads<S>, finish_sums<S>, sum_bytes} {
+  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, {}, gather_quads<S>,
+                                           finish_sums<S>, turn<S, true>, turn<S, false>, sum_bytes} {
     fill<MAX>();
   }
 

@@ -37,8 +37,8 @@ const Int8Kernels kInt8Avx512{4,
                            sum_rows<Vec512>,
                            quantize_flat<Vec512>,
                            quantize_planes<Vec512>,
-                           max_rows<uint8_t>,
-                           max_rows<int8_t>,
+                           max_rows<Vec512, false>,
+                           max_rows<Vec512, true>,
                            sparse_int8_kernels<Vec512, 14>()};
 
 }  // namespace cnncomp

@@ -26,8 +26,8 @@ const Int8Kernels kInt8AvxVnni{1,
                            sum_rows<Vec256>,
                            quantize_flat<Vec256>,
                            quantize_planes<Vec256>,
-                           max_rows<uint8_t>,
-                           max_rows<int8_t>,
+                           max_rows<Vec256, false>,
+                           max_rows<Vec256, true>,
                            sparse_int8_kernels<Vec256, 12>()};
 
 }  // namespace cnncomp

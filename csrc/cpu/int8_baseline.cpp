@@ -25,8 +25,8 @@ const Int8Kernels kInt8Baseline{1,
                                 sum_rows<Vec128>,
                                 quantize_flat<Vec128>,
                                 quantize_planes<Vec128>,
-                                max_rows<uint8_t>,
-                                max_rows<int8_t>,
+                                max_rows<Vec128, false>,
+                                max_rows<Vec128, true>,
                                 sparse_int8_kernels<Vec128, 8>()};
 
 }  // namespace cnncomp

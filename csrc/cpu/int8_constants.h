@@ -37,7 +37,7 @@ class Int8Constants {
         std::copy_n(constants + (row * groups + g) * per_group, per_group, copy_.data() + row * row_ + g * padded_);
   }
 
-  // Lets epilogues round before they clamp, and pack, where the call `a` allows it: with |sum| <= 2^31, the bounds keep what is
+  // Lets epilogues round before they clamp, where the call `a` allows it: with |sum| <= 2^31, the bounds keep what is
   // rounded below 2^30. After assign.
   template <class Args>
   void use_bytes(const Args& a) {

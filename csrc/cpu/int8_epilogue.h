@@ -114,44 +114,72 @@ struct ByteBounds {
   }
 };
 
+__attribute__((noinline)) void store_some(char* out, const char* bytes, int64_t count) {
+  int64_t done = 0;
+  for (; done + 8 <= count; done += 8) __builtin_memcpy(out + done, bytes + done, 8);
+  for (; done < count; done++) out[done] = bytes[done];
+}
+
 // COUNT times 16 channels from chunk I of `bytes` on, of which the first `valid` are wanted.
 template <class S, int I, int COUNT>
 inline void store_chunks(char* out, typename S::Int bytes, int64_t valid) {
   if (valid >= COUNT * kBlock) return S::template store_part<I, COUNT>(out, bytes);
   alignas(64) char spare[COUNT * kBlock];
   S::template store_part<I, COUNT>(spare, bytes);
-  int64_t done = 0;
-  for (; done + 8 <= valid; done += 8) __builtin_memcpy(out + done, spare + done, 8);
-  for (; done < valid; done++) out[done] = spare[done];
+  store_some(out, spare, valid);
 }
 
-// A register tile's outputs where e.bytes; no window. Rounding keeps the order of numbers: rounding, saturating to 8 bit and
-// clamping to rounded bounds is the same as the epilogue's clamp before it, and bytes are four to a lane.
-template <class S, int BLOCKS, int PIXELS>
-inline __attribute__((always_inline)) void store_bytes(
-    const typename S::Int (&acc)[PIXELS][BLOCKS * kBlock / S::kLanes], const Int8Epilogue& e,
-    const ByteBounds<BLOCKS>& bounds, int64_t pixel) {
-  constexpr int V = BLOCKS * kBlock / S::kLanes, kChunks = S::kLanes / 4;  // of 16 channels, in four vectors
-  constexpr int kRun = BLOCKS % kChunks == 0 ? kChunks : BLOCKS == 2 ? 2 : 1;  // chunks that lie together
-  typename S::Float t[PIXELS][V];
+// The epilogue of a register tile up to the clamp.
+template <class S, int PIXELS, int V>
+inline __attribute__((always_inline)) void scale_tile(const typename S::Int (&acc)[PIXELS][V], const Int8Epilogue& e,
+                                                      int64_t pixel, typename S::Float (&t)[PIXELS][V]) {
 #pragma GCC unroll 16
   for (int v = 0; v < V; v++) {
     const auto scale = S::load_float(e.scale + v * S::kLanes), bias = S::load_float(e.bias + v * S::kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < PIXELS; m++) t[m][v] = scale_and_shift<S>(acc[m][v], scale, bias);
   }
-  if (e.residual != nullptr) {
-    const auto r = S::set_float(e.residual_scale);
-    const char* residual = e.residual + pixel * e.stride;
+  if (e.residual == nullptr) return;
+  const auto r = S::set_float(e.residual_scale);
+  const int64_t stride = e.residual_dtype == kF32 ? 4 * e.stride : e.stride;
+  const char* residual = e.residual + pixel * stride;
 #pragma GCC unroll 16
-    for (int m = 0; m < PIXELS; m++, residual += e.stride) {
+  for (int m = 0; m < PIXELS; m++, residual += stride) {
 #pragma GCC unroll 16
-      for (int v = 0; v < V; v++) {
-        const auto x = e.residual_dtype == kS8 ? load_residual<S, kResidualS8>(residual, v)
-                                               : load_residual<S, kResidualU8>(residual, v);
-        t[m][v] = S::add(t[m][v], S::mul(x, r));
-      }
+    for (int v = 0; v < V; v++) {
+      const auto x = e.residual_dtype == kU8   ? load_residual<S, kResidualU8>(residual, v)
+                     : e.residual_dtype == kS8 ? load_residual<S, kResidualS8>(residual, v)
+                                               : load_residual<S, kResidualF32>(residual, v);
+      t[m][v] = S::add(t[m][v], S::mul(x, r));
     }
+  }
+}
+
+// A register tile's outputs; no window, and floats in whole blocks only. Rounding keeps the order of numbers: where e.bytes,
+// rounding, saturating to 8 bit and clamping to rounded bounds is the same as the epilogue's clamp before it, and bytes are four
+// to a lane.
+template <class S, int BLOCKS, int PIXELS>
+inline __attribute__((always_inline)) void store_tile(
+    const typename S::Int (&acc)[PIXELS][BLOCKS * kBlock / S::kLanes], const Int8Epilogue& e,
+    const ByteBounds<BLOCKS>& bounds, int64_t pixel) {
+  constexpr int V = BLOCKS * kBlock / S::kLanes, kChunks = S::kLanes / 4;  // of 16 channels, in four vectors
+  constexpr int kRun = BLOCKS % kChunks == 0 ? kChunks : BLOCKS == 2 ? 2 : 1;  // chunks that lie together
+  typename S::Float t[PIXELS][V];
+  scale_tile<S, PIXELS, V>(acc, e, pixel, t);
+  if (!e.bytes) {
+    const auto lo = S::set_float(e.lo);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++)
+#pragma GCC unroll 16
+      for (int m = 0; m < PIXELS; m++) t[m][v] = clamp<S>(t[m][v], lo, S::load_float(e.hi + v * S::kLanes));
+  }
+  if (e.out_dtype == kF32) {
+    float* out = reinterpret_cast<float*>(e.out) + pixel * e.stride;
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++, out += e.stride)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) S::store_float(out + v * S::kLanes, t[m][v]);
+    return;
   }
   char* const out = e.out + pixel * e.stride;
 #pragma GCC unroll 16
@@ -168,8 +196,8 @@ inline __attribute__((always_inline)) void store_bytes(
         store_chunks<S, I, kRun>(out + chunk / BLOCKS * e.stride + chunk % BLOCKS * kBlock, bytes,
                                  e.channels - chunk % BLOCKS * kBlock);
     };
-    auto bytes = e.out_dtype == kS8 ? S::template pack_in_order<true>(q[0], q[1], q[2], q[3])
-                                    : S::template pack_in_order<false>(q[0], q[1], q[2], q[3]);
+    auto bytes = S::in_order(e.out_dtype == kS8 ? S::template pack<true>(q[0], q[1], q[2], q[3])
+                                                : S::template pack<false>(q[0], q[1], q[2], q[3]));
     if (e.hi_bytes != nullptr) {
       const auto lo = S::set(bounds.lo), hi = S::load(bounds.hi + first / 4 * kChunks % BLOCKS * kBlock);
       bytes = e.out_dtype == kS8 ? S::template clamp_bytes<true>(bytes, lo, hi) : S::template clamp_bytes<false>(bytes, lo, hi);

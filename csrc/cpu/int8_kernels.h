@@ -92,6 +92,22 @@ struct SparseInt8Tile {
   const int32_t* init;    // of channel 0: what the sums start from
   int32_t* sums;          // (k_end - k_begin, tile): over the blocks so far
   bool first_block;
+  // With the last block the tile may go on to 8-bit outputs, unless `bytes` is null.
+  uint8_t* bytes;           // (k_end - k_begin, byte_stride): the outputs, pixel by pixel
+  const uint8_t* residual;  // like bytes, or null
+  int64_t byte_stride;      // the tile's vectors, rounded up to four of them
+  uint8_t lo;               // the epilogue's bounds, as output bytes ...
+  const uint8_t* hi;        // ... of channel 0
+  Int8Epilogue epilogue;    // its constants are those of channel 0
+};
+
+// 8-bit pixels between planes of channels, as a tile has them, and rows of channels, as tensors have them.
+struct SparseInt8Turn {
+  uint8_t* planes;  // (channels, stride)
+  int64_t stride;
+  uint8_t* const* rows;  // where the channels of each pixel begin
+  int64_t pixels;        // a multiple of 16
+  int64_t channel, channels;  // the first in the rows, and how many, a multiple of 16
 };
 
 // Pixels of a tile that are consecutive in the output, too.
@@ -102,7 +118,7 @@ struct SparseInt8Segment {
 
 constexpr int kSparseInt8Channels = 64;  // that are finished at a time: bytes of a cache line
 
-// Up to kSparseInt8Channels output channels of one tile, from sums to outputs.
+// Up to kSparseInt8Channels output channels of one tile, from sums to any outputs.
 struct SparseInt8Finish {
   const int32_t* sums;        // (channels rounded up to 16, tile)
   int64_t tile;               // pixels, a multiple of the vector's lanes
@@ -111,10 +127,6 @@ struct SparseInt8Finish {
   const SparseInt8Segment* segments;
   int64_t num_segments;
   Int8Epilogue epilogue;  // its pointers are of output pixel 0 and channel 0 of the group
-  // Where each pixel of the tile lies in out and residual; pixels that are none lie in spare memory. Null unless both are 8 bit
-  // and whatever is rounded is known to fit int32.
-  uint8_t* const* out_rows;
-  const uint8_t* const* residual_rows;
 };
 
 struct SparseInt8Kernels {
@@ -123,6 +135,8 @@ struct SparseInt8Kernels {
   void (*tile[kSparseInt8MaxTile])(const SparseInt8Tile&);  // tile[T - 1]: T vectors of pixels
   void (*gather)(const SparseInt8Gather&);
   void (*finish)(const SparseInt8Finish&);
+  void (*planes_to_rows)(const SparseInt8Turn&);
+  void (*rows_to_planes)(const SparseInt8Turn&);
   int32_t (*sum_quads)(const int8_t* values, int64_t count);
 };
 

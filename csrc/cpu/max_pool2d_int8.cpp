@@ -1,5 +1,6 @@
 #include "max_pool2d_int8.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -15,18 +16,18 @@ void max_pool2d_int8(const MaxPool2dInt8Args& a) {
   const int64_t out_w = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
   parallel_for(a.num_threads, a.n * out_h, [&](int64_t i) {
     const int64_t n = i / out_h, p = i % out_h;
-    std::vector<const uint8_t*> rows(a.r * a.s);
+    std::vector<const uint8_t*> lines, rows(a.r * a.s);  // of the image under the window; of one pixel's taps
+    for (int64_t r = 0; r < a.r; r++) {
+      const int64_t h = p * a.stride_h - a.pad_h + r * a.dil_h;
+      if (h >= 0 && h < a.h) lines.push_back(a.x + (n * a.h + h) * a.w * a.c);
+    }
     uint8_t* out = a.out + i * out_w * a.c;
     for (int64_t q = 0; q < out_w; q++, out += a.c) {
+      const int64_t w = q * a.stride_w - a.pad_w;
+      const int64_t first = w < 0 ? ceil_div(-w, a.dil_w) : 0, end = w < a.w ? std::min(a.s, ceil_div(a.w - w, a.dil_w)) : 0;
       int64_t count = 0;
-      for (int64_t r = 0; r < a.r; r++) {
-        const int64_t h = p * a.stride_h - a.pad_h + r * a.dil_h;
-        if (h < 0 || h >= a.h) continue;
-        for (int64_t s = 0; s < a.s; s++) {
-          const int64_t w = q * a.stride_w - a.pad_w + s * a.dil_w;
-          if (w >= 0 && w < a.w) rows[count++] = a.x + ((n * a.h + h) * a.w + w) * a.c;
-        }
-      }
+      for (const uint8_t* line : lines)
+        for (int64_t s = first; s < end; s++) rows[count++] = line + (w + s * a.dil_w) * a.c;
       if (count > 0) {
         max_rows(rows.data(), count, a.c, out);
       } else {

@@ -1,6 +1,8 @@
 // Floats to 8 bit, and the maximum of 8-bit rows. Included by the int8 translation units of each instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "int8_kernels.h"
 
 namespace cnncomp {
@@ -69,12 +71,13 @@ void quantize_planes(const float* x, int64_t plane_stride, int64_t c, int64_t pi
       alignas(64) int32_t quads[16];
       quantize_quads<S>(src, stride, planes, range, quads);
       uint8_t* dst = out + p * c + channel;
-      int64_t i = 0;
-      if (count == 16 && end - (dst + 15 * c) >= 4) {
-#pragma GCC unroll 16
-        for (; i < 16; i++, dst += c) __builtin_memcpy(dst, quads + i, 4);
+      if constexpr (requires { S::store_triples(dst, S::set(0)); }) {
+        if (c == 3 && count == 16 && end - dst >= 52) {
+          for (int v = 0; v < 16 / S::kLanes; v++) S::store_triples(dst + 3 * v * S::kLanes, S::load(quads + v * S::kLanes));
+          continue;
+        }
       }
-      for (; i < count; i++, dst += c) {
+      for (int64_t i = 0; i < count; i++, dst += c) {
         if (end - dst >= 4) {
           __builtin_memcpy(dst, quads + i, 4);
         } else {
@@ -85,14 +88,21 @@ void quantize_planes(const float* x, int64_t plane_stride, int64_t c, int64_t pi
   }
 }
 
-// The compiler vectorises this one.
-template <class T>
+template <class S, bool SIGNED>
 void max_rows(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out) {
+  const auto top = S::set(SIGNED ? 0x7f7f7f7f : -1);
+  int64_t at = 0;
+  for (; at + S::kBytes <= c; at += S::kBytes) {
+    auto best = S::load(rows[0] + at);
+    for (int64_t i = 1; i < count; i++) best = S::template clamp_bytes<SIGNED>(S::load(rows[i] + at), best, top);
+    S::store(out + at, best);
+  }
+  using T = std::conditional_t<SIGNED, int8_t, uint8_t>;
   T* __restrict best = reinterpret_cast<T*>(out);
-  __builtin_memcpy(out, rows[0], c);
+  __builtin_memcpy(out + at, rows[0] + at, c - at);
   for (int64_t i = 1; i < count; i++) {
     const T* __restrict row = reinterpret_cast<const T*>(rows[i]);
-    for (int64_t j = 0; j < c; j++) best[j] = row[j] > best[j] ? row[j] : best[j];
+    for (int64_t j = at; j < c; j++) best[j] = row[j] > best[j] ? row[j] : best[j];
   }
 }
 

@@ -4,9 +4,11 @@
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
-// pack_in_order: the lanes of a, then those of b, c, d; store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes, from the I-th on.
+// in_order: of what pack gives, the lanes of a, then those of b, c and d. store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes,
+// from the I-th on. store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.
 // load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
-// turn_bytes: of the 4x4 bytes in each 128 bits, rows become columns. clamp_bytes: each byte to at least lo, then at most hi.
+// load_lanes: the same as load_rows, `step` bytes apart from p on; store_lanes: the reverse. clamp_bytes: each byte to at least
+// lo, then at most hi.
 // store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is
 // NaN.
 #pragma once
@@ -75,21 +77,17 @@ struct Vec128 {
   static Int zip64_lo(Int a, Int b) { return _mm_unpacklo_epi64(a, b); }
   static Int zip64_hi(Int a, Int b) { return _mm_unpackhi_epi64(a, b); }
   static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
-  static void store_rows(uint8_t* const* rows, int64_t at, Int v) { store(rows[0] + at, v); }
+  static Int load_lanes(const uint8_t* p, int64_t step) { return load(p); }
+  static void store_lanes(uint8_t* p, int64_t step, Int v) { store(p, v); }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm_packs_epi32(a, b), cd = _mm_packs_epi32(c, d);
     return SIGNED ? _mm_packs_epi16(ab, cd) : _mm_packus_epi16(ab, cd);
   }
-  template <bool SIGNED>
-  static Int pack_in_order(Int a, Int b, Int c, Int d) { return pack<SIGNED>(a, b, c, d); }
   template <int I, int COUNT>
   static void store_part(void* p, Int v) { store(p, v); }
 
-  static Int turn_bytes(Int v) {
-    v = _mm_unpacklo_epi8(v, _mm_srli_si128(v, 8));
-    return _mm_unpacklo_epi8(v, _mm_srli_si128(v, 8));
-  }
+  static Int in_order(Int v) { return v; }
   template <bool SIGNED>
   static Int clamp_bytes(Int v, Int lo, Int hi) {
     const Int flip = set(SIGNED ? static_cast<int32_t>(0x80808080u) : 0);  // SSE2 compares unsigned bytes only

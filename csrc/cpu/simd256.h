@@ -61,19 +61,17 @@ struct Vec256 {
   static Int load_rows(const uint8_t* const* rows, int64_t at) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(Vec128::load(rows[0] + at)), Vec128::load(rows[4] + at), 1);
   }
-  static void store_rows(uint8_t* const* rows, int64_t at, Int v) {
-    Vec128::store(rows[0] + at, _mm256_castsi256_si128(v));
-    Vec128::store(rows[4] + at, _mm256_extracti128_si256(v, 1));
+  static Int load_lanes(const uint8_t* p, int64_t step) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(Vec128::load(p)), Vec128::load(p + step), 1);
+  }
+  static void store_lanes(uint8_t* p, int64_t step, Int v) {
+    Vec128::store(p, _mm256_castsi256_si128(v));
+    Vec128::store(p + step, _mm256_extracti128_si256(v, 1));
   }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
     return SIGNED ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
-  }
-  template <bool SIGNED>
-  static Int pack_in_order(Int a, Int b, Int c, Int d) {
-    // pack leaves 4 bytes of each in each 128 bits.
-    return _mm256_permutevar8x32_epi32(pack<SIGNED>(a, b, c, d), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
   template <int I, int COUNT>
   static void store_part(void* p, Int v) {
@@ -83,10 +81,12 @@ struct Vec256 {
       Vec128::store(p, _mm256_extracti128_si256(v, I));
     }
   }
-
-  static Int turn_bytes(Int v) {
-    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
+  static Int in_order(Int v) { return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+  static void store_triples(uint8_t* p, Int v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    v = _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order));
+    store_part<0, 1>(p, v);
+    store_part<1, 1>(p + 12, v);
   }
   template <bool SIGNED>
   static Int clamp_bytes(Int v, Int lo, Int hi) {

@@ -60,22 +60,22 @@ struct Vec512 {
     v = _mm512_inserti32x4(v, Vec128::load(rows[8] + at), 2);
     return _mm512_inserti32x4(v, Vec128::load(rows[12] + at), 3);
   }
-  static void store_rows(uint8_t* const* rows, int64_t at, Int v) {
-    Vec128::store(rows[0] + at, _mm512_castsi512_si128(v));
-    Vec128::store(rows[4] + at, _mm512_extracti32x4_epi32(v, 1));
-    Vec128::store(rows[8] + at, _mm512_extracti32x4_epi32(v, 2));
-    Vec128::store(rows[12] + at, _mm512_extracti32x4_epi32(v, 3));
+  static Int load_lanes(const uint8_t* p, int64_t step) {
+    Int v = _mm512_castsi128_si512(Vec128::load(p));
+    v = _mm512_inserti32x4(v, Vec128::load(p + step), 1);
+    v = _mm512_inserti32x4(v, Vec128::load(p + 2 * step), 2);
+    return _mm512_inserti32x4(v, Vec128::load(p + 3 * step), 3);
+  }
+  static void store_lanes(uint8_t* p, int64_t step, Int v) {
+    Vec128::store(p, _mm512_castsi512_si128(v));
+    Vec128::store(p + step, _mm512_extracti32x4_epi32(v, 1));
+    Vec128::store(p + 2 * step, _mm512_extracti32x4_epi32(v, 2));
+    Vec128::store(p + 3 * step, _mm512_extracti32x4_epi32(v, 3));
   }
   template <bool SIGNED>
   static Int pack(Int a, Int b, Int c, Int d) {
     const Int ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
     return SIGNED ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
-  }
-  template <bool SIGNED>
-  static Int pack_in_order(Int a, Int b, Int c, Int d) {
-    // pack leaves 4 bytes of each in each 128 bits.
-    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, pack<SIGNED>(a, b, c, d));
   }
   template <int I, int COUNT>
   static void store_part(void* p, Int v) {
@@ -88,9 +88,18 @@ struct Vec512 {
     }
   }
 
-  static Int turn_bytes(Int v) {
-    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
+  static void store_triples(uint8_t* p, Int v) {
+    const __m128i order = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    v = _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
+    store_part<0, 1>(p, v);
+    store_part<1, 1>(p + 12, v);
+    store_part<2, 1>(p + 24, v);
+    store_part<3, 1>(p + 36, v);
+  }
+
+  static Int in_order(Int v) {
+    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, v);
   }
   template <bool SIGNED>
   static Int clamp_bytes(Int v, Int lo, Int hi) {
@@ -103,7 +112,7 @@ struct Vec512 {
   template <bool SIGNED, int V>
   static void store_bytes(uint8_t* p, const Int (&v)[V]) {
     if constexpr (V == 4) {
-      store(p, pack_in_order<SIGNED>(v[0], v[1], v[2], v[3]));
+      store(p, in_order(pack<SIGNED>(v[0], v[1], v[2], v[3])));
     } else {
       for (int i = 0; i < V; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(v[i]));
     }

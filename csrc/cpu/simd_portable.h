@@ -62,7 +62,8 @@ struct Vec128 {
   static Int zip64_lo(Int a, Int b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
   static Int zip64_hi(Int a, Int b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
   static Int load_rows(const uint8_t* const* rows, int64_t at) { return load(rows[0] + at); }
-  static void store_rows(uint8_t* const* rows, int64_t at, Int v) { store(rows[0] + at, v); }
+  static Int load_lanes(const uint8_t* p, int64_t step) { return load(p); }
+  static void store_lanes(uint8_t* p, int64_t step, Int v) { store(p, v); }
   template <bool SIGNED>
   static Int saturate(Int v) {
     const Int lo = set(SIGNED ? -128 : 0), hi = set(SIGNED ? 127 : 255);
@@ -76,14 +77,10 @@ struct Vec128 {
     const Words cd = __builtin_shufflevector(Words(c), Words(d), 0, 2, 4, 6, 8, 10, 12, 14);
     return Int(__builtin_shufflevector(Bytes(ab), Bytes(cd), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
   }
-  template <bool SIGNED>
-  static Int pack_in_order(Int a, Int b, Int c, Int d) { return pack<SIGNED>(a, b, c, d); }
   template <int I, int COUNT>
   static void store_part(void* p, Int v) { store(p, v); }
 
-  static Int turn_bytes(Int v) {
-    return Int(__builtin_shufflevector(Bytes(v), Bytes(v), 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  }
+  static Int in_order(Int v) { return v; }
   template <bool SIGNED>
   static Int clamp_bytes(Int v, Int lo, Int hi) {
     const uint8_t flip = SIGNED ? 0x80 : 0;

@@ -11,7 +11,7 @@ namespace cuda = cnncomp::cuda;
 namespace {
 
 cuda::DType dtype_of(int code) {
-  if (code < 0 || code > 2) throw std::invalid_argument("dtype code: got " + std::to_string(code) + ", expected 0, 1 or 2");
+  if (code < 0 || code > 4) throw std::invalid_argument("dtype code: got " + std::to_string(code) + ", expected 0 to 4");
   return static_cast<cuda::DType>(code);
 }
 
@@ -24,8 +24,8 @@ void check_sizes(const cuda::Conv2d& c) {
                                 " output channels, expected multiples of groups=" + std::to_string(c.groups));
 }
 
-// Arguments in the order of the Python functions; dtype codes 0 uint8, 1 int8, 2 float32; pointers as integers, 0 for none.
-cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, uintptr_t weight, int k, int r, int s,
+// Arguments in the order of the Python functions; dtype codes 0 uint8, 1 int8, 2 float32, 3 float16, 4 bfloat16; pointers as integers, 0 for none.
+cuda::Conv2d make_conv(uintptr_t x, int x_dtype, int n, int h, int w, int c, uintptr_t weight, int k, int r, int s,
                        int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w, int groups,
                        uintptr_t constants, uintptr_t residual, int residual_dtype, float residual_scale, float lo,
                        uintptr_t out, int out_dtype) {
@@ -36,7 +36,7 @@ cuda::Conv2d make_conv(uintptr_t x, bool x_signed, int n, int h, int w, int c, u
                    reinterpret_cast<void*>(out),              dtype_of(residual_dtype),
                    dtype_of(out_dtype),                       residual_scale,
                    lo};
-  conv.x_signed = x_signed;
+  conv.x_dtype = dtype_of(x_dtype), conv.x_signed = conv.x_dtype == cuda::DType::kInt8;
   conv.n = n, conv.h = h, conv.w = w, conv.c = c, conv.k = k, conv.r = r, conv.s = s;
   conv.stride_h = stride_h, conv.stride_w = stride_w, conv.pad_h = pad_h, conv.pad_w = pad_w;
   conv.dil_h = dil_h, conv.dil_w = dil_w, conv.groups = groups;
@@ -112,6 +112,10 @@ PYBIND11_MODULE(_cuda, m) {
          "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as conv2d_int8; weight: packed by "
          "cnncomp.sparsity.pack_2to4; shared: bytes of shared memory of a multiprocessor. sm_80 and later.",
          &make_conv, &cuda::plan_conv2d_sparse24_int8);
+  define(m, "conv2d_sparse24_f16",
+         "conv2d_sparse24_f16(device, stream, multiprocessors, shared, x, x_dtype, ...), as conv2d_sparse24_int8, of float16 or "
+         "bfloat16.",
+         &make_conv, &cuda::plan_conv2d_sparse24_f16);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",

@@ -1,6 +1,8 @@
 // The one epilogue (docs/design.md, "Numbers") for kVec neighbouring output channels of one pixel.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "cuda/arch.cuh"
@@ -18,7 +20,7 @@ struct EpilogueParams {
 // Parameters for a kernel whose grid has `limit` channels a group and whose threads hold `vec` neighbouring ones.
 inline EpilogueParams epilogue_params(const Conv2d& conv, int32_t limit, int vec) {
   const Epilogue& e = conv.epilogue;
-  auto fits = [&](const void* p, DType type) { return aligned(p, type == DType::kFloat32 ? 16 : vec); };
+  auto fits = [&](const void* p, DType type) { return aligned(p, type == DType::kFloat32 ? 16 : vec * size_of(type)); };
   const bool vectors = vec >= 4 && limit % vec == 0 && aligned(e.constants, 16) &&
                        fits(e.out, e.out_dtype) && fits(e.residual, e.residual_dtype);
   return {e, conv.k, limit, vectors ? 1 : 0};
@@ -42,6 +44,10 @@ template <>
 struct Word<8> {
   using type = uint2;
 };
+template <>
+struct Word<16> {
+  using type = uint4;
+};
 
 // Loads kVec floats from a row of constants or a float residual; whole vectors are 16-byte aligned.
 template <int kVec>
@@ -56,6 +62,52 @@ __device__ __forceinline__ void load_floats(float (&out)[kVec], const float* src
 #pragma unroll
     for (int i = 0; i < kVec; ++i) out[i] = i < -real ? __ldg(src + i) : 0.0f;
   }
+}
+
+template <int kVec>
+__device__ __forceinline__ void store_floats(const float (&t)[kVec], float* dst, int real) {
+  if (real == kVec) {
+#pragma unroll
+    for (int i = 0; i + 3 < kVec; i += 4)
+      *reinterpret_cast<float4*>(dst + i) = make_float4(t[i], t[i + 1], t[i + 2], t[i + 3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < -real) dst[i] = t[i];
+  }
+}
+
+// float16 and bfloat16, where the operands of the product are such.
+__device__ __forceinline__ float to_float(int32_t v) { return __int2float_rn(v); }
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ void round_to(__half& to, float v) { to = __float2half_rn(v); }
+__device__ __forceinline__ void round_to(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+
+template <typename Half, int kVec>
+__device__ __forceinline__ void load_halves(float (&out)[kVec], const Half* src, int real) {
+  alignas(2 * kVec) Half values[kVec];
+  using W = typename Word<2 * kVec>::type;
+  if (real == kVec) *reinterpret_cast<W*>(values) = __ldg(reinterpret_cast<const W*>(src));
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    if (real != kVec) round_to(values[i], 0.0f);
+    if (i < -real) values[i] = src[i];
+    out[i] = to_float(values[i]);
+  }
+}
+
+template <typename Half, int kVec>
+__device__ __forceinline__ void store_halves(const float (&t)[kVec], Half* dst, int real) {
+  alignas(2 * kVec) Half values[kVec];
+  using W = typename Word<2 * kVec>::type;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    round_to(values[i], t[i]);
+    if (i < -real) dst[i] = values[i];
+  }
+  if (real == kVec) *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(values);
 }
 
 // How many of kVec channels from `channel` of a group exist: kVec if they may be moved as vectors, else minus their number.
@@ -76,9 +128,11 @@ __device__ __forceinline__ ChannelConstants<kVec> load_constants(const EpilogueP
   return c;
 }
 
-template <int kVec>
+// Narrow: what is not float32 in memory, uint8_t for both 8-bit types.
+template <typename Narrow, int kVec>
 __device__ __forceinline__ void load_residual(float (&out)[kVec], const Epilogue& e, int64_t offset, int real) {
   if (e.residual_dtype == DType::kFloat32) return load_floats(out, static_cast<const float*>(e.residual) + offset, real);
+  if constexpr (sizeof(Narrow) == 2) return load_halves(out, static_cast<const Narrow*>(e.residual) + offset, real);
   const uint8_t* src = static_cast<const uint8_t*>(e.residual) + offset;
   const int flip = e.residual_dtype == DType::kInt8 ? 0x80 : 0;  // s8 = (byte ^ 0x80) - 0x80
   alignas(kVec) uint8_t bytes[kVec] = {};
@@ -112,21 +166,10 @@ __device__ __forceinline__ void round_to_bytes(const float (&t)[kVec], uint8_t (
   }
 }
 
-template <int kVec>
+template <typename Narrow, int kVec>
 __device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
-  if (e.out_dtype == DType::kFloat32) {
-    float* dst = static_cast<float*>(e.out) + offset;
-    if (real == kVec) {
-#pragma unroll
-      for (int i = 0; i + 3 < kVec; i += 4)
-        *reinterpret_cast<float4*>(dst + i) = make_float4(t[i], t[i + 1], t[i + 2], t[i + 3]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i)
-        if (i < -real) dst[i] = t[i];
-    }
-    return;
-  }
+  if (e.out_dtype == DType::kFloat32) return store_floats(t, static_cast<float*>(e.out) + offset, real);
+  if constexpr (sizeof(Narrow) == 2) return store_halves(t, static_cast<Narrow*>(e.out) + offset, real);
   uint8_t* dst = static_cast<uint8_t*>(e.out) + offset;
   alignas(kVec) uint8_t bytes[kVec];
   round_to_bytes(t, bytes);
@@ -141,17 +184,17 @@ __device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e,
 }
 
 // Scales, clamps, rounds and stores `acc`, channels `channel`... of `group` at output pixel `pixel`.
-template <int kVec>
-__device__ __forceinline__ void finish(const int32_t (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+template <int kVec, typename Narrow = uint8_t, typename Sum>
+__device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
                                        int64_t pixel, int group, int channel) {
   const int real = real_channels<kVec>(p, channel);
   if (real == 0) return;
   const int64_t offset = pixel * p.k + group * p.limit + channel;
   float t[kVec], residual[kVec];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(__int2float_rn(acc[i]), c.scale[i]), c.bias[i]);
+  for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(to_float(acc[i]), c.scale[i]), c.bias[i]);
   if (p.e.residual != nullptr) {
-    load_residual(residual, p.e, offset, real);
+    load_residual<Narrow>(residual, p.e, offset, real);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(t[i], __fmul_rn(residual[i], p.e.residual_scale));
   }
@@ -159,7 +202,7 @@ __device__ __forceinline__ void finish(const int32_t (&acc)[kVec], const Channel
   for (int i = 0; i < kVec; ++i) {
     t[i] = smaller(larger(t[i], p.e.lo), c.hi[i]);
   }
-  store(t, p.e, offset, real);
+  store<Narrow>(t, p.e, offset, real);
 }
 
 }  // namespace cnncomp::cuda

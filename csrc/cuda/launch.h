@@ -13,7 +13,10 @@
 
 namespace cnncomp::cuda {
 
-enum class DType : int32_t { kUint8 = 0, kInt8 = 1, kFloat32 = 2 };
+enum class DType : int32_t { kUint8 = 0, kInt8 = 1, kFloat32 = 2, kFloat16 = 3, kBfloat16 = 4 };
+
+inline bool is_half(DType type) { return type == DType::kFloat16 || type == DType::kBfloat16; }
+inline int size_of(DType type) { return type == DType::kFloat32 ? 4 : is_half(type) ? 2 : 1; }
 
 // The one epilogue of docs/design.md. residual may be null; it is laid out like out.
 struct Epilogue {
@@ -47,7 +50,8 @@ struct Conv2d {
   const void* x;
   const int8_t* weight;
   Epilogue epilogue;
-  bool x_signed;
+  DType x_dtype;
+  bool x_signed;  // x_dtype is int8
   int32_t n, h, w, c, k, r, s;
   int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t groups;
@@ -106,6 +110,7 @@ bool depthwise3x3_fits(const Conv2d& conv);
 
 // With weights packed by cnncomp/sparsity/two_four.py, for sm_80 and later. shared: bytes of a multiprocessor.
 Launch plan_conv2d_sparse24_int8(const Conv2d& conv, int multiprocessors, int shared);
+Launch plan_conv2d_sparse24_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 
 // Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
 void run(const Launch& launch, int device, void* stream);

@@ -6,7 +6,7 @@
 namespace cnncomp::cuda {
 
 // What the right operand, activations, is made of; the left one, weights, is s8 for 8 bits, else the same.
-enum class Operand { kUint8, kInt8, kFloat16 };
+enum class Operand { kUint8, kInt8, kFloat16, kBfloat16 };
 
 #define CNNCOMP_MMA_SP(SHAPE, TYPES, REGISTER, SELECTOR)                                                             \
   asm volatile("mma.sp::ordered_metadata.sync.aligned." SHAPE ".row.col." TYPES                                      \
@@ -23,10 +23,14 @@ __device__ __forceinline__ void multiply_sparse(Sum (&d)[4], const uint4& a, con
     CNNCOMP_MMA_SP("m16n8k64", "s32.s8.s8.s32", "r", "0x0");
   } else if constexpr (kOperand == Operand::kUint8) {
     CNNCOMP_MMA_SP("m16n8k64", "s32.s8.u8.s32", "r", "0x0");
-  } else if constexpr (kHalf == 0) {
+  } else if constexpr (kOperand == Operand::kFloat16 && kHalf == 0) {
     CNNCOMP_MMA_SP("m16n8k32", "f32.f16.f16.f32", "f", "0x0");
-  } else {
+  } else if constexpr (kOperand == Operand::kFloat16) {
     CNNCOMP_MMA_SP("m16n8k32", "f32.f16.f16.f32", "f", "0x1");
+  } else if constexpr (kHalf == 0) {
+    CNNCOMP_MMA_SP("m16n8k32", "f32.bf16.bf16.f32", "f", "0x0");
+  } else {
+    CNNCOMP_MMA_SP("m16n8k32", "f32.bf16.bf16.f32", "f", "0x1");
   }
 #endif
 }

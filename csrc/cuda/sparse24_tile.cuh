@@ -1,9 +1,12 @@
-// 2:4 sparse weights times activations: the tile, its loader, main loop and epilogue.
+// 2:4 sparse weights times activations: the tile, its loader, main loop and epilogue. sparse24_plan.cuh chooses and launches.
 //
 // The sparse operand of mma.sp is the left one, so a tile is kBlockC output channels x kBlockP pixels. A step of the reduction
 // is 128 bytes of dense elements. Its weights lie in memory as they are multiplied (cnncomp/sparsity/two_four.py): copied as
 // they are, read back 16 bytes a lane, no conflicts. A row of pixels is 128 bytes, its 16-byte chunks exchanged by the row's
 // number, and read by load_matrices.
+//
+// With kHalves = 2, two warps compute the same sums, each over its half of every step: with few pixels in a tile, warps of few
+// pixels each would read the weights from shared memory too often. At the end each gives the other half of its sums.
 #pragma once
 
 #include <string>
@@ -14,15 +17,16 @@
 
 namespace cnncomp::cuda {
 
-template <int kBlockC_, int kBlockP_, int kWarpP_, int kStages_, int kElement_>
+template <int kBlockC_, int kBlockP_, int kWarpP_, int kHalves_, int kStages_, int kElement_>
 struct Sparse24Tile {
   static constexpr int kElement = kElement_;  // bytes
   static constexpr int kBlockC = kBlockC_, kBlockP = kBlockP_, kWarpP = kWarpP_, kStages = kStages_;
+  static constexpr int kHalves = kHalves_;  // warps that share the products of a step
   static constexpr int kSlice = 64;   // channels of a warp, and of a packed slice
   static constexpr int kStep = 128;   // dense bytes of the reduction
   static constexpr int kChunks = kStep / 16;
   static constexpr int kSlices = kBlockC / kSlice, kWarpsP = kBlockP / kWarpP;
-  static constexpr int kThreads = 32 * kSlices * kWarpsP;
+  static constexpr int kThreads = 32 * kSlices * kWarpsP * kHalves;
   static constexpr int kTilesC = kSlice / 16, kTilesP = kWarpP / 8;  // mma tiles of a warp
   static constexpr int kRowStep = kThreads / kChunks;                // rows of pixels between two chunks of a thread
   static constexpr int kRows = kBlockP / kRowStep;                   // chunks of pixels that a thread copies
@@ -30,6 +34,7 @@ struct Sparse24Tile {
   static constexpr int kPixelBytes = kBlockP * kStep;
   static constexpr int kVec = 2 * kTilesC;  // neighbouring channels of a thread
   static_assert(kBlockC % kSlice == 0 && kWarpP % 8 == 0 && kBlockP % kWarpP == 0, "whole slices and whole mma tiles");
+  static_assert(kHalves == 1 || (kHalves == 2 && kTilesP % 2 == 0), "halves of a step, and of the sums");
   static_assert(kRowStep % 8 == 0 && kBlockP % kRowStep == 0, "a thread's chunks all have the same place in their rows");
 
   static constexpr int kStepBytes = kValueBytes + kValueBytes / (4 * kElement);  // a slice's: 2 bits for each kept element
@@ -37,7 +42,7 @@ struct Sparse24Tile {
 
   static std::string name() {
     return std::to_string(kBlockC) + "x" + std::to_string(kBlockP) + "_" + std::to_string(kWarpP) + "_" +
-           std::to_string(kStages);
+           std::to_string(kHalves) + "_" + std::to_string(kStages);
   }
 };
 
@@ -146,6 +151,37 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
+// The same as four sums.
+__device__ __forceinline__ void load_shared_16(int32_t (&v)[4], uint32_t address) {
+  const uint4 words = load_shared_16(address);
+  v[0] = words.x, v[1] = words.y, v[2] = words.z, v[3] = words.w;
+}
+__device__ __forceinline__ void load_shared_16(float (&v)[4], uint32_t address) {
+  const uint4 words = load_shared_16(address);
+  v[0] = __uint_as_float(words.x), v[1] = __uint_as_float(words.y);
+  v[2] = __uint_as_float(words.z), v[3] = __uint_as_float(words.w);
+}
+__device__ __forceinline__ void store_shared_16(uint32_t address, const int32_t (&v)[4]) {
+  asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+__device__ __forceinline__ void store_shared_16(uint32_t address, const float (&v)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+
+// What a warp computes: its slice, its first pixel of the tile, and which half of each step. Slices vary fastest, halves slowest.
+template <typename Tile>
+__device__ __forceinline__ int warp_slice() {
+  return threadIdx.x / 32 % Tile::kSlices;
+}
+template <typename Tile>
+__device__ __forceinline__ int warp_pixel() {
+  return threadIdx.x / 32 / Tile::kSlices % Tile::kWarpsP * Tile::kWarpP;
+}
+template <typename Tile>
+__device__ __forceinline__ int warp_half() {
+  return threadIdx.x / 32 / (Tile::kSlices * Tile::kWarpsP);
+}
+
 template <typename Tile, typename Sum>
 struct Sparse24Sums {
   Sum value[Tile::kTilesC][Tile::kTilesP][4];
@@ -156,7 +192,7 @@ struct Sparse24Sums {
 template <typename Tile, Operand kOperand, int kHalf, typename Sum>
 __device__ __forceinline__ void multiply_half(Sparse24Sums<Tile, Sum>& acc, uint32_t weights, uint32_t metadata,
                                               uint32_t pixels) {
-  const uint4 words = load_shared_16(kOperand == Operand::kFloat16 ? metadata : metadata + kHalf * 512);
+  const uint4 words = load_shared_16(Tile::kElement == 2 ? metadata : metadata + kHalf * 512);
   const uint32_t e[4] = {words.x, words.y, words.z, words.w};
   uint4 a[Tile::kTilesC];
 #pragma unroll
@@ -168,6 +204,41 @@ __device__ __forceinline__ void multiply_half(Sparse24Sums<Tile, Sum>& acc, uint
 #pragma unroll
     for (int i = 0; i < Tile::kTilesC; ++i) multiply_sparse<kOperand, kHalf>(acc.value[i][j], a[i], b, e[i]);
   }
+}
+
+// Each of two warps that have the sums of half a step gives the other half of the pixels' sums and adds what it gets to its own
+// half, which is the one of its number. Through shared memory whose stages are done with.
+template <typename Tile, typename Sum>
+__device__ __forceinline__ void exchange_halves(Sparse24Sums<Tile, Sum>& acc, uint32_t shared) {
+  constexpr int kMine = Tile::kTilesP / 2, kVectors = Tile::kTilesC * kMine, kWarps = Tile::kThreads / 32;
+  static_assert(kWarps * kVectors * 512 <= Tile::kStages * Tile::kStageBytes, "the sums fit");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp_half<Tile>();
+  const uint32_t mine = shared + (warp * kVectors * 32 + lane) * 16;
+  const uint32_t others = shared + ((warp + (half ? -1 : 1) * kWarps / 2) * kVectors * 32 + lane) * 16;
+  wait_copies<0>();
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Tile::kTilesC; ++i)
+#pragma unroll
+    for (int j = 0; j < kMine; ++j) {
+      Sum given[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        given[e] = half ? acc.value[i][j][e] : acc.value[i][j + kMine][e];
+        acc.value[i][j][e] = half ? acc.value[i][j + kMine][e] : acc.value[i][j][e];
+      }
+      store_shared_16(mine + (i * kMine + j) * 512, given);
+    }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Tile::kTilesC; ++i)
+#pragma unroll
+    for (int j = 0; j < kMine; ++j) {
+      Sum got[4];
+      load_shared_16(got, others + (i * kMine + j) * 512);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc.value[i][j][e] += got[e];
+    }
 }
 
 // The whole reduction through a ring of kStages stages.
@@ -186,10 +257,9 @@ __device__ __forceinline__ void sparse24_main_loop(Sparse24Sums<Tile, Sum>& acc,
     if (stage < p.steps) load(stage, stage);
     commit_copies();
   }
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t weights = shared + warp % Tile::kSlices * kStepBytes + lane * 16;
-  const uint32_t rows = shared + kWeights + (warp / Tile::kSlices * Tile::kWarpP + lane % 8) * Tile::kStep +
-                        ((lane / 8 ^ lane % 8) << 4);
+  const int lane = threadIdx.x % 32, half = warp_half<Tile>();
+  const uint32_t weights = shared + warp_slice<Tile>() * kStepBytes + lane * 16;
+  const uint32_t rows = shared + kWeights + (warp_pixel<Tile>() + lane % 8) * Tile::kStep + ((lane / 8 ^ lane % 8) << 4);
   int read = 0, write = Tile::kStages - 1;
   for (int step = 0; step < p.steps; ++step) {
     wait_copies<Tile::kStages - 2>();
@@ -197,78 +267,37 @@ __device__ __forceinline__ void sparse24_main_loop(Sparse24Sums<Tile, Sum>& acc,
     if (step + Tile::kStages - 1 < p.steps) load(step + Tile::kStages - 1, write);
     commit_copies();
     const uint32_t at = read * kStage;
-    multiply_half<Tile, kOperand, 0>(acc, weights + at, weights + at + Tile::kValueBytes, rows + at);
-    multiply_half<Tile, kOperand, 1>(acc, weights + at, weights + at + Tile::kValueBytes, rows + at);
+    if (Tile::kHalves == 1 || half == 0)
+      multiply_half<Tile, kOperand, 0>(acc, weights + at, weights + at + Tile::kValueBytes, rows + at);
+    if (Tile::kHalves == 1 || half == 1)
+      multiply_half<Tile, kOperand, 1>(acc, weights + at, weights + at + Tile::kValueBytes, rows + at);
     read = read + 1 == Tile::kStages ? 0 : read + 1;
     write = write + 1 == Tile::kStages ? 0 : write + 1;
   }
+  if constexpr (Tile::kHalves == 2) exchange_halves(acc, shared);
 }
 
 // Epilogue and store of this thread's part of the tile: kVec neighbouring channels of two pixels in each mma tile.
-template <typename Tile, typename Sum>
+template <typename Tile, typename Narrow, typename Sum>
 __device__ __forceinline__ void store_sparse24(const Sparse24Sums<Tile, Sum>& acc, const Sparse24Params& p) {
   constexpr int kVec = Tile::kVec;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = blockIdx.z;
-  const int channel = blockIdx.y * Tile::kBlockC + warp % Tile::kSlices * Tile::kSlice + lane / 4 * kVec;
-  const int64_t pixel0 =
-      static_cast<int64_t>(blockIdx.x) * Tile::kBlockP + warp / Tile::kSlices * Tile::kWarpP + lane % 4 * 2;
+  constexpr int kMine = Tile::kTilesP / Tile::kHalves;  // of the mma tiles
+  const int lane = threadIdx.x % 32, group = blockIdx.z;
+  const int channel = blockIdx.y * Tile::kBlockC + warp_slice<Tile>() * Tile::kSlice + lane / 4 * kVec;
+  const int64_t pixel0 = static_cast<int64_t>(blockIdx.x) * Tile::kBlockP + warp_pixel<Tile>() +
+                         warp_half<Tile>() * kMine * 8 + lane % 4 * 2;
   const ChannelConstants<kVec> constants = load_constants<kVec>(p.epilogue, group, channel);
 #pragma unroll
-  for (int j = 0; j < Tile::kTilesP; ++j) {
+  for (int j = 0; j < kMine; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int64_t pixel = pixel0 + j * 8 + e;
       Sum values[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) values[i] = acc.value[i / 2][j][i % 2 * 2 + e];
-      if (pixel < p.pixels) finish<kVec>(values, constants, p.epilogue, pixel, group, channel);
+      if (pixel < p.pixels) finish<kVec, Narrow>(values, constants, p.epilogue, pixel, group, channel);
     }
   }
-}
-
-// Why the kernels can't run a convolution of elements of so many bytes; empty where they can.
-inline std::string sparse24_refusal(const Conv2d& c, int element) {
-  const int64_t image = static_cast<int64_t>(c.n) * c.h * c.w * c.c * element, border = 2 * (c.pad_h + 1) * int64_t{c.w} * c.c;
-  if (c.c / c.groups * element % 16) return "input channels of a group that are no multiple of 16 bytes";
-  if (c.r > 15 || c.s > 15) return "a kernel of more than 15 rows or columns";
-  if (image + border * element > INT32_MAX) return "an input of more than 2^31 bytes";
-  if (!aligned(c.x, 16) || !aligned(c.weight, 16)) return "an input or weight that is not aligned to 16 bytes";
-  return "";
-}
-
-// Fills in grid, block, shared memory and parameters. Throws std::invalid_argument where the kernels can't run it.
-template <typename Tile>
-void set_sparse24(Launch& launch, const Conv2d& c) {
-  constexpr int element = Tile::kElement;
-  const std::string refusal = sparse24_refusal(c, element);
-  if (!refusal.empty()) throw std::invalid_argument(launch.kernel + ": " + refusal);
-  const int32_t c_group = c.c / c.groups, k_group = c.k / c.groups;
-  const int64_t pixels = static_cast<int64_t>(c.n) * c.p() * c.q();
-  const int32_t pixel_bytes = c.c * element, row_bytes = c.w * pixel_bytes, tap_w = c.dil_w * pixel_bytes;
-  const int64_t tiles_c = ceil_div(k_group, Tile::kBlockC);
-  if (pixels > INT32_MAX || tiles_c > 65535 || c.groups > 65535)
-    throw std::invalid_argument(launch.kernel + ": " + std::to_string(pixels) + " pixels, " + std::to_string(k_group) +
-                                " channels in each of " + std::to_string(c.groups) +
-                                " groups; at most 2^31 - 1, 65535 tiles and 65535 are possible");
-  launch.grid[0] = static_cast<uint32_t>(ceil_div(pixels, Tile::kBlockP));
-  launch.grid[1] = static_cast<uint32_t>(tiles_c);
-  launch.grid[2] = static_cast<uint32_t>(c.groups);
-  launch.block = Tile::kThreads;
-  launch.shared = Tile::kStages * Tile::kStageBytes;
-  Sparse24Params p = {};
-  p.epilogue = epilogue_params(c, k_group, Tile::kVec);
-  p.x = static_cast<const int8_t*>(c.x), p.weight = c.weight;
-  p.steps = static_cast<int32_t>(ceil_div(static_cast<int64_t>(c.r) * c.s * c_group * element, Tile::kStep));
-  p.slices = static_cast<int32_t>(ceil_div(k_group, Tile::kSlice));
-  p.h = c.h, p.w = c.w, p.r = c.r, p.s = c.s;
-  p.stride_h = c.stride_h, p.stride_w = c.stride_w, p.pad_h = c.pad_h, p.pad_w = c.pad_w;
-  p.dil_h = c.dil_h, p.dil_w = c.dil_w;
-  p.row_bytes = row_bytes, p.pixel_bytes = pixel_bytes, p.group_bytes = c_group * element;
-  p.tap_w_bytes = tap_w, p.tap_h_bytes = c.dil_h * row_bytes - c.s * tap_w;
-  p.pointwise = c.pointwise() ? 1 : 0;
-  p.image = divisor(c.p() * c.q()), p.row = divisor(c.q());
-  p.pixels = pixels;
-  launch.set_params(p);
 }
 
 }  // namespace cnncomp::cuda
