@@ -23,16 +23,24 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+FAMILY = {"x86_64": "x86", "amd64": "x86", "i686": "x86", "aarch64": "arm64", "arm64": "arm64"}.get(
+    platform.machine().lower(), ""
+)
 
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
 
-#: Flags of the translation units of one instruction set, named by the end of their file's name.
+#: For each family of processors, flags of the translation units of one instruction set, named by the end of their file's name.
 ISA_FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
-    "avx512vnni": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+    "x86": {
+        "avx2": ["-mavx2", "-mfma"],
+        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+        "avx512vnni": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+    },
+    "arm64": {
+        "dotprod": ["-march=armv8.2-a+dotprod"],
+        "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+    },
 }
 CUDA_ARCHS = ("75", "80", "86", "89", "90a", "120a")
 
@@ -54,7 +62,7 @@ def find_nvcc() -> str | None:
 
 def isa_of(source: Path) -> list[str]:
     """Compiler flags of the instruction set that a source file's name ends with."""
-    return ISA_FLAGS.get(source.stem.rsplit("_", 1)[-1], []) if X86 else []
+    return ISA_FLAGS.get(FAMILY, {}).get(source.stem.rsplit("_", 1)[-1], [])
 
 
 class NinjaBuildExt(build_ext):
@@ -109,8 +117,8 @@ class NinjaBuildExt(build_ext):
 def modules() -> list[Extension]:
     """The compiled modules that can be built here."""
     cpu = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-    if not X86:
-        cpu = [s for s in cpu if Path(s).stem.rsplit("_", 1)[-1] not in ISA_FLAGS]
+    elsewhere = {isa for family, isas in ISA_FLAGS.items() if family != FAMILY for isa in isas}
+    cpu = [s for s in cpu if Path(s).stem.rsplit("_", 1)[-1] not in elsewhere]
     found = [Extension("cnncomp._cpu", cpu)]
     cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp"))
     if cuda and find_nvcc() is not None:

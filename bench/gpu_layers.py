@@ -32,7 +32,7 @@ def registers_of(kernel: str, arch: str) -> int:
 @cache
 def _text(kernel: str, arch: str) -> str:
     """Digest of a planned kernel's own PTX: what is changed in others leaves its counts."""
-    ptx = emulated.ptx_of(kernel.split("_int8")[0] + "_int8", arch)
+    ptx = emulated.ptx_of(emulated.source_of(kernel), arch)
     return hashlib.sha256(single_entry(ptx, emulated.entry_of(kernel, ptx)).encode()).hexdigest()
 
 

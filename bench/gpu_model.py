@@ -223,12 +223,14 @@ def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[s
 
 
 def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One record per layer of a network, GPU and kernel: the CUDA kernels of the package, and peers of these dtypes."""
+    """One record per layer of a network, GPU and kernel: the package's CUDA kernels, also sparse, and peers of these dtypes."""
+    from bench import gpu_sparse
     from bench.gpu_layers import run_layer
     from bench.layers import gpu_shapes
 
-    found = []
-    for shape in gpu_shapes(network):
+    shapes = gpu_shapes(network)
+    found = gpu_sparse.records(shapes, batch, GPUS[1:])
+    for shape in shapes:
         for arch, gpus in (("75", GPUS[:1]), ("80", GPUS[1:])):
             for gpu in gpus:
                 (counts, launch), kernel = run_layer(shape, batch, arch, gpu)
@@ -242,7 +244,6 @@ def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[s
 def main() -> None:
     from bench import gpu_report
     from bench.layers import GPU_NETWORKS
-    from cnncomp.results.report import replace_section
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
@@ -263,14 +264,7 @@ def main() -> None:
             rows += records(network, batch, dtypes)
             OUT.parent.mkdir(parents=True, exist_ok=True)
             OUT.write_text(json.dumps(rows, indent=1))
-    print(gpu_report.report(rows), gpu_report.compare(rows), gpu_report.overview(rows), sep="\n\n")
-    if arguments.docs:
-        replace_section(arguments.docs, "gpu-model", gpu_report.document(rows))
-    print(f"{OUT}: {len(rows)} records")
-    if dtypes:
-        from bench.plot import plot_gpu
-
-        print(plot_gpu(gpu_report.ratios(rows), OUT.with_suffix(".png")))
+    gpu_report.write(rows, arguments.docs)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""Tables of the model's records: bench/gpu_model.py."""
+"""Tables of the model's records, of bench/gpu_model.py; ``python -m bench.gpu_report`` makes them again from the file."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from bench.gpu_hardware import GPUS
-from bench.gpu_model import LABEL
+from bench.gpu_model import LABEL, OUT
 
 
 def report(rows: list[dict[str, Any]]) -> str:
     """A table: time per network, batch and GPU of the package's kernels, and how often each resource binds."""
     lines = [f"{'network':14} {'batch':>5} {'GPU':10} {'ms':>8} {'of int8 peak':>12}  bound by  ({LABEL})"]
-    ours = [r for r in rows if r["peer"] is None]
+    ours = [r for r in rows if r["peer"] is None and r["pattern"] == "dense"]
     for network, batch, name in sorted({(r["network"], r["batch"], r["gpu"]) for r in ours}):
         mine = [r for r in ours if (r["network"], r["batch"], r["gpu"]) == (network, batch, name)]
         gpu = next(g for g in GPUS if g.name == name)
@@ -28,18 +31,28 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+PICTURE = "gpu_model.png"  # beside the document
+
 #: By network, GPU, batch and peer ("cutlass int8 dense"): layer to how many times as fast as the peer the package's kernel is,
 #: with each of VARIATIONS.
 Ratios = dict[tuple[str, str, int, str], dict[str, list[float]]]
 
 
-def ratios(rows: list[dict[str, Any]], passes: bool = False) -> Ratios:
-    """The peers' times over the package's, layer by layer; with the pass for what a peer's kernel can't fuse if asked."""
-    ours = {(r["network"], r["gpu"], r["batch"], r["layer"]): r["us_varied"] for r in rows if r["peer"] is None}
+def ratios(rows: list[dict[str, Any]], passes: bool = False, pattern: str = "dense") -> Ratios:
+    """The peers' times over those of the package's int8 kernels of a pattern, layer by layer.
+
+    Args:
+        rows: Records.
+        passes: Add the pass for what a peer's kernel can't fuse.
+        pattern: Of the package's weights; layers that its kernels of this pattern can't run are left out.
+    """
+    place = lambda r: (r["network"], r["gpu"], r["batch"], r["layer"])  # noqa: E731
+    own = [r for r in rows if r["peer"] is None and (r["dtype"], r["pattern"]) == ("int8", pattern)]
+    ours = {place(r): r["us_varied"] for r in own}
     found: Ratios = {}
     for r in rows:
-        if r["peer"]:
-            mine = ours[r["network"], r["gpu"], r["batch"], r["layer"]]
+        if r["peer"] and place(r) in ours:
+            mine = ours[place(r)]
             key = (r["network"], r["gpu"], r["batch"], f"{r['peer']} {r['dtype']} {r['pattern']}")
             found.setdefault(key, {})[r["layer"]] = [
                 (theirs + passes * r["pass_us"]) / us for theirs, us in zip(r["us_varied"], mine, strict=True)
@@ -82,30 +95,46 @@ def compare(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-#: Columns of the overview: peer as in Ratios, whether with its pass, title.
+#: Columns of the overview: peer as in Ratios, whether with its pass, the package's pattern, title.
 COLUMNS = (
-    ("cutlass int8 dense", False, "CUTLASS int8"),
-    ("cutlass int8 dense", True, "and its pass"),
-    ("cutlass fp16 dense", False, "CUTLASS fp16"),
-    ("inductor fp16 dense", False, "inductor fp16"),
-    ("inductor int8 dense", False, "inductor int8"),
-    ("triton int8 dense", False, "plain Triton int8"),
-    ("cutlass int8 2:4", False, "CUTLASS 2:4 int8"),
+    ("cutlass int8 dense", False, "dense", "CUTLASS int8"),
+    ("cutlass int8 dense", True, "dense", "and its pass"),
+    ("cutlass fp16 dense", False, "dense", "CUTLASS fp16"),
+    ("inductor fp16 dense", False, "dense", "inductor fp16"),
+    ("inductor int8 dense", False, "dense", "inductor int8"),
+    ("triton int8 dense", False, "dense", "plain Triton int8"),
+    ("cutlass int8 2:4", False, "dense", "CUTLASS 2:4 int8"),
+    ("cutlass int8 2:4", False, "2:4", "both 2:4"),
 )
 
 
-def overview(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> str:
-    """Geometric means over layers as a table in Markdown: a line for each network, GPU (all by default) and batch."""
-    alone, passes = ratios(rows), ratios(rows, passes=True)
-    titles = ["network", "GPU", "batch", *(title for *_, title in COLUMNS)]
-    lines = ["| " + " | ".join(titles) + " |", "|---|---|---:|" + "---:|" * len(COLUMNS)]
+#: By network, GPU and batch: title of the column to the geometric mean over the layers that the peer has a kernel for.
+Means = dict[tuple[str, str, int], dict[str, float]]
+
+
+def averages(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> Means:
+    """The overview's numbers; of all GPUs by default, in their order."""
     wanted = tuple(gpus) or tuple(gpu.name for gpu in GPUS)
-    places = sorted({key[:3] for key in alone if key[1] in wanted}, key=lambda k: (k[0], wanted.index(k[1]), k[2]))
-    for place in places:
-        cells = []
-        for peer, with_pass, _ in COLUMNS:
-            values = (passes if with_pass else alone).get((*place, peer))
-            cells.append(f"{geometric_mean(v[0] for v in values.values()):.2f}" if values else "")
+    found: Means = {}
+    for peer, passes, pattern, title in COLUMNS:
+        for (*place, name), layers in ratios(rows, passes, pattern).items():
+            if name == peer and place[1] in wanted:
+                found.setdefault((place[0], place[1], place[2]), {})[title] = geometric_mean(
+                    v[0] for v in layers.values()
+                )
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], wanted.index(item[0][1]), item[0][2])))
+
+
+def overview(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> str:
+    """Geometric means over layers as a table in Markdown: a line for each network, GPU (all by default) and batch.
+
+    Columns that no layer has a value for are left out.
+    """
+    means = averages(rows, gpus)
+    titles = [title for *_, title in COLUMNS if any(title in found for found in means.values())]
+    lines = ["| network | GPU | batch | " + " | ".join(titles) + " |", "|---|---|---:|" + "---:|" * len(titles)]
+    for place, found in means.items():
+        cells = [f"{found[title]:.2f}" if title in found else "" for title in titles]
         lines.append("| " + " | ".join([*map(str, place), *cells]) + " |")
     return "\n".join(lines)
 
@@ -122,10 +151,13 @@ the distinct convolution and linear layers that the peer has a kernel for. u8 in
 
 {overview(rows, shown)}
 
+![the same of all GPUs]({PICTURE})
+
 "And its pass": CUTLASS fuses one scale, not one per channel; the pass that scales each channel reads 32-bit sums and writes
 bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak, with no
 tile, wave or multiprocessor wasted, which no kernel reaches on small batches. CUTLASS 2:4 multiplies half as much, in layers
-that are matrix products. Neither CUTLASS nor Triton has int8 for depthwise layers, and inductor has int8 for products alone.
+that are matrix products; the package's kernel beside it is the dense one, except in a column "both 2:4". Neither CUTLASS nor
+Triton has int8 for depthwise layers, and inductor has int8 for products alone.
 
 <details><summary>Other GPUs</summary>
 
@@ -135,3 +167,28 @@ that are matrix products. Neither CUTLASS nor Triton has int8 for depthwise laye
 
 Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}. Records, with ranges over
 the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is worth is in docs/design.md."""
+
+
+def write(rows: list[dict[str, Any]], docs: Path | None) -> None:
+    """Print the tables, draw the picture beside the records, and put the section into ``docs`` if it is given."""
+    from cnncomp.results.report import replace_section
+
+    print(report(rows), compare(rows), overview(rows), sep="\n\n")
+    print(f"{OUT}: {len(rows)} records")
+    if any(row["peer"] for row in rows):
+        from bench.plot import plot_gpu, plot_gpu_means
+
+        print(plot_gpu(ratios(rows), OUT.with_suffix(".png")))
+        if docs:
+            replace_section(docs, "gpu-model", document(rows))
+            print(plot_gpu_means(averages(rows), docs.parent / PICTURE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--docs", type=Path, help="a Markdown file to put the tables into")
+    write(json.loads(OUT.read_text()), parser.parse_args().docs)
+
+
+if __name__ == "__main__":
+    main()

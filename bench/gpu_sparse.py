@@ -6,6 +6,7 @@ Adds its records to those that ``python -m bench.gpu_model`` has written.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,8 @@ from bench.gpu_model import L1, LABEL, OUT, Launch, _record, model, resident, sa
 from bench.gpu_peers import conv_candidates
 from bench.layers import GPU_NETWORKS, ConvShape, gpu_shapes
 from cnncomp import _cuda
-from cnncomp.sparsity import pack_2to4
-from cnncomp.sparsity.two_four import why_not_2to4
+from cnncomp.sparsity import pack_2to4, pack_gathered
+from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, why_not
 from tests import cuda_emulated as emulated
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
 from tests.ptx.cute import headers
@@ -30,21 +31,31 @@ from tests.ptx.cute import headers
 DTYPES = ("int8", "fp16")
 
 
-class SparseRun(NamedTuple):
-    """A sparse kernel on a layer."""
+class Mask(NamedTuple):
+    """Which weights of a layer are zero, and the format and kernels that leave them out."""
 
-    kernel: str
-    dtype: str
-    pattern: str
+    format: str
     sparsity: float
-    counted: Counted
+
+    def pattern(self, dtype: str) -> str:
+        return "2:4" if self.format == "sparse24" else f"block64x{16 if dtype == 'int8' else 8}"
+
+    def packed(self, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> Tensor:
+        """A packed weight (K, C/G, R, S) of ones and zeros: the values change no count. 2:4: the first and the third of four
+        input channels; blocks: as many in each slice of 64 outputs, at random."""
+        if self.format == "sparse24":
+            weight = torch.zeros(shape, dtype=dtype)
+            weight[:, ::2] = 1
+            return pack_2to4(weight, groups)
+        chunk = CHUNK_BYTES // dtype.itemsize
+        slices, chunks = groups * -(-shape[0] // groups // SLICE), -(-shape[1] // chunk)
+        score = torch.rand(slices, chunks * math.prod(shape[2:]), generator=torch.Generator().manual_seed(0))
+        kept = (score.argsort(1).argsort(1) < round((1 - self.sparsity) * score.shape[1])).to(dtype)
+        kept = kept.reshape(groups, -1, chunks, *shape[2:]).repeat_interleave(SLICE, 1)[:, : shape[0] // groups]
+        return pack_gathered(kept.flatten(0, 1).repeat_interleave(chunk, 1)[:, : shape[1]], groups)
 
 
-def two_to_four(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A weight of ones and zeros: the first and the third of four input channels. The values change no count."""
-    weight = torch.zeros(shape, dtype=dtype)
-    weight[:, ::2] = 1
-    return weight
+MASKS = (Mask("sparse24", 0.5), *(Mask("blocks", zeros) for zeros in (0.5, 0.75, 0.9, 0.95)))
 
 
 def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) -> tuple[Result, Launch]:
@@ -57,19 +68,21 @@ def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) 
     return result, Launch(**{**vars(launch), "registers": registers_of(plan["kernel"], arch)})
 
 
-def run_2to4(shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "int8") -> SparseRun | None:
-    """The 2:4 convolution, no residual; None for a layer that it can't run. ``dtype``: "int8", with u8 input and output, or
-    "fp16"."""
+def run_sparse(
+    shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "int8", mask: Mask = MASKS[0]
+) -> tuple[Counted, str] | None:
+    """Counts and launch of a layer's convolution, no residual, and the kernel's name; None for a layer that it can't run.
+    ``dtype``: "int8", with u8 input and output, or "fp16"."""
     g, half = shape.geometry, dtype == "fp16"
     kind, of_weight = (torch.float16, torch.float16) if half else (torch.uint8, torch.int8)
-    if why_not_2to4(shape.c, g.kernel_size, shape.groups, kind.itemsize):
+    if why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
         return None
     memory = GlobalMemory()
     x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=kind)
-    weight = pack_2to4(two_to_four((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight), shape.groups)
+    weight = mask.packed((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight, shape.groups)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=kind)
     constants, place, code = torch.ones(3, shape.k), memory.pointer, emulated.DTYPE_CODE[kind]
-    planned = _cuda.plan_conv2d_sparse24_f16 if half else _cuda.plan_conv2d_sparse24_int8
+    planned = getattr(_cuda, f"plan_conv2d_{mask.format}_{'f16' if half else 'int8'}")
     plan = planned(
         gpu.sms, gpu.shared, place(x), code, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s,
         *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), code,
@@ -77,10 +90,11 @@ def run_2to4(shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "in
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read, grid = int(share * x.nbytes), plan["grid"]
     least = read + weight.nbytes + out.nbytes + constants.nbytes
-    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, grid[1] * grid[2], sparse=True)
-    key = (emulated.digest(emulated.source_of(plan["kernel"])), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1)
-    found = counted(key, lambda: _run(plan, arch, memory, launch))
-    return SparseRun(plan["kernel"], dtype, "2:4", 0.5, found)
+    sparse = mask.format == "sparse24"
+    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, grid[1] * grid[2], sparse=sparse)
+    source = emulated.source_of(plan["kernel"])
+    key = (emulated.digest(source), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask)
+    return counted(key, lambda: _run(plan, arch, memory, launch)), plan["kernel"]
 
 
 def dense_us(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str, float]:
@@ -98,28 +112,31 @@ def dense_us(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str, fl
 
 
 def records(
-    shapes: Iterable[ConvShape], batch: int, gpus: Iterable[Gpu], dtypes: Sequence[str] = DTYPES
+    shapes: Iterable[ConvShape],
+    batch: int,
+    gpus: Iterable[Gpu],
+    dtypes: Sequence[str] = DTYPES,
+    masks: Sequence[Mask] = MASKS,
 ) -> list[dict[str, Any]]:
     """One record per layer, GPU and sparse kernel, with ``dense_us``: the times of the dense kernels. ``gpus``: of sm_80 and
     later."""
     found = []
-    for shape in shapes:
-        for gpu in gpus:
-            for dtype in dtypes:
-                run = run_2to4(shape, batch, "80", gpu, dtype)
-                if run is None:
-                    continue
-                counts, launch = run.counted
-                about = {
-                    "kernel": run.kernel,
-                    "peer": None,
-                    "dtype": dtype,
-                    "pattern": run.pattern,
-                    "sparsity": run.sparsity,
-                }
-                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
-                about["dense_us"] = dense_us(shape, batch, gpu, dtype)
-                found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
+    for shape, gpu, dtype in itertools.product(shapes, gpus, dtypes):
+        for mask in masks:
+            run = run_sparse(shape, batch, "80", gpu, dtype, mask)
+            if run is None:
+                continue
+            (counts, launch), kernel = run
+            about = {
+                "kernel": kernel,
+                "peer": None,
+                "dtype": dtype,
+                "pattern": mask.pattern(dtype),
+                "sparsity": mask.sparsity,
+            }
+            about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
+            about["dense_us"] = dense_us(shape, batch, gpu, dtype)
+            found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
     return found
 
 
@@ -135,14 +152,14 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = [f"{head} {'worst':>6} {'gain':>5}  ({LABEL})"]
     groups: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("pattern", "dtype", "network", "gpu", "batch"))
+        key = tuple(row[name] for name in ("pattern", "sparsity", "dtype", "network", "gpu", "batch"))
         for than, us in row["dense_us"].items():
             groups.setdefault((*key, than), []).append((row["shape"]["c"], us / row["us"]))
-    for (pattern, dtype, network, gpu, batch, than), found in sorted(groups.items()):
+    for (pattern, zeros, dtype, network, gpu, batch, than), found in sorted(groups.items()):
         means = [_mean([ratio for c, ratio in found if c >= least]) for least in (0, DEEP)]
         worst, gain = min(ratio for _, ratio in found), sum(ratio > 1 for _, ratio in found)
         lines.append(
-            f"{pattern:8} {dtype:6} {network:14} {gpu:10} {batch:5d} {than:8} {len(found):6d} {means[0]:6.2f}"
+            f"{pattern:10} {zeros:5.0%} {dtype:6} {network:14} {gpu:10} {batch:5d} {than:8} {len(found):6d} {means[0]:6.2f}"
             f" {means[1]:7.2f} {worst:6.2f} {gain:5d}"
         )
     return "\n".join(lines)

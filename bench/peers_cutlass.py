@@ -40,7 +40,9 @@ def _run(
     least = int(read) + sum(t.nbytes for t in tensors[1:])
     sweeps = planned.grid[1]  # CUTLASS's order of blocks goes over all rows for some columns at a time
     registers = build(variant).registers
-    return result, Launch(len(blocks), planned.threads, registers, least, variant.dtype, int(read), sweeps)
+    return result, Launch(
+        len(blocks), planned.threads, registers, least, variant.dtype, int(read), sweeps, variant.sparse
+    )  # fmt: skip
 
 
 def run_conv(

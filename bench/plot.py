@@ -86,6 +86,35 @@ def plot_gpu(ratios: dict[tuple[str, str, int, str], dict[str, list[float]]], ou
     return out
 
 
+def plot_gpu_means(means: dict[tuple[str, str, int], dict[str, float]], out: Path) -> Path:
+    """Draw geometric means over layers, a row per network, a line per peer.
+
+    Args:
+        means: By network, GPU and batch: title of the peer to how many times as fast this project's kernels are.
+        out: The picture, which is returned.
+    """
+    networks = sorted({network for network, *_ in means})
+    columns = list(dict.fromkeys((gpu, batch) for _, gpu, batch in means))
+    titles = list(dict.fromkeys(title for found in means.values() for title in found))
+    figure, axes = plt.subplots(
+        len(networks), 1, figsize=(8, 2.4 * len(networks)), squeeze=False, sharex=True, layout="constrained"
+    )
+    for ax, network in zip(axes[:, 0], networks, strict=True):
+        for title in titles:
+            values = [means.get((network, *column), {}).get(title, float("nan")) for column in columns]
+            ax.plot(range(len(columns)), values, marker=".", linewidth=0.8, label=title)
+        ax.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        ax.set_yscale("log")
+        ax.set_ylabel("times as fast", fontsize=8)
+        ax.set_title(network, fontsize=9)
+        ax.set_xticks(range(len(columns)), [f"{g}, {b}" for g, b in columns], rotation=60, ha="right", fontsize=7)
+    axes[0, 0].legend(fontsize=6, ncols=4)
+    figure.suptitle("modelled, not measured: geometric means over layers; GPU and batch below", fontsize=9)
+    figure.savefig(out, dpi=80)
+    plt.close(figure)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")

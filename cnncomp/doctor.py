@@ -21,6 +21,8 @@ from cnncomp.data import PACKAGES
 from cnncomp.dispatch import cpu_name
 from cnncomp.dispatch.plan import cache_dir
 from cnncomp.nn import (
+    BlocksQuantConv2d,
+    BlocksQuantLinear,
     Clamp,
     DenseConv2d,
     DenseLinear,
@@ -216,6 +218,8 @@ CHECKS: dict[str, Check] = {
     "linear_sparse_int8": partial(_linear_int8, cls=SparseQuantLinear),
     "conv2d_sparse24_int8": partial(_conv_int8, cls=Sparse24QuantConv2d),
     "linear_sparse24_int8": partial(_linear_int8, cls=Sparse24QuantLinear),
+    "conv2d_blocks_int8": partial(_conv_int8, cls=BlocksQuantConv2d),
+    "linear_blocks_int8": partial(_linear_int8, cls=BlocksQuantLinear),
     "conv2d_depthwise": _conv_depthwise,
     "conv2d_dense": _conv_dense,
     "linear_dense": _linear_dense,

@@ -55,6 +55,10 @@ class _Buffer:
     slot: int = -1
     offset: int = 0
     holders: int = 0  # nodes with a value in it that is still to be read
+    over: _Buffer | None = None  # where it may lie, if that one dies when this one is born
+
+    def root(self) -> _Buffer:
+        return self if self.over is None else self.over.root()
 
 
 @dataclass
@@ -195,11 +199,22 @@ class _Recorder(fx.Interpreter):
             return None
         finally:
             self.program.record(False)
+        if ours and layer.writes_over_residual and len(n.all_input_nodes) == 2:
+            self._lay_over(value, *n.all_input_nodes)
         if self.items and self.items[-1].node is None and self.items[-1].last == begin:
             self.items[-1].last = len(self.program)
         else:
             self.items.append(_Item(begin, len(self.program)))
         return value
+
+    def _lay_over(self, value: Tensor, x: fx.Node, residual: fx.Node) -> None:
+        """Note that the output of a layer may lie where its residual is: what is read is in the caches already."""
+        out, read, over = (self.find(t.data_ptr()) for t in (value, self.values[x], self.values[residual]))
+        if out is None or over is None or over is read or value.nbytes != over.end - over.begin:
+            return
+        *_, seen, written = self.program.addresses(len(self.program) - 1)  # as the kernel got them: no copies
+        if (seen, written) == (over.begin, value.data_ptr()) == (over.begin, out.begin):
+            out.over = over
 
     def _is_view(self, n: fx.Node, value: Any) -> bool:
         """Whether ``n`` only looks in another way at its input, a tensor of ours: then it does so every time."""
@@ -244,6 +259,17 @@ class _Recorder(fx.Interpreter):
                 if buffer is None:
                     raise NotRecordable("an operand that was made inside an operator")
                 self.pointers.append((step, which, buffer, address - buffer.begin))
+
+
+def _merged(buffers: list[_Buffer]) -> list[_Buffer]:
+    """The buffers that need places of their own: others lie where one lies that they succeed."""
+    for b in buffers:
+        if b.over is not None and not (b.over.dies == b.born and any(b.over is other for other in buffers)):
+            b.over = None
+    for b in buffers:
+        root = b.root()
+        root.dies = max(root.dies, b.dies)
+    return [b for b in buffers if b.over is None]
 
 
 def _place(buffers: Iterable[_Buffer]) -> int:
@@ -318,9 +344,9 @@ class Recording:
             self.results.append(_View.of(t, buffer))
         returned = [v.buffer for v in self.results]
         inside = [b for b in recorder.buffers if b.ours and not any(b is r for r in returned)]
-        self.arena_bytes = _place(inside)
+        self.arena_bytes = _place(_merged(inside))
         for b in inside:
-            b.slot = 0
+            b.slot, b.offset = 0, b.root().offset
         self.num_slots = 1
         for b in [*returned, *(b for b in recorder.buffers if not b.ours)]:
             b.slot, self.num_slots = self.num_slots, self.num_slots + 1

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cnncomp.ops import cuda, cuda_sparse
+from cnncomp.sparsity import gathered
 from cnncomp.sparsity.two_four import packed_shape
 from tests import cuda_emulated as emulated
 from tests.ptx import GlobalMemory
@@ -59,20 +60,24 @@ class EmulatedModule:
         plan = functools.partial(_cuda.plan_conv2d_int8, multiprocessors)
         self._run(plan, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * math.prod(out_size(a)))
 
-    def conv2d_sparse24_int8(
-        self, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any
+    def __getattr__(self, name: str) -> Any:
+        """The kernels with packed sparse weights, by their names."""
+        format, _, kind = name.removeprefix("conv2d_").partition("_")
+        return functools.partial(self._packed, format, kind)
+
+    def _packed(
+        self, format: str, kind: str, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any
     ) -> None:
         a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
-        plan = functools.partial(_cuda.plan_conv2d_sparse24_int8, multiprocessors, shared)
-        self._run_sparse24(plan, a, torch.int8)
-
-    def conv2d_sparse24_f16(self, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any) -> None:
-        a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
-        plan = functools.partial(_cuda.plan_conv2d_sparse24_f16, multiprocessors, shared)
-        self._run_sparse24(plan, a, torch.float16)
-
-    def _run_sparse24(self, plan: Any, a: dict[str, Any], dtype: torch.dtype) -> None:
-        weights = math.prod(packed_shape((a["k"], a["c"] // a["groups"], a["r"], a["s"]), dtype, a["groups"]))
+        dtype = torch.int8 if kind == "int8" else torch.float16
+        logical, groups = (a["k"], a["c"] // a["groups"], a["r"], a["s"]), a["groups"]
+        if format == "sparse24":
+            weights = math.prod(packed_shape(logical, dtype, groups))
+        else:
+            slices = groups * -(-(a["k"] // groups) // 64)
+            steps = int(host_bytes(a["weight"], 4 * slices + 4).view(np.int32)[-1])
+            weights = gathered.table_bytes(slices) + steps * gathered.STEP_BYTES
+        plan = functools.partial(getattr(_cuda, f"plan_conv2d_{format}_{kind}"), multiprocessors, shared)
         x = a["n"] * a["h"] * a["w"] * a["c"] * dtype.itemsize
         self._run(plan, a, x, weights, a["n"] * math.prod(out_size(a)))
 

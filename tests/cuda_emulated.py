@@ -30,6 +30,8 @@ FLAGS_OF = {
     "depthwise3x3_int8": ("_s8",),
     "conv2d_sparse24_int8": ("_s8",),
     "conv2d_sparse24_f16": ("_bf16",),
+    "conv2d_blocks_int8": ("_s8",),
+    "conv2d_blocks_f16": ("_bf16",),
 }
 KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}

@@ -102,30 +102,43 @@ def _sections(sass: str) -> dict[str, str]:
 
 
 def archs_of(kernel: str) -> tuple[str, ...]:
-    """Architectures that a kernel does its work on: Turing's tensor cores have no sparse operand."""
+    """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand, and the kernels of
+    gathered blocks, whose code is the same from sm_80 on, on the first alone."""
+    if "_blocks_" in kernel:
+        return ("80",)
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
 
 def dynamic_shared(name: str, arch: str) -> int:
     """Bytes that a launch of the kernel of this short name asks for on sm_<arch>, besides the static ones."""
-    if name.startswith("depthwise"):
+    kernel, *numbers = name.split()
+    if kernel.startswith("depthwise"):
         return 0
-    if "_sparse24_" in name:
-        channels, pixels, _, _, stages, element = map(int, name.split()[1:7])
+    if "_blocks_" in kernel:
+        pixels, _, stages = map(int, numbers[:3])
+        return stages * (8192 + 128 * pixels)
+    if "_sparse24_" in kernel:
+        channels, pixels, _, _, stages, element = map(int, numbers[:6])
         return stages * (channels // 64 * (4096 + 1024 // element) + 128 * pixels)
-    pixels, channels, _, _, slices, stages = map(int, name.split()[1:7])
+    pixels, channels, _, _, slices, stages = map(int, numbers[:6])
     return (2 if arch == "75" else stages) * slices * (pixels + channels) * 64
 
 
+#: Tiles for multiprocessors of much shared memory, and those in their place where there is little.
+MUCH_OR_LITTLE = {
+    "_sparse24_": (("128 128 64 1 3", "128 64 32 1 3"), ("128 128 32 1 3", "128 64 32 1 2")),
+    "_blocks_": (("128 32 3",), ("128 32 2",)),
+}
+
+
 def shipped(name: str, arch: str) -> bool:
-    """Whether a plan takes the kernel of this short name on this architecture: some tiles are for much shared memory, some for
-    little."""
-    if "_sparse24_" not in name:
-        return True
-    tile = " ".join(name.split()[1:6])
-    in_less, in_more = tile in ("128 128 32 1 3", "128 64 32 1 2"), tile in ("128 128 64 1 3", "128 64 32 1 3")
-    much = gpu_of(arch).shared >= 160 << 10
-    return not (in_less if much else in_more)
+    """Whether a plan takes the kernel of this short name on this architecture."""
+    numbers = name.partition(" ")[2]
+    for part, (much, little) in MUCH_OR_LITTLE.items():
+        if part in name:
+            others = little if gpu_of(arch).shared >= 160 << 10 else much
+            return not numbers.startswith(tuple(f"{tile} " for tile in others))
+    return True
 
 
 @cache
@@ -181,7 +194,8 @@ def problems(row: Row) -> list[str]:
     name, *numbers = row.kernel.split()
     bytewise = name == "conv2d_runs_int8" or (name == "conv2d_int8" and numbers[6] == "1")
     if not bytewise:
-        if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"]):
+        places = 1 if "_blocks_" in row.kernel else 0  # where the next step's chunk of activations is
+        if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"] > places):
             found.append(
                 f"the main loop has {row.loop['LDGSTS']} asynchronous copies and {row.loop['LDG']} plain loads"
             )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from cnncomp.dispatch.choose import MARGIN, Chooser
+from cnncomp.dispatch.choose import MARGIN, NEAR, Chooser
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.graph import trace
 from tests.helpers import mask_weights
@@ -80,6 +80,33 @@ def test_no_compressed_layer_loses_to_dense_with_its_conversions(monkeypatch: py
     times = [fast_last, {**DENSE, "conv2d_sparse": 0.85}]
     assert settle(found, times, monkeypatch, 0.1) == ["dense.fused", "conv2d_sparse"]
     assert settle(chooser(*convs(2), zeros=0.9), times, monkeypatch, 0.3)[1].startswith("dense.")
+
+
+@pytest.mark.parametrize(("seconds", "kernel"), [(NEAR - 0.01, "dense.direct"), (NEAR + 0.01, "dense.nchw")])
+def test_own_dense_kernels_are_tried_where_torchs_are_hardly_faster(
+    seconds: float, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = chooser(*convs(3), zeros=0.8)
+    times = [{**DENSE, "dense.direct": seconds, "conv2d_sparse": s} for s in (2.0, 0.1, 2.0)]
+    times[2]["dense.fused"] = 0.4  # in another layout: stays
+    assert settle(found, times, monkeypatch) == ["dense.nchw", "conv2d_sparse", "dense.fused"]
+    tried = found.with_own_kernels(found.cheapest())
+    assert [o.candidate.kernel for o in tried.values()] == [kernel, "conv2d_sparse", "dense.fused"]
+
+
+def test_the_network_decides_between_own_kernels_and_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for own, kernel in ((0.9, "dense.direct"), (1.1, "dense.nchw")):
+        net = mask_weights(nn.Sequential(*convs(2)), 0.8).eval()
+        planner = NetworkPlanner(trace(net, (X,)), (X,), torch.device("cpu"))
+        monkeypatch.setattr(
+            planner, "_race", lambda rivals, own=own: {"dense": 2.0, "converted": 1.0, "own kernels": own}
+        )
+        names = list(planner.names)
+        times = {**DENSE, "dense.direct": 1.05, "dense.channels_last": 9.0, "dense.fused": 9.0}
+        plan = planner.settle_by({names[0]: {**times, "conv2d_sparse": 3.0}, names[1]: {**times, "conv2d_sparse": 0.1}})
+        kernels = {p.kernel for p in plan.layers.values()}
+        assert kernels == {kernel, "conv2d_sparse"} and plan.network_ms["converted"] == 1e3 * min(own, 1.0)
+        assert {getattr(m, "kernel", kernel) for m in planner.module.children()} == kernels
 
 
 def test_measured_time_of_a_pool() -> None:

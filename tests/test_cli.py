@@ -121,7 +121,7 @@ def test_compress_is_the_python_function(folder: Path) -> None:
     loaded = cnncomp.load("a.cnncomp")
     assert torch.equal(loaded(x), expected(x))
     assert {name: p.kernel for name, p in loaded.plan.layers.items()} == {
-        "0": "dense.nchw", "3": "conv2d_int8", "7": "linear_int8",
+        "0": "dense.direct", "3": "conv2d_int8", "7": "linear_int8",
     }  # fmt: skip
     same = int((loaded(held_out).argmax(1) == trained()(held_out).argmax(1)).sum())
     assert len(held_out) == 2 and f"same class as full precision on {same} of 2 images" in result.output
@@ -148,7 +148,7 @@ def test_compress_prunes_and_leaves_precision(folder: Path) -> None:
     result = run("compress", *NETWORK, *arguments)
     assert result.exit_code == 0, result.output
     kernels = [p.kernel for p in cnncomp.load("a.cnncomp").plan.layers.values()]
-    assert kernels == ["dense.nchw", "conv2d_sparse", "dense.linear"]
+    assert kernels == ["dense.direct", "conv2d_sparse", "dense.linear"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".ckpt"])

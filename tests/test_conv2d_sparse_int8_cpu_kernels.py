@@ -184,6 +184,19 @@ def test_bounds_of_the_clamp(isa: str, out: torch.dtype) -> None:
     check(conv, o)
 
 
+@pytest.mark.parametrize("largest", [300.0, 1e5])
+@pytest.mark.parametrize("out", [U8, S8])
+def test_large_scales(isa: str, out: torch.dtype, largest: float) -> None:
+    """A channel without weights has any scale; with weights, a large one takes numbers beyond int32."""
+    conv = Conv(40, 32, 1, 9, 8, (3, 3), pad=(1, 1), x=S8, residual=out, out=out)
+    o = sparse_operands(conv)
+    o.weight[3], o.constants[0, 3] = 0, largest
+    check(conv, o)
+    o.constants[0, 8:12] = torch.tensor([largest, -largest, largest, 1.0])
+    o.weight[10, 1:] = 0
+    check(conv, o)
+
+
 @pytest.mark.parametrize("dtype", [U8, S8])
 def test_longest_reduction(isa: str, dtype: torch.dtype) -> None:
     conv = Conv(66_311, 1, n=2, x=dtype, out=F32)

@@ -147,7 +147,7 @@ MUTANTS = {
     "wait too weak": (RaceError, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"),
     "copy of what is outside": (
         AssertionError,
-        r"(cp\.async\.cg\.shared\.global \[%\w+\], \[%\w+\], 16), %\w+;",
+        r"(cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 16), %\w+;",
         r"\1, 16;",
     ),
 }

@@ -5,14 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cnncomp.dispatch.candidates import table
 from cnncomp.errors import ArgumentError, DeviceError, PatternError
-from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, Sparse24QuantConv2d, Sparse24QuantLinear
+from cnncomp.nn import (
+    BlocksQuantConv2d,
+    BlocksQuantLinear,
+    Clamp,
+    DenseConv2d,
+    Geometry,
+    QuantConv2d,
+    QuantLinear,
+    QuantSpec,
+    Sparse24QuantConv2d,
+    Sparse24QuantLinear,
+)
 from cnncomp.ops import cuda_sparse, reference
-from cnncomp.sparsity import pack_2to4
+from cnncomp.sparsity import pack_2to4, pack_gathered
 from tests import cuda_emulated as emulated
 from tests.cuda_device import emulated_device
 from tests.helpers import random_8bit
-from tests.test_packers import masked_2to4
+from tests.test_packers import masked_2to4, masked_blocks
 
 needs_nvcc = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 INT8 = torch.int8
@@ -35,7 +47,7 @@ def test_launch_of_a_conv(layout, groups, out_dtype, residual):
     expected = reference.conv2d_int8(x, weight, constants, res, 0.25, 3.0, *geometry, out_dtype)
     args = (x, pack_2to4(weight, groups), constants, res, 0.25, 3.0, (3, 2), *geometry, out_dtype)
     with emulated_device():
-        got = cuda_sparse.conv2d_sparse24(*args)
+        got = cuda_sparse.conv2d("sparse24", *args)
     assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
     assert torch.equal(torch.ops.cnncomp.conv2d_sparse24_int8(*args), expected)  # on the CPU
 
@@ -51,7 +63,7 @@ def test_launch_of_a_conv_of_halves(dtype):
     expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
     args = (x, pack_2to4(weight, 2), constants, res, 0.25, 3.0, (3, 2), *geometry, dtype)
     with emulated_device():
-        got = cuda_sparse.conv2d_sparse24(*args)
+        got = cuda_sparse.conv2d("sparse24", *args)
     assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
     assert torch.equal(torch.ops.cnncomp.conv2d_sparse24_f16(*args), expected)  # on the CPU
 
@@ -69,15 +81,76 @@ def test_halves_that_do_not_belong_together():
 
 
 @needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_launch_of_blocks(dtype):
+    half = dtype == torch.float16
+    x, kind = torch.randint(0, 3, (2, 64, 7, 9)).to(dtype), dtype if half else INT8
+    weight = masked_blocks(torch.randint(-2, 3, (80, 32, 3, 2)).to(kind), 64, 16 // dtype.itemsize, 2, 0.4)
+    geometry, constants = ((2, 1), (1, 0), (1, 2), 2), random_constants(80)
+    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+    res = torch.randint(-8, 9, acc.shape).to(kind)
+    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
+    args = (x, pack_gathered(weight, 2), constants, res, 0.25, 3.0, (3, 2), *geometry, dtype)
+    with emulated_device():
+        assert torch.equal(cuda_sparse.conv2d("blocks", *args), expected)
+    op = torch.ops.cnncomp.conv2d_blocks_f16 if half else torch.ops.cnncomp.conv2d_blocks_int8
+    assert torch.equal(op(*args), expected)  # on the CPU
+
+
+@needs_nvcc
+def test_launch_of_linear_blocks():
+    x, weight = (
+        random_8bit((5, 48), INT8),
+        masked_blocks(torch.randint(-127, 128, (70, 48, 1, 1), dtype=INT8), 64, 16, 1, 0.5),
+    )
+    constants, rest = random_constants(70), (None, 0.0, 0.0, torch.uint8)
+    expected = reference.linear_int8(x, weight.flatten(1), constants, *rest)
+    packed = pack_gathered(weight)
+    with emulated_device():
+        assert torch.equal(cuda_sparse.linear("blocks", x, packed, constants, *rest), expected)
+    assert torch.equal(torch.ops.cnncomp.linear_blocks_int8(x, packed, constants, *rest), expected)
+    with pytest.raises(ArgumentError, match="whole steps of 8224"):
+        torch.ops.cnncomp.linear_blocks_int8(x, packed[:-1], constants, *rest)
+
+
+def test_layers_of_blocks_on_a_cpu_are_the_dense_ones():
+    geometry, spec = Geometry(32, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
+    weight = masked_blocks(torch.randint(-127, 128, (24, 32, 3, 3), dtype=INT8), 64, 16, 1, 0.5)
+    args = (torch.rand(24) / 1000 + 1e-4, torch.randn(24), spec, Clamp(0.0))
+    x = torch.rand(2, 32, 5, 6)
+    sparse, dense = BlocksQuantConv2d(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(sparse.weight_int8(), weight)
+    flat = torch.randint(-127, 128, (24, 80), dtype=INT8)
+    sparse, dense = BlocksQuantLinear(flat, *args), QuantLinear(flat, *args)
+    again = BlocksQuantLinear.build(sparse.config(), sparse.tensors())
+    x = torch.rand(3, 80)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(again(x), dense(x))
+
+
+def test_why_a_layer_has_no_blocks():
+    def reason(weight, groups=1):
+        layer = DenseConv2d(Geometry(weight.shape[1] * groups, len(weight), (1, 1), groups=groups), weight, None)
+        layer.info.input = QuantSpec(0.02, torch.uint8)
+        return next(c for c in table(layer) if c.kernel == "conv2d_blocks_int8").applies(layer)
+
+    weight = torch.ones(128, 32, 1, 1)
+    assert "0% of the 64x16 blocks" in reason(weight) and "multiple of 16" in reason(weight[:, :24])
+    weight[:64, :16] = 0
+    assert "25% of the 64x16 blocks" in reason(weight)
+    weight[:64] = 0
+    assert reason(weight) is None
+
+
+@needs_nvcc
 @pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,)])
 def test_launch_of_a_linear(shape):
     x, weight = random_8bit(shape, INT8), masked_2to4(torch.randint(-127, 128, (24, 48), dtype=INT8))
     constants = random_constants(24)
-    rest = (None, 0.0, -128.0, INT8)
+    rest = (None, 0.0, 0.0, torch.uint8)  # hi is within its range
     expected = reference.linear_int8(x.reshape(-1, 48), weight, constants, *rest).reshape(*shape[:-1], 24)
     packed = pack_2to4(weight[..., None, None])
     with emulated_device():
-        assert torch.equal(cuda_sparse.linear_sparse24(x, packed, constants, *rest), expected)
+        assert torch.equal(cuda_sparse.linear("sparse24", x, packed, constants, *rest), expected)
     assert torch.equal(torch.ops.cnncomp.linear_sparse24_int8(x, packed, constants, *rest), expected)
 
 
@@ -86,7 +159,7 @@ def test_misaligned_and_empty_inputs():
     packed = pack_2to4(torch.zeros(8, 16, 1, 1, dtype=INT8))
     x = torch.zeros(0, 16, 4, 4, dtype=torch.uint8)
     where = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
-    out = cuda_sparse.conv2d_sparse24(x, packed, constants, None, 0.0, 0.0, *where, torch.uint8)
+    out = cuda_sparse.conv2d("sparse24", x, packed, constants, None, 0.0, 0.0, *where, torch.uint8)
     assert out.shape == (0, 8, 4, 4)
     odd = torch.zeros(33, dtype=torch.uint8)[1:].reshape(2, 16, 1, 1)
     assert cuda_sparse._aligned(odd).data_ptr() % 16 == 0
@@ -105,7 +178,7 @@ def test_what_the_kernels_cannot_run_is_an_error(shape, kernel_size, groups, mat
     x, one = torch.zeros(shape, dtype=torch.uint8), (1, 1)
     args = (random_constants(8), None, 0.0, 0.0, kernel_size, one, (0, 0), one, groups, torch.uint8)
     with pytest.raises(ArgumentError, match=match):
-        cuda_sparse.conv2d_sparse24(x, pack_2to4(weight, groups), *args)
+        cuda_sparse.conv2d("sparse24", x, pack_2to4(weight, groups), *args)
 
 
 def test_operands_that_do_not_belong_together():

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnncomp
+from cnncomp._cpu import Program
 from cnncomp.errors import InferenceOnlyError
 from cnncomp.executor import _Buffer, _place
-from cnncomp.nn import SparseConv2d
+from cnncomp.nn import DenseConv2d, SparseConv2d
 from cnncomp.recordings import MAX_RECORDINGS, Recordings, kernels_of
 from tests.helpers import mask_weights
 from tests.saved_networks import NETWORKS, converted
@@ -38,6 +39,61 @@ def recorded(model: Converted, *inputs: Tensor) -> Converted:
 
 def conv(c: int = 3, k: int = 8) -> nn.Conv2d:
     return nn.Conv2d(c, k, 3, padding=1)
+
+
+class Residuals(nn.Module):
+    """A convolution with a residual that is read again, or not, and one whose residual is its own input."""
+
+    def __init__(self, later: bool) -> None:
+        super().__init__()
+        self.later = later
+        self.a, self.b, self.c, self.d = conv(), conv(8), conv(8), conv(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.c(self.b(x)) + x
+        y = torch.sigmoid(self.d(y) + y)
+        return y + x if self.later else y
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_outputs_over_residuals_that_nobody_reads_again(later: bool) -> None:
+    model, x = (
+        sparse(Residuals(later), X),
+        torch.randn(2, 3, 40, 41),
+    )  # larger than what is read before the first output
+    recorded(model, x)
+    for _ in range(3):
+        x = torch.randn_like(x)
+        assert torch.equal(model(x), model.network(x))
+    (recording,) = (r for r in model._recordings._by_key.values() if r)
+    images = recording.arena_bytes / (8 * 2 * 40 * 41 * 4)
+    assert round(images) == (3 if later else 2)  # between b and c there are b's output, and x with c's or without
+
+
+@pytest.mark.parametrize("name", ["conv2d_sparse", "dense.direct"])
+def test_kernels_write_over_their_residuals(name: str) -> None:
+    torch.manual_seed(0)
+    for size in (7, 14, 28, 33, 56):
+        float_layer = mask_weights(nn.Conv2d(70, 33, 3, padding=1), 0.9 if name == "conv2d_sparse" else 0.0)
+        sparse_layer = SparseConv2d.from_float(float_layer)
+        dense = (sparse_layer.geometry, float_layer.weight, float_layer.bias)
+        layer = sparse_layer if name == "conv2d_sparse" else DenseConv2d(*dense, kernel=name)
+        assert layer.kernel == name and layer.writes_over_residual
+        x, residual = torch.randn(2, 70, size, size), torch.randn(2, 33, size, size)
+        program = Program()
+        program.record(True)
+        try:
+            expected = layer(x, residual)
+        finally:
+            program.record(False)
+        places = program.addresses(0)
+        assert places[-2:] == [residual.data_ptr(), expected.data_ptr()] and places[0] == x.data_ptr()
+        for which in (len(places) - 2, len(places) - 1):
+            program.bind(0, which, 0, 0)
+        memory = residual.clone()
+        program.run(0, 1, [memory.data_ptr()])
+        assert torch.equal(memory, expected)
 
 
 @pytest.mark.parametrize("case", [c for c in NETWORKS if c != "dense"])

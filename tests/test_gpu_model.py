@@ -17,13 +17,14 @@ from bench.gpu_model import (
     Launch,
     bounds,
     model,
+    records,
     sample_of,
     touched,
 )
-from bench.gpu_report import compare, overview, ratios, report
+from bench.gpu_report import averages, compare, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman
 from bench.layers import gpu_shapes
-from bench.plot import plot_gpu
+from bench.plot import plot_gpu, plot_gpu_means
 from tests.ptx import emulate, load
 from tests.ptx.test_checks import KERNEL
 
@@ -101,6 +102,7 @@ def test_report_says_that_it_is_a_model():
         "macs": 10**6,
         "bound": "issue",
         "peer": None,
+        "pattern": "dense",
     }
     text = report([row])
     assert LABEL in text and "0.020" in text
@@ -181,6 +183,25 @@ def row_of(layer, us, peer=None):
             "us": us, "pass_us": 20.0 if peer else 0.0, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
 
 
+def test_a_sparse_peer_stands_beside_both_patterns():
+    """The dense kernel's time is not taken for the sparse one's, and a layer without a sparse kernel is left out."""
+    sparse = {"pattern": "2:4"}
+    rows = [row_of("a", 10.0), row_of("a", 5.0) | sparse, row_of("b", 10.0)]
+    rows += [row_of(layer, 8.0, "cutlass") | sparse for layer in "ab"]
+    key = ("n", "A100", 8, "cutlass int8 2:4")
+    assert ratios(rows)[key] == {"a": [0.8, 1.2], "b": [0.8, 1.2]}
+    assert ratios(rows, pattern="2:4") == {key: {"a": [8 / 5, 12 / 5]}}
+    assert overview(rows, ["A100"]).splitlines()[-1].endswith("| 0.80 | 1.60 |")
+
+
+def test_sparse_kernels_are_among_the_records(monkeypatch):
+    pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr("bench.layers.gpu_shapes", lambda network: [])
+    monkeypatch.setattr("bench.gpu_sparse.records", lambda shapes, batch, gpus: [(batch, len(gpus))])
+    assert records("resnet50", 8) == [(8, len(GPUS) - 1)]
+
+
 def test_comparison(tmp_path):
     rows = [
         row_of("a", 10.0),
@@ -194,7 +215,9 @@ def test_comparison(tmp_path):
     assert LABEL in head and line == "| n | A100 | 8 | cutlass int8 dense | 2 | 2.00 | 2.00..3.00 | 1.00 | 4.24 |"
     whole = overview(rows, ["A100"]).splitlines()
     assert (
-        whole[2].split("|")[1:6] == [" n ", " A100 ", " 8 ", " 2.00 ", " 4.24 "]
+        whole[2].split("|")[1:] == [" n ", " A100 ", " 8 ", " 2.00 ", " 4.24 ", ""]
         and overview(rows, ["T4"]).count("\n") == 1
     )
     assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000
+    assert averages(rows)["n", "A100", 8] == {"CUTLASS int8": 2.0, "and its pass": pytest.approx(18**0.5)}
+    assert plot_gpu_means(averages(rows), tmp_path / "b.png").stat().st_size > 5000

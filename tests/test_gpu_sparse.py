@@ -10,6 +10,8 @@ import torch
 
 from bench.gpu_hardware import gpu_of
 from bench.layers import ConvShape
+from cnncomp.sparsity import unpack_2to4, unpack_gathered
+from cnncomp.sparsity.blocks import kept_fraction
 from tests import cuda_emulated as emulated
 
 pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
@@ -22,25 +24,37 @@ LAYER = ConvShape("net", "layer", 1, 128, 8, 8, 64, 3, 3, 1, 1, 1, 1)
 
 def test_counts_of_a_2to4_layer():
     """64 channels x 64 pixels in whole tiles: the products are those of the dense layer, the weights 5/8 of its bytes."""
-    run = gpu_sparse.run_2to4(LAYER, 1, "80", gpu_of("80"))
-    assert run is not None and (run.pattern, run.sparsity) == ("2:4", 0.5)
-    counts, launch = run.counted
+    run = gpu_sparse.run_sparse(LAYER, 1, "80", gpu_of("80"))
+    assert run is not None
+    counts, launch = run[0]
     assert launch.sparse and launch.grid == 1 and launch.registers > 64
     assert counts["tensor_ops"] == 2 * LAYER.macs
-    half = gpu_sparse.run_2to4(LAYER, 1, "80", gpu_of("80"), "fp16")
-    assert half is not None and half.counted[0]["tensor_ops"] == 2 * LAYER.macs and half.counted[1].dtype == "fp16"
+    half = gpu_sparse.run_sparse(LAYER, 1, "80", gpu_of("80"), "fp16")
+    assert half is not None and half[0][0]["tensor_ops"] == 2 * LAYER.macs and half[0][1].dtype == "fp16"
     assert launch.least_bytes == LAYER.c * 64 + LAYER.k * 9 * LAYER.c * 5 // 8 + LAYER.k * 64 + 12 * LAYER.k
 
 
 def test_layers_that_the_kernel_cannot_run():
     narrow = ConvShape("net", "stem", 1, 3, 8, 8, 64, 3, 3, 1, 1, 1, 1)
-    assert gpu_sparse.run_2to4(narrow, 1, "80", gpu_of("80")) is None
+    assert gpu_sparse.run_sparse(narrow, 1, "80", gpu_of("80")) is None
     assert gpu_sparse.records([narrow], 1, [gpu_of("80")]) == []
 
 
-def test_masks_are_2to4():
-    weight = gpu_sparse.two_to_four((3, 8, 2, 1), torch.int8)
-    assert weight.sum() == weight.numel() // 2 and bool((weight.unflatten(1, (2, 4)).sum(2) == 2).all())
+def test_masks():
+    two, blocks = gpu_sparse.MASKS[0], gpu_sparse.Mask("blocks", 0.75)
+    weight = unpack_2to4(two.packed((3, 16, 2, 1), torch.int8, 1), (3, 16, 2, 1), torch.int8)
+    assert weight.sum() == weight.numel() // 2 and bool((weight.unflatten(1, (4, 4)).sum(2) == 2).all())
+    shape = (140, 64, 3, 3)
+    weight = unpack_gathered(blocks.packed(shape, torch.int8, 2), shape, torch.int8, 2)
+    assert weight.sum() == weight.numel() // 4 and kept_fraction(weight, 64, 16, 2) == 0.25
+    assert (blocks.pattern("int8"), blocks.pattern("fp16")) == ("block64x16", "block64x8")
+
+
+def test_blocks_take_their_share_of_the_dense_products():
+    run = gpu_sparse.run_sparse(LAYER, 1, "80", gpu_of("80"), "int8", gpu_sparse.Mask("blocks", 0.75))
+    assert run is not None and not run[0][1].sparse
+    # 18 of 72 blocks: three steps of eight
+    assert run[0][0]["tensor_ops"] == 2 * LAYER.macs * 3 / 9
 
 
 def test_report_and_records(monkeypatch, tmp_path, capsys):
@@ -51,7 +65,9 @@ def test_report_and_records(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_sparse, "gpu_shapes", lambda network: [LAYER])
     monkeypatch.setattr(sys, "argv", ["gpu_sparse", "--network", "resnet50", "--batch=1", "--gpu=A100", "--dtype=int8"])
     gpu_sparse.main()
-    other, row = json.loads(out.read_text())
+    other, row, *blocks = json.loads(out.read_text())
+    ops = [r["counters"]["tensor_ops"] for r in blocks]
+    assert [r["sparsity"] for r in blocks] == [0.5, 0.75, 0.9, 0.95] and ops[3] < ops[0]
     assert other == {"kernel": "other"} and row["pattern"] == "2:4" and row["arch"] == "sm_80"
     text = capsys.readouterr().out
     assert (

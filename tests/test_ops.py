@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import cnncomp
 from cnncomp.errors import ArgumentError, DtypeError, InferenceOnlyError, OverflowRiskError
-from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantLinear, QuantSpec, SparseConv2d, SparseLinear
+from cnncomp.nn import (
+    LINEAR,
+    Clamp,
+    DenseConv2d,
+    DenseLinear,
+    Geometry,
+    QuantConv2d,
+    QuantLinear,
+    QuantSpec,
+    SparseConv2d,
+    SparseLinear,
+)
 from cnncomp.ops import packing, reference
 from tests.helpers import make_quant_conv, random_8bit, reference_conv
 
@@ -243,3 +259,76 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(OverflowRiskError, match="66312 products"):
         QuantLinear(torch.zeros(1, 66312, dtype=torch.int8), torch.ones(1), None, QuantSpec(1.0, torch.uint8))
     QuantLinear(torch.zeros(1, 66311, dtype=torch.int8), torch.ones(1), None, QuantSpec(1.0, torch.uint8))
+
+
+CONV = Geometry(4, 8, (3, 3), padding=(1, 1))
+W = torch.ones(8, 4, 3, 3)
+SPEC = QuantSpec(0.1, torch.uint8)
+
+
+def quant(weight: Tensor, bias: Tensor | None, activation: Clamp = LINEAR) -> QuantConv2d:
+    return QuantConv2d(CONV, weight.to(torch.int8), torch.ones(weight.shape[0]), bias, SPEC, activation)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda w, b: SparseConv2d(CONV, w, b),
+        lambda w, b: DenseConv2d(CONV, w, b),
+        lambda w, b: DenseConv2d(CONV, w, b, kernel="dense.direct"),
+        quant,
+    ],
+    ids=["sparse", "dense", "direct", "int8"],
+)
+def test_layers_refuse_tensors_that_do_not_fit(build: Callable[[Tensor, Tensor | None], object]) -> None:
+    build(W, torch.ones(8))
+    for wrong in (torch.ones(8, 4, 1, 1), torch.ones(8, 2, 3, 3), torch.ones(7, 4, 3, 3)):
+        with pytest.raises(ArgumentError, match="weight"):
+            build(wrong, None)
+    for bias in (torch.ones(1), torch.ones(9), torch.ones(8, 1)):
+        with pytest.raises(ArgumentError, match="bias"):
+            build(W, bias)
+
+
+def test_linear_layers_refuse_biases_that_do_not_fit() -> None:
+    for layer in (SparseLinear, DenseLinear):
+        with pytest.raises(ArgumentError, match="bias"):
+            layer(torch.ones(8, 4), torch.ones(4))
+    with pytest.raises(ArgumentError, match="upper bounds"):
+        quant(W, None, Clamp(0.0, (1.0,) * 7))
+    with pytest.raises(ArgumentError, match="activation"):
+        Clamp(float("nan"), 1.0)
+
+
+def test_operators_refuse_vectors_and_windows_that_are_none() -> None:
+    x, packed = torch.ones(1, 4, 6, 6), packing.pack_sparse(W)
+    where = dict(out_channels=8, kernel_size=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=1)
+
+    def sparse(bias: Tensor | None = None, **other: Any) -> Tensor:
+        args = {**where, **other}
+        return torch.ops.cnncomp.conv2d_sparse(x, *packed, bias, None, -math.inf, math.inf, *args.values())
+
+    assert sparse().shape == (1, 8, 6, 6)
+    for bias in (torch.ones(7), torch.ones(16)[::2]):
+        with pytest.raises(ArgumentError, match="bias"):
+            sparse(bias)
+        with pytest.raises(ArgumentError, match="bias"):
+            dense = packing.pack_dense(W, 1, 4)
+            torch.ops.cnncomp.conv2d_dense(x, dense, bias, None, 0.0, 1.0, 8, [1, 1], [1, 1], [1, 1])
+        with pytest.raises(ArgumentError, match="bias"):
+            torch.ops.cnncomp.conv2d_depthwise(x[:, :1], W[:1, :1], bias[:2], None, 0.0, 1.0, [1, 1], [1, 1], [1, 1])
+        with pytest.raises(ArgumentError, match="bias"):
+            torch.ops.cnncomp.linear_dense(torch.ones(1, 4), torch.ones(8, 4), bias, None, 0.0, 1.0)
+    for name, value in (("stride", [0, 1]), ("dilation", [1, 0]), ("padding", [-1, 0])):
+        with pytest.raises(ArgumentError, match=name):
+            sparse(**{name: value})
+    q = torch.zeros(1, 4, 6, 6, dtype=torch.uint8)
+    with pytest.raises(ArgumentError, match="dilation"):
+        torch.ops.cnncomp.max_pool2d_int8(q, [3, 3], [2, 2], [1, 1], [1, 0])
+    constants = torch.ones(8, 3).t()
+    with pytest.raises(ArgumentError, match="constants"):
+        weight = packing.pack_int8(W.to(torch.int8))
+        ones = ([3, 3], [1, 1], [1, 1], [1, 1], 1, torch.float32)
+        torch.ops.cnncomp.conv2d_int8(q, weight, constants, None, 1.0, -math.inf, *ones)
+    with pytest.raises(ArgumentError, match="0 input"):
+        torch.ops.cnncomp.conv2d_int8(q[:, :0], weight, constants.contiguous(), None, 1.0, -math.inf, *ones)

@@ -18,13 +18,16 @@ from cnncomp.sparsity import (
     pack_2to4,
     pack_bitmap,
     pack_blocks,
+    pack_gathered,
     pack_vnm,
     unpack_2to4,
     unpack_bitmap,
     unpack_blocks,
+    unpack_gathered,
     unpack_vnm,
 )
 from cnncomp.sparsity.blocks import as_blocks
+from cnncomp.sparsity.gathered import STEP_BYTES as STEP_BYTES_GATHERED
 from cnncomp.sparsity.two_four import STEP_BYTES, VALUE_BYTES, packed_shape
 
 DTYPES = [torch.int8, torch.float16, torch.bfloat16]
@@ -245,3 +248,24 @@ def test_projected_errors(sizes, density):
     assert found["2:4"] == pytest.approx(lost, abs=1e-6) and found["1x1"] == 0
     assert found["1:2:8"] == pytest.approx(found["2:8"], abs=1e-6) and found["5:2:8"] >= found["1:2:8"] - 1e-6
     assert 0 <= found["3x2"] < 1
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(shapes(200), st.sampled_from(DTYPES), st.floats(0, 1))
+def test_gathered_there_and_back(sizes, dtype, density):
+    shape, groups = sizes
+    torch.manual_seed(sum(shape))
+    weight = masked_blocks(random_weight(shape, dtype), 64, 16 // dtype.itemsize, groups, density)
+    assert torch.equal(unpack_gathered(pack_gathered(weight, groups), shape, dtype, groups), weight)
+
+
+def test_gathered_takes_what_it_says():
+    """128 outputs in two slices: one of nine blocks in two steps, one of none."""
+    weight = torch.zeros(128, 160, 1, 1, dtype=torch.int8)
+    weight[:64, :144] = 1
+    packed = pack_gathered(weight)
+    assert packed[:12].view(torch.int32).tolist() == [0, 2, 2] and len(packed) == 16 + 2 * STEP_BYTES_GATHERED
+    last = packed[-32:].view(torch.int32).tolist()
+    assert last == [8 * 256] + [-1] * 7
+    with pytest.raises(ArgumentError, match="16 x 1"):
+        pack_gathered(torch.zeros(4, 4, 16, 1, dtype=torch.int8))

@@ -49,6 +49,10 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             dict(n=2, c=192, h=9, w=8, k=129, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2), parts=3),
             dict(n=1, c=64, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
             dict(n=2, c=128, h=5, w=9, k=40, r=3, s=3, padding=(1, 1)),
+            dict(n=2, c=64, h=2, w=3, k=16, r=3, s=3, padding=(3, 3)),
+            dict(n=3, c=48, h=9, w=15, k=24, r=1, s=1, stride=(2, 2)),
+            dict(n=1, c=96, h=5, w=6, k=48, r=3, s=3, padding=(1, 1), groups=2, residual=S8),
+            dict(n=1, c=96, h=5, w=6, k=48, r=2, s=3, padding=(1, 1), groups=2, residual=F32, out=F32),
         ],
     ),
     "gemm_int8_64x64_32x32_2x3_s8": (
@@ -128,10 +132,6 @@ EXPLAINED = {
         "",
         "mask off by one, greater",
     ): "a guard before a copy whose own predicate repeats the test; a step past the last copies nothing",
-    (
-        "",
-        "swizzle wrong",
-    ): "an exclusive or of numbers without a bit in common is an or: constant offsets of unrolled steps",
     (
         "depthwise",
         "division forgotten",
@@ -261,10 +261,13 @@ def test_mutants_are_caught(name):
 
 
 def test_nearly_all_mutants_are_caught():
-    """All kernels' together: 97 %, and every checker has its part in it."""
+    """All kernels' together, and every checker has its part in it: 97 % without those that compute the same.
+
+    With them it was 95 % when they were last looked at one by one; a change of a kernel moves that by some.
+    """
     everything = [(explained(name, m), verdict) for name in SUBJECTS for m, verdict in verdicts(name)]
     missed, equal = (sum(not verdict and known == e for known, verdict in everything) for e in (False, True))
     caught = Counter(verdict for _, verdict in everything)
     assert len(everything) >= 160 and missed <= 0.03 * (len(everything) - equal), caught
-    assert equal <= 0.1 * len(everything), caught
+    assert missed + equal <= 0.07 * len(everything), caught
     assert all(caught[kind] for kind in ("wrong result", "RaceError", "MemoryFault", "UninitialisedMemory")), caught

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cnncomp.errors import CnncompError, DeviceError
 from cnncomp.nn import (
+    BlocksQuantConv2d,
+    BlocksQuantLinear,
     ConvertedLayer,
     DenseConv2d,
     DenseLinear,
@@ -26,7 +28,9 @@ from cnncomp.nn import (
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
 from cnncomp.ops.packing import quad_sparsity
-from cnncomp.sparsity.two_four import first_violation, why_not_2to4
+from cnncomp.sparsity.blocks import kept_fraction
+from cnncomp.sparsity.two_four import first_violation
+from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, why_not
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
@@ -121,19 +125,33 @@ def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
     return f"{empty:.0%} of the quads of input channels are zero: sparse int8 kernels need {MIN_SPARSITY:.0%}"
 
 
-def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
+def _why_not_packed(layer: ConvertedLayer) -> str | None:
+    """Why no kernel with packed sparse weights can run a layer, None if one can."""
     if layer.info.input is None:
         return "not quantised"
     if layer.info.weight_shift is not None:
         return "mean-shift weights have no zeros"
     if isinstance(layer, DenseConv2d):
         g = layer.geometry
-        reason = why_not_2to4(g.in_channels, g.kernel_size, g.groups)
-    else:
-        reason = why_not_2to4(_weight(layer).shape[1], (1, 1), 1)
+        return why_not(g.in_channels, g.kernel_size, g.groups)
+    return why_not(_weight(layer).shape[1], (1, 1), 1)
+
+
+def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
+    reason = _why_not_packed(layer)
     if reason is None and (where := first_violation(_weight4d(layer))):
         reason = f"not 2:4: {where}"
     return reason
+
+
+def _has_empty_blocks(layer: ConvertedLayer) -> str | None:
+    if reason := _why_not_packed(layer):
+        return reason
+    groups = layer.geometry.groups if isinstance(layer, DenseConv2d) else 1
+    empty = 1 - kept_fraction(_weight4d(layer), SLICE, CHUNK_BYTES, groups)
+    if empty >= MIN_SPARSITY:
+        return None
+    return f"{empty:.0%} of the {SLICE}x{CHUNK_BYTES} blocks are zero: their kernel needs {MIN_SPARSITY:.0%}"
 
 
 def _weight4d(layer: ConvertedLayer) -> Tensor:
@@ -198,6 +216,7 @@ CONV_CANDIDATES = (
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
+    Candidate("conv2d_blocks_int8", Q8, NHWC, ("cuda",), _has_empty_blocks, _quant_conv(BlocksQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
@@ -206,6 +225,7 @@ LINEAR_CANDIDATES = (
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
+    Candidate("linear_blocks_int8", Q8, NCHW, ("cuda",), _has_empty_blocks, _quant_linear(BlocksQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
 )
 

@@ -22,6 +22,8 @@ MARGIN = 0.9
 
 #: The same, with the conversions of the layer's inputs counted.
 WITH_CONVERSIONS = 0.97
+#: A dense kernel of ours that alone takes up to this much of the time of torch's is tried in its place: the network decides.
+NEAR = 1.15
 #: Where dense and compressed are closer than this, they are timed again, longer.
 CLOSE = 0.75
 
@@ -230,6 +232,23 @@ class Chooser:
                 return best
             for node in losers:
                 allowed[node].remove(best[node])
+
+    def with_own_kernels(self, assignment: Assignment) -> Assignment:
+        """An assignment with dense kernels of ours where it has torch's and they alone take about as long, in the same formats:
+        in a network, ours need no Python and no new memory."""
+
+        def near(node: fx.Node, option: Option) -> Option:
+            if option.layer.own_kernels:
+                return option
+            formats, limit = (option.candidate.takes, option.candidate.gives), NEAR * option.seconds
+            found = [
+                o
+                for o in self.options[node]
+                if o.candidate.dense and o.layer.own_kernels and (o.candidate.takes, o.candidate.gives) == formats
+            ]
+            return min((o for o in found if o.seconds <= limit), key=_seconds, default=option)
+
+        return {node: near(node, option) for node, option in assignment.items()}
 
     def best_dense(self, node: fx.Node) -> float:
         """Seconds of the fastest dense option."""

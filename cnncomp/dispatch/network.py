@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -122,28 +123,41 @@ class NetworkPlanner:
         with torch.inference_mode():
             dense = [c.cheapest_dense() for c in self.choosers]
             best = [c.cheapest() for c in self.choosers]
-        plan = self._plan(best, measured=True)
         if all(option.candidate.dense for assignment in best for option in assignment.values()):
+            plan = self._plan(best, measured=True)
             plan.reason = "no compressed kernel beat dense on any layer"
             self._apply(best)
             return plan
-        self._apply(dense)
-        rival = copy.deepcopy(self.module)
-        self._apply(best)
-        with torch.inference_mode():
-            networks = {"dense": rival, "converted": self.module}
-            fns = {name: partial(Recordings(), network, self.inputs) for name, network in networks.items()}
-            for fn in fns.values():
-                fn()  # recorded the second time
-            seconds = interleaved(fns, min_rounds=9, budget_s=1.0, cuda=self.device.type == "cuda")
-        network_ms = {name: s * 1e3 for name, s in seconds.items()}
+        rivals = {"converted": best, "dense": dense}
+        ours = [c.with_own_kernels(assignment) for c, assignment in zip(self.choosers, best, strict=True)]
+        if ours != best:
+            rivals["own kernels"] = ours
+        seconds = self._race(rivals)
+        if seconds.get("own kernels", math.inf) < seconds["converted"]:
+            best, seconds["converted"] = ours, seconds["own kernels"]
+        network_ms = {name: seconds[name] * 1e3 for name in ("dense", "converted")}
         if seconds["converted"] > NETWORK_MARGIN * seconds["dense"]:
             plan = self._plan(dense, measured=True)
             ms = " against ".join(f"{network_ms[k]:.2f} ms" for k in ("converted", "dense"))
             plan.reason = f"dense: the converted network as a whole was slower, {ms}"
             self._apply(dense)
+        else:
+            plan = self._plan(best, measured=True)
+            self._apply(best)
         plan.network_ms = network_ms
         return plan
+
+    def _race(self, rivals: Mapping[str, list[Assignment]]) -> dict[str, float]:
+        """Median seconds of the whole network under each assignment, in turn."""
+        fns: dict[str, partial[Any]] = {}
+        for name, assignments in rivals.items():
+            self._apply(assignments)
+            network = copy.deepcopy(self.module) if len(fns) + 1 < len(rivals) else self.module
+            fns[name] = partial(Recordings(), network, self.inputs)
+        with torch.inference_mode():
+            for fn in fns.values():
+                fn()  # recorded the second time
+            return interleaved(fns, min_rounds=9, budget_s=1.0, cuda=self.device.type == "cuda")
 
     def rule_of_thumb(self) -> Plan:
         """Choose without timing anything."""

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
+from cnncomp.nn.packed_quant import (
+    BlocksQuantConv2d,
+    BlocksQuantLinear,
+    Sparse24QuantConv2d,
+    Sparse24QuantLinear,
+)
 from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
-from cnncomp.nn.sparse24_quant import Sparse24QuantConv2d, Sparse24QuantLinear
 from cnncomp.nn.sparse_quant import SparseQuantConv2d, SparseQuantLinear
 
 #: Every converted layer by class name: what a saved file may name.
 LAYERS: dict[str, type[ConvertedLayer]] = {
     cls.__name__: cls
     for cls in (
+        BlocksQuantConv2d,
+        BlocksQuantLinear,
         DenseConv2d,
         DenseLinear,
         QuantConv2d,
@@ -30,6 +37,8 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
 __all__ = [
     "LAYERS",
     "LINEAR",
+    "BlocksQuantConv2d",
+    "BlocksQuantLinear",
     "Clamp",
     "ConvertedLayer",
     "DenseConv2d",

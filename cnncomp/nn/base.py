@@ -26,6 +26,10 @@ class Clamp:
     lo: float = -INF
     hi: float | tuple[float, ...] = INF
 
+    def __post_init__(self) -> None:
+        if any(bound != bound for bound in (self.lo, *(self.hi if isinstance(self.hi, tuple) else (self.hi,)))):
+            raise ArgumentError("activation", f"bounds {self.lo} and {self.hi}", "numbers")
+
     def __bool__(self) -> bool:
         return self.lo != -INF or self.hi != INF
 
@@ -38,6 +42,12 @@ class Clamp:
 
 #: No activation.
 LINEAR = Clamp()
+
+
+def check_bias(bias: Tensor | None, channels: int) -> None:
+    """Raise :class:`ArgumentError` unless ``bias``, if it is there, has one value for each output channel."""
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ArgumentError("bias", f"shape {tuple(bias.shape)}", f"({channels},)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,12 @@ class Geometry:
     @property
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    def check(self, weight: Tensor) -> None:
+        """Raise :class:`ArgumentError` unless ``weight`` is (K, C/G, R, S) of these sizes: kernels trust them."""
+        expected = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        if tuple(weight.shape) != expected:
+            raise ArgumentError("weight", f"shape {tuple(weight.shape)}", f"{expected}, as the geometry says")
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The output's shape for an input of ``shape``, (N, C, H, W) or, with ``conv1d``, (N, C, L)."""
@@ -138,6 +154,10 @@ class LayerInfo:
     weight_shift: Tensor | None = None  # set for the mean-shift scheme
 
 
+#: Kernels that need no residual after they have written the output in its place.
+IN_PLACE_KERNELS = frozenset(("conv2d_sparse", "dense.direct"))
+
+
 class ConvertedLayer(nn.Module):
     """A drop-in layer for inference. ``forward(x, residual=None)`` gives ``clamp(layer(x) + residual)``.
 
@@ -153,6 +173,12 @@ class ConvertedLayer(nn.Module):
     def own_kernels(self) -> bool:
         """Whether all that it runs on a CPU are kernels of this package."""
         return not self.kernel.startswith("dense.")
+
+    @property
+    def writes_over_residual(self) -> bool:
+        """Whether, on a CPU, the output may be where the residual is: each of its elements is read before that one is
+        written."""
+        return self.kernel in IN_PLACE_KERNELS
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from cnncomp.nn.base import (
     ConvLayer,
     Geometry,
     LinearLayer,
+    check_bias,
     clamp_add,
     clamp_config,
     clamp_from_config,
@@ -100,6 +101,8 @@ class DenseConv2d(_Dense, ConvLayer):
         super().__init__()
         if kernel not in (known := dense_kernels(geometry, "cpu")):
             raise ArgumentError("kernel", kernel, f"one of {', '.join(known)}")
+        geometry.check(weight)
+        check_bias(bias, geometry.out_channels)
         self.geometry, self.kernel = geometry, kernel
         self._bound(activation)
         self._onednn: Tensor | None = None  # the weight in a layout that can't be copied or stored
@@ -252,6 +255,7 @@ class DenseLinear(_Dense, LinearLayer):
             raise ArgumentError("kernel", kernel, f"one of {', '.join(LINEAR_KERNELS)}")
         self.kernel = kernel
         self.out_features, self.in_features = weight.shape
+        check_bias(bias, self.out_features)
         self._bound(activation)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)

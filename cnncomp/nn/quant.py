@@ -18,6 +18,7 @@ from cnncomp.nn.base import (
     Geometry,
     LinearLayer,
     QuantSpec,
+    check_bias,
     check_layer,
     clamp_config,
     clamp_from_config,
@@ -103,6 +104,9 @@ class _QuantLayer(ConvertedLayer):
             weight_shift.shape != (weight.shape[0],) or not bool(torch.isfinite(weight_shift).all())
         ):
             raise ArgumentError("weight_shift", tuple(weight_shift.shape), f"({weight.shape[0]},) finite numbers")
+        check_bias(bias, weight.shape[0])
+        if isinstance(activation.hi, tuple) and len(activation.hi) != weight.shape[0]:
+            raise ArgumentError("activation", f"{len(activation.hi)} upper bounds", f"one, or {weight.shape[0]}")
         check_reduction(weight[0].numel())
         self.input, self.activation = input, activation
         self.register_buffer("weight", self._pack(weight))
@@ -274,6 +278,7 @@ class QuantConv2d(_QuantLayer, ConvLayer):
         weight_shift: Tensor | None = None,
     ) -> None:
         super().__init__()
+        geometry.check(weight)
         self.geometry, self.groups = geometry, geometry.groups
         self._setup(weight, weight_scale, bias, input, activation, output, residual_scale, weight_shift)
 

@@ -18,6 +18,7 @@ from cnncomp.nn.base import (
     ConvLayer,
     Geometry,
     LinearLayer,
+    check_bias,
     check_layer,
     clamp_config,
     clamp_from_config,
@@ -52,6 +53,7 @@ class _SparseLayer(ConvertedLayer):
     def _setup(self, weight: Tensor, bias: Tensor | None, activation: Clamp) -> None:
         if isinstance(activation.hi, tuple):
             raise ArgumentError("activation", "upper bounds per channel", "one bound: the sparse kernels take no other")
+        check_bias(bias, weight.shape[0])
         self.activation = activation
         self.shape4d = tuple(weight.shape)
         for name in ("values", "index", "row_ptr"):
@@ -126,6 +128,7 @@ class SparseConv2d(_SparseLayer, ConvLayer):
         activation: Clamp = LINEAR,
     ) -> None:
         super().__init__()
+        geometry.check(weight)
         self.geometry, self.groups = geometry, geometry.groups
         self._setup(weight, bias, activation)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cnncomp.ops import (
+    conv2d_blocks,
     conv2d_dense,
     conv2d_depthwise,
     conv2d_int8,
     conv2d_sparse,
-    conv2d_sparse24_f16,
-    conv2d_sparse24_int8,
+    conv2d_sparse24,
     conv2d_sparse_int8,
     linear_dense,
     max_pool2d_int8,
@@ -20,12 +20,12 @@ from cnncomp.ops._openmp import attach
 attach()
 
 __all__ = [
+    "conv2d_blocks",
     "conv2d_dense",
     "conv2d_depthwise",
     "conv2d_int8",
     "conv2d_sparse",
-    "conv2d_sparse24_f16",
-    "conv2d_sparse24_int8",
+    "conv2d_sparse24",
     "conv2d_sparse_int8",
     "linear_dense",
     "max_pool2d_int8",

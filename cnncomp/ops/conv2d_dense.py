@@ -9,6 +9,7 @@ from cnncomp.ops.library import (
     Pair,
     check_float32,
     check_residual,
+    check_vector,
     contiguous,
     conv_out_shape,
     define,
@@ -63,6 +64,7 @@ def _conv_cpu(
     if out_channels % groups or -(-(out_channels // groups) // width) != rows:
         raise ArgumentError("out_channels", out_channels, "the output channels that the weight was packed for")
     check_residual(residual, shape)
+    check_vector("bias", bias, out_channels)
     out = x.new_empty(shape)
     if out.numel() == 0:
         return out

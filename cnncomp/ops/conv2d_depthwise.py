@@ -9,6 +9,7 @@ from cnncomp.ops.library import (
     Pair,
     check_float32,
     check_residual,
+    check_vector,
     contiguous,
     conv_out_shape,
     define,
@@ -58,6 +59,7 @@ def _conv_cpu(
     if c != weight.shape[0]:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", f"{weight.shape[0]} channels, as the weight has")
     check_residual(residual, shape)
+    check_vector("bias", bias, c)
     out = x.new_empty(shape)
     if out.numel() == 0:
         return out

@@ -14,6 +14,7 @@ from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
+    check_contiguous,
     check_dtype,
     check_residual,
     check_same_device,
@@ -52,6 +53,7 @@ def check_operands(
         check_dtype("residual", residual, torch.uint8, torch.int8, torch.float32)
     check_same_device(x, weight=weight, constants=constants, residual=residual)
     check_residual(residual, shape)
+    check_contiguous(weight=weight, constants=constants)
 
 
 def _conv_fake(
@@ -75,7 +77,7 @@ def _conv_fake(
 def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int) -> bool:
     """Check that the packed weight belongs to these sizes; whether it is depthwise."""
     depthwise = is_depthwise(c, k, groups)
-    if c % groups or k % groups:
+    if c < 1 or groups < 1 or c % groups or k % groups:
         raise ArgumentError("x", f"{c} input and {k} output channels", f"multiples of groups={groups}")
     expected: tuple[int, ...]
     if depthwise:

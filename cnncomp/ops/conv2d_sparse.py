@@ -10,9 +10,11 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError
 from cnncomp.ops.library import (
     Pair,
+    check_contiguous,
     check_dtype,
     check_residual,
     check_same_device,
+    check_vector,
     contiguous,
     conv_out_shape,
     define,
@@ -51,6 +53,8 @@ def _check(
             check_dtype(name, t, torch.float32)
     check_same_device(x, values=values, index=index, row_ptr=row_ptr, bias=bias, residual=residual)
     check_residual(residual, shape)
+    check_vector("bias", bias, shape[-1] if len(shape) != 4 else shape[1])
+    check_contiguous(values=values, index=index, row_ptr=row_ptr)
     if row_ptr.numel() != rows + 1:
         raise ArgumentError(
             "x", f"shape {tuple(x.shape)}", "the number of input channels that the weight was packed for"

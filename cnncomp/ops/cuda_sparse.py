@@ -1,4 +1,4 @@
-"""Launch of the GPU kernels with sparse weights."""
+"""Launch of the CUDA kernels with packed sparse weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
 from cnncomp.ops.library import conv_out_size
-from cnncomp.sparsity.two_four import why_not_2to4
+from cnncomp.sparsity.weights import why_not
 
 
 def check_device(device: torch.device) -> None:
-    """Raise :class:`DeviceError` where no kernel of this build multiplies 2:4 sparse weights."""
+    """Raise :class:`DeviceError` where no kernel of this build multiplies packed sparse weights."""
     if device.type != "cuda":
         raise DeviceError("x", device, "an NVIDIA GPU")
     if torch.cuda.get_device_capability(device) < (8, 0) or cuda.backend(device) != "cuda":
@@ -33,7 +33,8 @@ def _launch_arguments(x: Tensor) -> tuple[int, int, int, int]:
     return (*cuda._launch_arguments(x), _shared(x.device))
 
 
-def conv2d_sparse24(
+def conv2d(
+    name: str,
     x: Tensor,
     weight: Tensor,
     constants: Tensor,
@@ -47,11 +48,12 @@ def conv2d_sparse24(
     groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution with 2:4 sparse weights. No synchronisation.
+    """Convolution with packed sparse weights. No synchronisation.
 
     Args:
+        name: Of the format: "sparse24" or "blocks".
         x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied.
-        weight: From :func:`cnncomp.sparsity.pack_2to4`, int8 or of x's dtype.
+        weight: From :func:`cnncomp.sparsity.pack_2to4` or :func:`cnncomp.sparsity.pack_gathered`, int8 or of x's dtype.
         constants: (3, K) float32: scale, bias, hi.
         residual: Shape of the output; float32, or 8-bit beside an 8-bit x, or of x's dtype; None for none.
         residual_scale: Factor of the residual.
@@ -69,7 +71,7 @@ def conv2d_sparse24(
             bytes of input, types that do not belong together.
     """
     n, c, h, w = x.shape
-    if reason := why_not_2to4(c, kernel_size, groups, x.itemsize):
+    if reason := why_not(c, kernel_size, groups, x.itemsize):
         raise ArgumentError("weight", f"{c} channels, {tuple(kernel_size)} taps, {groups} groups", reason)
     p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     k = constants.shape[1]
@@ -80,8 +82,7 @@ def conv2d_sparse24(
     x = _aligned(x.contiguous(memory_format=torch.channels_last))
     weight, constants = _aligned(weight.contiguous()), constants.contiguous()
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    module = cuda._module()
-    launch = module.conv2d_sparse24_int8 if x.itemsize == 1 else module.conv2d_sparse24_f16
+    launch = getattr(cuda._module(), f"conv2d_{name}_{'int8' if x.itemsize == 1 else 'f16'}")
     try:
         launch(
             *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, weight.data_ptr(), k, *kernel_size,
@@ -97,7 +98,8 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def linear_sparse24(
+def linear(
+    name: str,
     x: Tensor,
     weight: Tensor,
     constants: Tensor,
@@ -106,11 +108,11 @@ def linear_sparse24(
     lo: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """2:4 linear: ``x`` (..., C), output (..., K); otherwise as :func:`conv2d_sparse24`."""
+    """Linear with packed sparse weights: ``x`` (..., C), output (..., K); otherwise as :func:`conv2d`."""
     c, k = x.shape[-1], constants.shape[1]
     image = x.reshape(-1, c, 1, 1)
     res = None if residual is None else residual.reshape(-1, k, 1, 1)
     one = (1, 1)
     where = (one, one, (0, 0), one, 1)
-    out = conv2d_sparse24(image, weight, constants, res, residual_scale, lo, *where, out_dtype)
+    out = conv2d(name, image, weight, constants, res, residual_scale, lo, *where, out_dtype)
     return out.reshape(*x.shape[:-1], k)

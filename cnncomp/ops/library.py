@@ -92,6 +92,30 @@ def check_residual(residual: Tensor | None, shape: Sequence[int]) -> None:
         raise ArgumentError("residual", f"shape {tuple(residual.shape)}", f"the output's shape {tuple(shape)}")
 
 
+def check_vector(name: str, x: Tensor | None, length: int) -> None:
+    """Raise :class:`ArgumentError` unless ``x``, if it is there, is a vector of ``length`` values in one piece."""
+    if x is not None and (tuple(x.shape) != (length,) or not x.is_contiguous()):
+        raise ArgumentError(name, f"shape {tuple(x.shape)}, strides {x.stride()}", f"({length},), contiguous")
+
+
+def check_contiguous(**tensors: Tensor) -> None:
+    """Raise :class:`ArgumentError` unless each tensor's elements lie in one piece, as packed weights do."""
+    for name, t in tensors.items():
+        if not t.is_contiguous():
+            raise ArgumentError(name, f"strides {t.stride()} of shape {tuple(t.shape)}", "a contiguous tensor")
+
+
+def check_window(
+    kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
+    """Raise :class:`ArgumentError` for a window that no convolution or pooling has."""
+    for name, values, least in (
+        ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0),
+    ):  # fmt: skip
+        if min(values) < least:
+            raise ArgumentError(name, tuple(values), f"at least {least}")
+
+
 def conv_out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Output pixels along one axis of a convolution or pooling (floor mode)."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -108,8 +132,9 @@ def conv_out_shape(
     """Output shape (N, K, P, Q).
 
     Raises:
-        ArgumentError: the input is not 4-D or smaller than the kernel.
+        ArgumentError: the input is not 4-D or smaller than the kernel; sizes of a window that are none.
     """
+    check_window(kernel_size, stride, padding, dilation)
     if x.dim() != 4:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", "4 dimensions (N, C, H, W)")
     p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))

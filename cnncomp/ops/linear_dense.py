@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.library import check_float32, check_residual, contiguous, define, num_threads, pointer
+from cnncomp.ops.library import check_float32, check_residual, check_vector, contiguous, define, num_threads, pointer
 
 SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float lo, float hi) -> Tensor"
 
@@ -25,6 +25,7 @@ def _linear_cpu(
         raise ArgumentError("x", f"shape {tuple(x.shape)}", f"{c} channels, as the weight has")
     out = _fake(x, weight, bias, residual, lo, hi)
     check_residual(residual, out.shape)
+    check_vector("bias", bias, k)
     if out.numel() == 0:
         return out
     x, weight = x.contiguous(), weight.contiguous()

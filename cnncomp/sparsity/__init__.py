@@ -5,6 +5,7 @@ from __future__ import annotations
 from cnncomp.sparsity.bitmap import PackedBitmap, pack_bitmap, unpack_bitmap
 from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
 from cnncomp.sparsity.fit import PATTERNS, Fit, fits
+from cnncomp.sparsity.gathered import pack_gathered, unpack_gathered
 from cnncomp.sparsity.two_four import pack_2to4, unpack_2to4
 from cnncomp.sparsity.vnm import PackedVNM, pack_vnm, unpack_vnm
 
@@ -18,9 +19,11 @@ __all__ = [
     "pack_2to4",
     "pack_bitmap",
     "pack_blocks",
+    "pack_gathered",
     "pack_vnm",
     "unpack_2to4",
     "unpack_bitmap",
     "unpack_blocks",
+    "unpack_gathered",
     "unpack_vnm",
 ]

@@ -23,14 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnncomp.errors import PatternError
-from cnncomp.sparsity.weights import check_weight, place, round_up
+from cnncomp.errors import ArgumentError, PatternError
+from cnncomp.sparsity.weights import CHUNK_BYTES, DTYPES, SLICE, check_weight, place, round_up
 
-SLICE = 64  # output channels of a slice
 STEP_BYTES = 128  # dense bytes of the reduction in a step
 VALUE_BYTES = SLICE * STEP_BYTES // 2
-CHUNK_BYTES = 16  # what a kernel copies at once: the input channels of a group are padded to it
-DTYPES = (torch.int8, torch.float16, torch.bfloat16)
 
 #: For each set of non-zeros among four (bit i: element i), the places kept, ascending. Sets of more than two are not used.
 _FIRST = [0, 0, 1, 0, 2, 0, 1, 0, 0, 0, 1, 0, 2, 0, 0, 0]
@@ -40,18 +37,6 @@ _SECOND = [1, 1, 2, 1, 3, 2, 2, 0, 3, 3, 3, 0, 3, 0, 0, 0]
 def step_bytes(dtype: torch.dtype) -> int:
     """Bytes of one step of a slice, values and metadata."""
     return VALUE_BYTES + VALUE_BYTES // (4 * dtype.itemsize)
-
-
-def why_not_2to4(in_channels: int, kernel_size: Sequence[int], groups: int, size: int = 1) -> str | None:
-    """Why the 2:4 kernels can't run a convolution of elements of ``size`` bytes, None if they can."""
-    chunk = CHUNK_BYTES // size
-    if in_channels // groups % chunk:
-        return (
-            f"2:4 kernels need a multiple of {chunk} input channels, the layer has {in_channels // groups} in a group"
-        )
-    if max(kernel_size) > 15:
-        return f"2:4 kernels take at most 15 rows and columns of taps, the layer has {tuple(kernel_size)}"
-    return None
 
 
 def _rows(weight: Tensor, groups: int) -> Tensor:
@@ -177,3 +162,11 @@ def packed_shape(shape: Sequence[int], dtype: torch.dtype, groups: int = 1) -> t
     k, c, r, s = shape
     reduction = math.prod((r, s, round_up(c, CHUNK_BYTES // dtype.itemsize))) * dtype.itemsize
     return groups, -(-(k // groups) // SLICE), -(-reduction // STEP_BYTES), step_bytes(dtype)
+
+
+def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups: int) -> None:
+    """Raise :class:`ArgumentError` unless a packed weight has the sizes of ``shape``."""
+    expected = packed_shape(shape, dtype, groups)
+    if tuple(packed.shape) != expected:
+        wanted = f"{expected} for {tuple(shape)}, {groups} groups"
+        raise ArgumentError("weight", f"packed shape {tuple(packed.shape)}", wanted)

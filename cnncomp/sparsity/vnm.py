@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cnncomp.errors import ArgumentError, PatternError
 from cnncomp.sparsity.blocks import as_blocks
-from cnncomp.sparsity.two_four import DTYPES, first_violation, pack_2to4, unpack_2to4
-from cnncomp.sparsity.weights import check_weight, place
+from cnncomp.sparsity.two_four import first_violation, pack_2to4, unpack_2to4
+from cnncomp.sparsity.weights import DTYPES, check_weight, place
 
 COLUMNS = 4  # that are kept of M
 

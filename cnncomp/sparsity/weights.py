@@ -9,6 +9,24 @@ from torch import Tensor
 
 from cnncomp.errors import ArgumentError, DtypeError
 
+SLICE = 64  # output channels of a slice, which a warp of the GPU kernels multiplies
+CHUNK_BYTES = 16  # what they copy at once: the input channels of a group are whole ones
+MOST_TAPS = 15  # rows and columns of a kernel
+DTYPES = (torch.int8, torch.float16, torch.bfloat16)
+
+
+def why_not(in_channels: int, kernel_size: Sequence[int], groups: int, size: int = 1) -> str | None:
+    """Why the GPU kernels with packed weights can't run a convolution of elements of ``size`` bytes, None if they can."""
+    chunk, channels = CHUNK_BYTES // size, in_channels // groups
+    if channels % chunk:
+        return (
+            f"sparse tensor-core kernels need a multiple of {chunk} input channels, the layer has {channels} in a group"
+        )
+    if max(kernel_size) > MOST_TAPS:
+        taps = f"at most {MOST_TAPS} rows and columns of taps"
+        return f"sparse tensor-core kernels take {taps}, the layer has {tuple(kernel_size)}"
+    return None
+
 
 def check_weight(weight: Tensor, groups: int, dtypes: Sequence[torch.dtype]) -> None:
     """Raise unless ``weight`` (K, C/G, R, S) is finite, of one of ``dtypes``, and splits into ``groups``.

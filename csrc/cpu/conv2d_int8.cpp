@@ -15,7 +15,13 @@ const Int8Kernels& int8_kernels() {
     case Isa::avx512: return kInt8Avx512;
     case Isa::avxvnni: return kInt8AvxVnni;
     case Isa::avx2: return kInt8Avx2;
-    case Isa::baseline: break;
+    default: break;
+  }
+#elif defined(__aarch64__)
+  switch (current_isa()) {
+    case Isa::i8mm: return kInt8I8mm;
+    case Isa::dotprod: return kInt8Dotprod;
+    default: break;
   }
 #endif
   return kInt8Baseline;
@@ -62,10 +68,14 @@ struct Folded {
     args.x = x;
     const uint8_t flip = can_flip(a) ? 0x80 : 0;
     parallel_for(a.num_threads, a.n * args.h, [&](int64_t i) {
-      const int64_t n = i / args.h, h = i % args.h - a.pad_h, size = h >= 0 && h < a.h ? inside : 0;
+      const int64_t n = i / args.h, h = i % args.h - a.pad_h;
+      if (h < 0 || h >= a.h) {
+        std::memset(x + i * row, flip, row);
+        return;
+      }
       std::memset(x + i * row, flip, left);
-      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, size, flip, x + i * row + left);
-      std::memset(x + i * row + left + size, flip, row - left - size);
+      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, inside, flip, x + i * row + left);
+      std::memset(x + i * row + left + inside, flip, row - left - inside);
     });
     const int64_t rows = ceil_div(a.k, kBlock) * a.r, bytes = ceil_div(a.s * a.c, 4) * 4 * kBlock;
     weight.resize(rows * bytes);
@@ -91,6 +101,8 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
   // Top bits flipped once for all panels.
   const bool flips = can_flip(a) && !flipped && a.groups == 1 && rows.pixel_by_pixel();
+  // Of large panels the second-level cache would not hold two.
+  const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
@@ -113,13 +125,15 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
     for (int64_t panel = panels * range / plan.ranges; panel < last; panel++) {
       const int64_t block = panel_begin(panel, panels, blocks, kernels.max_blocks);
       const int64_t end = panel_begin(panel + 1, panels, blocks, kernels.max_blocks), channel = block * kBlock;
+      const int64_t next = panel_begin(panel + 2, panels, blocks, kernels.max_blocks);
       Int8Epilogue epilogue = constants.epilogue(a, begin, g, channel);
       if (a.shifted) {
         epilogue.shift = constants.shift(g, channel);
         epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !flipped, a.weight + (g * blocks + block) * block_bytes, end - block,
-                    constants.init(g, channel), epilogue});
+      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !flipped,
+                    a.weight + (g * blocks + block) * block_bytes, end - block, constants.init(g, channel), epilogue,
+                    fetches && panel + 1 < last ? next - end : 0});
     }
   });
 }
@@ -127,6 +141,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
 }  // namespace
 
 void conv2d_int8(const Conv2dInt8Args& a) {
+  check_window("conv2d_int8", a);
   if (a.n * a.k == 0) return;
   if (a.depthwise) return depthwise_int8(a, int8_kernels());
   if (folds(a)) return dense(Folded(a).args, int8_kernels(), a.s * a.c, output_columns(a), can_flip(a));

@@ -31,7 +31,8 @@ class ConvRows {
         row_bytes_(row_bytes),
         size_(a.n * a.h * a.w * a.c),
         tail_size_(std::min(size_, row_bytes)),
-        pixel_by_pixel_(taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 && q == a.w),
+        pixel_by_pixel_(taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 &&
+                        q == a.w),
         zeros_(row_bytes),
         tail_(tail_size_ + row_bytes),
         taps_(std::move(taps)) {
@@ -112,12 +113,12 @@ inline Int8Constants make_constants(const Conv2dInt8Args& a, const Int8Kernels& 
   Int8Constants constants;
   constants.assign(a.constants, a.shifted ? 4 : 3, groups, a.k / groups);
   constants.use_bytes(a);
-  if (!a.x_signed) return constants;
-  // The kernels see x + 128.
+  if (a.x_signed == (kernels.flips_unsigned && !a.depthwise)) return constants;
+  // The kernels see x + 128, or x - 128.
   parallel_for(a.num_threads, groups * blocks, [&](int64_t i) {
     int32_t* sums = constants.init(i / blocks, i % blocks * kBlock);
     kernels.sum_weights(a.weight + i * quads * 4 * kBlock, quads, sums);
-    for (int j = 0; j < kBlock; j++) sums[j] *= -128;
+    for (int j = 0; j < kBlock; j++) sums[j] *= a.x_signed ? -128 : 128;
   });
   return constants;
 }

@@ -9,9 +9,10 @@
 namespace cnncomp {
 namespace {
 
-// The sums go to `out`, or, where that is null and the inputs are unsigned, through the epilogue.
+// The sums go to `out`, or, where that is null and the inputs are unsigned, through the epilogue. ahead: a block of weights to
+// fetch into the cache.
 template <class S, int BLOCKS, int PIXELS, bool SIGNED>
-void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds<BLOCKS>& bounds) {
+void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds<BLOCKS>& bounds, const int8_t* ahead) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
   typename S::Int acc[PIXELS][V];
 #pragma GCC unroll 16
@@ -29,6 +30,10 @@ void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds
 #pragma GCC unroll 16
     for (int m = 0; m < PIXELS; m++) x[m] = rows[m * taps + tap];
     for (int64_t c = 0; c < bytes; c += 4, weight += 4 * kBlock) {
+      if (ahead != nullptr) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += 4 * kBlock;
+      }
       typename S::Operand w[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; v++)
@@ -53,7 +58,7 @@ void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds
 }
 
 template <int BLOCKS>
-using ConvTile = void (*)(const ConvPanel&, int64_t, int32_t*, const ByteBounds<BLOCKS>&);
+using ConvTile = void (*)(const ConvPanel&, int64_t, int32_t*, const ByteBounds<BLOCKS>&, const int8_t*);
 
 // tile[PIXELS - 1] for PIXELS up to MAX.
 template <class S, int BLOCKS, int MAX, bool SIGNED>
@@ -69,8 +74,8 @@ struct ConvTiles {
   }
 };
 
-// Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes through
-// other units of the processor. One tap, unsigned inputs. Returns how many pixels it did: the last ones may be left.
+// Sums of few quads: all weights stay in registers, and the products of a pixel are followed by its epilogue, which goes
+// through other units of the processor. One tap, unsigned inputs. Returns how many pixels it did: the last ones may be left.
 template <class S, int BLOCKS, int QUADS>
 int64_t conv_few_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
@@ -121,7 +126,7 @@ void conv_blocks(const ConvPanel& a) {
   const ConvTile<BLOCKS>* const tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
   const Int8Epilogue& e = a.epilogue;
   const ByteBounds<BLOCKS> bounds(e);
-  // Signed inputs, which for most layers were flipped before, are not worth kernels of their own.
+  // Signed inputs, which for most layers were flipped before, are not worth kernels of their own; they go through memory.
   const bool direct = e.shift == nullptr && !a.x_signed && (e.out_dtype != kF32 || e.channels >= BLOCKS * kBlock);
   // A residual is read up to whole blocks of channels.
   const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
@@ -137,7 +142,8 @@ void conv_blocks(const ConvPanel& a) {
     const int64_t begin = end;
     end = first + pixels * (i + 1) / count;
     const bool through = direct && (!past || (a.pixels - end) * e.stride >= kBlock);
-    tiles[end - begin - 1](a, begin, through ? nullptr : acc + (begin - done) * BLOCKS * kBlock, bounds);
+    tiles[end - begin - 1](a, begin, through ? nullptr : acc + (begin - done) * BLOCKS * kBlock, bounds,
+                           i < a.next_blocks ? a.weight + (BLOCKS + i) * a.taps * a.quads * 4 * kBlock : nullptr);
     if (through) {
       done = end;
       continue;

@@ -277,7 +277,8 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.lo = a.lo;
   t.hi = a.hi;
   const bool narrow = is_narrow(kernels, full - (end - begin));
-  run_blocks(a, plan, kernels, group, full / plan.lanes, narrow, direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr, scratch, t);
+  const float* const input = direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr;
+  run_blocks(a, plan, kernels, group, full / plan.lanes, narrow, input, scratch, t);
 }
 
 void run(Conv2dSparseArgs args) {

@@ -46,7 +46,7 @@ void gather_quads(const SparseInt8Gather& a) {
 }
 
 // acc += the non-zeros [begin, end). A short tile has too few sums to fill the latency of the dot product: there, every
-// second non-zero goes to a set of sums of its own.
+// second non-zero goes to a set of sums of its own. With AVX-512 that pays up to four vectors (Zen 4); at seven it costs 8 %.
 template <class S, int T>
 inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, int32_t begin, int32_t end,
                                                      typename S::Int (&acc)[T]) {
@@ -57,7 +57,7 @@ inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, in
     for (int t = 0; t < T; t++) to[t] = S::dot(to[t], S::input(S::load(x + t * S::kBytes)), w);
   };
   int32_t i = begin;
-  if constexpr (T < (S::kLanes == 16 ? 8 : 4)) {
+  if constexpr (T < (S::kLanes == 16 ? 5 : 4)) {
     typename S::Int more[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) more[t] = S::set(0);

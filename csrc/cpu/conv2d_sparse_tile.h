@@ -162,7 +162,7 @@ inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t 
     finish(a, k, acc, [pieces = a.pieces](int i) { return pieces[i / V::kLanes]; });
     return;
   }
-  alignas(64) float sums[acc.kFloats];
+  alignas(64) float sums[Accumulators<V, T, Last>::kFloats];
   acc.store(sums);
   for (int64_t i = 0; i < a.num_segments; i++) {
     const SparseSegment& s = a.segments[i];

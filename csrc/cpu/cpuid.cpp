@@ -7,6 +7,10 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define CNNCOMP_X86 1
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace cnncomp {
@@ -20,6 +24,21 @@ uint64_t xgetbv0() {
 }
 
 bool bit(uint32_t word, int i) { return (word >> i) & 1; }
+#elif defined(__aarch64__) && defined(__linux__)
+// Of the kernel's interface, in which bits never change; old headers lack the names.
+bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20) & 1; }  // HWCAP_ASIMDDP
+bool has_i8mm() { return (getauxval(AT_HWCAP2) >> 13) & 1; }    // HWCAP2_I8MM
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has(const char* feature) {
+  int32_t value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__)
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
 #endif
 
 std::vector<Isa> detect() {
@@ -40,6 +59,9 @@ std::vector<Isa> detect() {
   if (__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && bit(a1, 4)) found.push_back(Isa::avxvnni);
   if (avx512) found.push_back(Isa::avx512);
   if (avx512vnni) found.push_back(Isa::avx512vnni);
+#elif defined(__aarch64__)
+  if (has_dotprod()) found.push_back(Isa::dotprod);
+  if (has_dotprod() && has_i8mm()) found.push_back(Isa::i8mm);
 #endif
   return found;
 }
@@ -52,7 +74,7 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"baseline", "avx2", "avxvnni", "avx512", "avx512vnni"};
+  static const char* const names[] = {"baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "dotprod", "i8mm"};
   return names[static_cast<int>(isa)];
 }
 

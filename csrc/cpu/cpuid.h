@@ -6,7 +6,7 @@
 
 namespace cnncomp {
 
-enum class Isa { baseline, avx2, avxvnni, avx512, avx512vnni };
+enum class Isa { baseline, avx2, avxvnni, avx512, avx512vnni, dotprod, i8mm };
 
 const char* isa_name(Isa isa);
 

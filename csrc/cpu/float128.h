@@ -1,8 +1,9 @@
 // Vectors of floats for the fp32 kernels. Plain C++: 4 floats, one SSE2 or NEON register.
 //
-// Baseline, Avx2 and Avx512 have the same members. load_masked(p, between(first, last)), or in short
-// load_between(p, first, last), gives lanes [first, last), zero elsewhere, and reads nothing else; store_first writes the first n lanes; max gives NaN where one of the two is, clamp keeps it, as torch does; even(a, b) gives the even elements
-// of the two.
+// Baseline, Avx2 and Avx512 have the same members. load_masked(p, between(first, last)), or in short load_between(p, first,
+// last), gives lanes [first, last), zero elsewhere, and reads nothing else; store_first writes the first n lanes; max gives NaN
+// where one of the two is, clamp keeps it, as torch does; even(a, b) gives the even elements of the two. Where kShifts is set,
+// odd(a, b) gives the odd ones, and from<n>(low, high) the lanes from the n-th of `low` on, then those of `high`.
 #pragma once
 
 namespace cnncomp {

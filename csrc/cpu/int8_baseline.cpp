@@ -1,4 +1,4 @@
-// The int8 kernels for any processor: SSE2 on x86, plain C++ elsewhere.
+// The int8 kernels for any processor: SSE2 on x86, NEON on 64-bit ARM, plain C++ elsewhere.
 #include "simd128.h"
 
 #include "conv2d_int8_kernel.h"

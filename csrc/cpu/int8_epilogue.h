@@ -156,8 +156,8 @@ inline __attribute__((always_inline)) void scale_tile(const typename S::Int (&ac
 }
 
 // A register tile's outputs; no window, and floats in whole blocks only. Rounding keeps the order of numbers: where e.bytes,
-// rounding, saturating to 8 bit and clamping to rounded bounds is the same as the epilogue's clamp before it, and bytes are four
-// to a lane.
+// rounding, saturating to 8 bit and clamping to rounded bounds is the same as the epilogue's clamp before it, and bytes are
+// four to a lane.
 template <class S, int BLOCKS, int PIXELS>
 inline __attribute__((always_inline)) void store_tile(
     const typename S::Int (&acc)[PIXELS][BLOCKS * kBlock / S::kLanes], const Int8Epilogue& e,

@@ -40,6 +40,7 @@ struct ConvPanel {
   int64_t blocks;
   const int32_t* init;     // (blocks * 16): what the accumulators start from
   Int8Epilogue epilogue;
+  int64_t next_blocks;     // of the panel behind this one, 0 for none: they are fetched into the cache meanwhile
 };
 
 struct DepthwisePanel {
@@ -163,6 +164,8 @@ struct Int8Kernels {
   void (*max_rows_u8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   void (*max_rows_s8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   SparseInt8Kernels sparse;
+  // Dot products are of signed bytes: conv sees unsigned inputs as x - 128, else signed ones as x + 128.
+  bool flips_unsigned = false;
 };
 
 extern const Int8Kernels kInt8Baseline;
@@ -170,6 +173,8 @@ extern const Int8Kernels kInt8Avx2;        // this and the following: x86-64 onl
 extern const Int8Kernels kInt8AvxVnni;
 extern const Int8Kernels kInt8Avx512;
 extern const Int8Kernels kInt8Avx512Vnni;
+extern const Int8Kernels kInt8Dotprod;     // this and the following: 64-bit ARM only
+extern const Int8Kernels kInt8I8mm;
 
 // The kernels for the instruction set in force.
 const Int8Kernels& int8_kernels();

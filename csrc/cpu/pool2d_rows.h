@@ -9,9 +9,33 @@
 namespace cnncomp {
 namespace {
 
+// 3 x 3 windows, 2 apart, padded by one column on the left and none on the right: nothing goes through memory.
+template <class V>
+void max_row_by_shifts(const MaxPoolRow& a) {
+  const auto greatest_of_columns = [&](int64_t at) {
+    const int64_t left = a.w - at, from = left > 0 ? at : 0;
+    const int n = static_cast<int>(left < 0 ? 0 : left < V::kLanes ? left : V::kLanes);
+    typename V::Vec v = V::load_between(a.rows[0] + from, 0, n);
+    for (int64_t r = 1; r < a.num_rows; r++) v = V::max(v, V::load_between(a.rows[r] + from, 0, n));
+    return v;
+  };
+  typename V::Vec before = V::broadcast(-__builtin_inff());
+  for (int64_t i = 0; i < a.q; i += V::kLanes) {
+    const typename V::Vec low = greatest_of_columns(2 * i), high = greatest_of_columns(2 * i + V::kLanes);
+    const typename V::Vec odd = V::odd(low, high), shifted = V::template from<V::kLanes - 1>(before, odd);
+    const typename V::Vec v = V::max(V::max(shifted, V::even(low, high)), odd);
+    before = odd;
+    if (a.q - i >= V::kLanes) V::store(a.out + i, v);
+    else V::store_first(a.out + i, v, static_cast<int>(a.q - i));
+  }
+}
+
 // First the greatest of each column, then of each window of columns: every input is loaded once.
 template <class V>
 void max_row(const MaxPoolRow& a) {
+  if constexpr (V::kShifts) {
+    if (a.s == 3 && a.stride == 2 && a.dilation == 1 && a.pad == 1 && 2 * a.q == a.w) return max_row_by_shifts<V>(a);
+  }
   float* const line = a.line + a.pad;
   for (int64_t i = 0; i < a.w; i += V::kLanes) {
     const int64_t left = a.w - i;

@@ -1,4 +1,4 @@
-// 128-bit vectors: SSE2, or plain C++ (GCC's and Clang's vector types) where there is none.
+// 128-bit vectors: SSE2, NEON, or plain C++ (GCC's and Clang's vector types) where there is neither.
 //
 // Vec128, Vec256 and Vec512 have the same members. Int and Float have kLanes 32-bit lanes. dot(acc, input(x), weight(w))
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
@@ -118,6 +118,8 @@ struct Vec128 {
 
 }  // namespace
 }  // namespace cnncomp
+#elif defined(__aarch64__) && !defined(CNNCOMP_PORTABLE)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif

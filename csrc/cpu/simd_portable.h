@@ -1,4 +1,4 @@
-// Vec128 in GCC's and Clang's vector types, for processors without SSE2. Little endian. See simd128.h for what is what.
+// Vec128 in GCC's and Clang's vector types, for processors without SSE2 and NEON. Little endian. See simd128.h for what is what.
 #pragma once
 
 #include <cstdint>

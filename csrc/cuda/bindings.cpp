@@ -116,6 +116,10 @@ PYBIND11_MODULE(_cuda, m) {
          "conv2d_sparse24_f16(device, stream, multiprocessors, shared, x, x_dtype, ...), as conv2d_sparse24_int8, of float16 or "
          "bfloat16.",
          &make_conv, &cuda::plan_conv2d_sparse24_f16);
+  for (auto [name, plan] : {std::pair{"conv2d_blocks_int8", &cuda::plan_conv2d_blocks_int8},
+                            std::pair{"conv2d_blocks_f16", &cuda::plan_conv2d_blocks_f16}})
+    define(m, name, "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_gathered. sm_80 and later.",
+           &make_conv, plan);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",

@@ -16,21 +16,8 @@ __global__ void __launch_bounds__(Tile::kThreads) conv2d_sparse24_f16_kernel(con
   store_sparse24<Tile, std::conditional_t<kBfloat16, __nv_bfloat16, __half>>(acc, p);
 }
 
-namespace {
-
-// The epilogue reads and writes x's type and float32 alone.
-void check_dtypes(const Conv2d& conv) {
-  auto known = [&](DType type) { return type == conv.x_dtype || type == DType::kFloat32; };
-  if (!is_half(conv.x_dtype) || !known(conv.epilogue.out_dtype) ||
-      (conv.epilogue.residual && !known(conv.epilogue.residual_dtype)))
-    throw std::invalid_argument("conv2d_sparse24_f16: an input that is not float16 or bfloat16, or an output or residual that is "
-                                "neither of its type nor float32");
-}
-
-}  // namespace
-
 Launch plan_conv2d_sparse24_f16(const Conv2d& conv, int multiprocessors, int shared) {
-  check_dtypes(conv);
+  check_half_types(conv, "conv2d_sparse24_f16");
   const bool bfloat16 = conv.x_dtype == DType::kBfloat16;
   return plan_sparse24<2>(conv, multiprocessors, shared, [&](auto tile) {
     using Tile = decltype(tile);

@@ -112,6 +112,10 @@ bool depthwise3x3_fits(const Conv2d& conv);
 Launch plan_conv2d_sparse24_int8(const Conv2d& conv, int multiprocessors, int shared);
 Launch plan_conv2d_sparse24_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 
+// With weights packed by cnncomp/sparsity/gathered.py, for sm_80 and later.
+Launch plan_conv2d_blocks_int8(const Conv2d& conv, int multiprocessors, int shared);
+Launch plan_conv2d_blocks_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
+
 // Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
 void run(const Launch& launch, int device, void* stream);
 

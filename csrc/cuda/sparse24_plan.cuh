@@ -15,6 +15,15 @@ inline std::string sparse24_refusal(const Conv2d& c, int element) {
   return "";
 }
 
+// The epilogue of halves reads and writes x's type and float32 alone.
+inline void check_half_types(const Conv2d& conv, const std::string& kernel) {
+  auto known = [&](DType type) { return type == conv.x_dtype || type == DType::kFloat32; };
+  if (!is_half(conv.x_dtype) || !known(conv.epilogue.out_dtype) ||
+      (conv.epilogue.residual && !known(conv.epilogue.residual_dtype)))
+    throw std::invalid_argument(kernel + ": an input that is not float16 or bfloat16, or an output or residual that is neither of "
+                                         "its type nor float32");
+}
+
 // Fills in grid, block, shared memory and parameters. Throws std::invalid_argument where the kernels can't run it.
 template <typename Tile>
 void set_sparse24(Launch& launch, const Conv2d& c) {

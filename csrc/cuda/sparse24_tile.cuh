@@ -114,7 +114,8 @@ struct PixelLoader {
     }
   }
 
-  __device__ __forceinline__ void load(const Sparse24Params& p, uint32_t tile) {
+  // This thread's chunks at the tap, zeros where it is outside.
+  __device__ __forceinline__ void copy(uint32_t tile) const {
     const int row = threadIdx.x / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
     const uint32_t place = tile + row * Tile::kStep + ((chunk ^ (row & 7)) << 4);
 #pragma unroll
@@ -122,6 +123,10 @@ struct PixelLoader {
       const bool real = inside[i] >> r & inside[i] >> (16 + s) & 1;
       copy_async<16>(place + i * Tile::kRowStep * Tile::kStep, tap + offset[i], real ? 16 : 0);
     }
+  }
+
+  __device__ __forceinline__ void load(const Sparse24Params& p, uint32_t tile) {
+    copy(tile);
     const int before = byte;
     byte += Tile::kStep;
     skip(p);

@@ -17,6 +17,9 @@ from ninja.ninja_syntax import Writer
 ROOT = Path(__file__).parents[2]
 CORE, CHECKS = ROOT / "csrc" / "cpu", ROOT / "tests" / "cpp"
 
+#: This machine's processor, as setup.py calls it.
+FAMILY = "arm64" if platform.machine().lower() in ("aarch64", "arm64") else "x86"
+
 #: What is added to the flags of each kind of build. "plain" is what users run.
 KINDS = {
     "plain": [],
@@ -44,7 +47,7 @@ def compiler() -> str | None:
 def built_objects() -> Path | None:
     """Where the package's own build left the core's object files, if ninja finds them up to date."""
     for folder in (ROOT / "build").glob("ninja-*"):
-        objects = [str(folder / f"csrc_cpu_{source.name}.o") for source in _sources(CORE)]
+        objects = [str(folder / f"csrc_cpu_{source.name}.o") for source in sources(CORE)]
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), "-n", *objects]
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode == 0 and "no work to do" in found.stdout:
@@ -52,12 +55,12 @@ def built_objects() -> Path | None:
     return None
 
 
-def _sources(folder: Path) -> list[Path]:
-    """What can be compiled here, but for the bindings to Python."""
-    (by_isa,) = constants_of_setup("ISA_FLAGS")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+def sources(folder: Path, family: str = FAMILY) -> list[Path]:
+    """What can be compiled for a family of processors, but for the bindings to Python."""
+    (by_family,) = constants_of_setup("ISA_FLAGS")
+    elsewhere = {isa for other, isas in by_family.items() if other != family for isa in isas}
     names = (path for path in sorted(folder.glob("*.cpp")) if "bindings" not in path.stem)
-    return [path for path in names if x86 or path.stem.rsplit("_", 1)[-1] not in by_isa]
+    return [path for path in names if path.stem.rsplit("_", 1)[-1] not in elsewhere]
 
 
 def build(kind: str, jobs: int | None = None) -> Path:
@@ -66,7 +69,8 @@ def build(kind: str, jobs: int | None = None) -> Path:
     Raises:
         subprocess.CalledProcessError: it does not compile; ninja has said why.
     """
-    flags, by_isa = constants_of_setup("CXX_FLAGS", "ISA_FLAGS")
+    flags, by_family = constants_of_setup("CXX_FLAGS", "ISA_FLAGS")
+    by_isa = by_family.get(FAMILY, {})
     folder = ROOT / "build" / "checks" / kind
     folder.mkdir(parents=True, exist_ok=True)
     ready = built_objects() if kind == "plain" else None
@@ -75,7 +79,7 @@ def build(kind: str, jobs: int | None = None) -> Path:
         n.rule("cxx", f"{compiler()} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
         n.rule("link", f"{compiler()} {' '.join(KINDS[kind])} -pthread $in -o $out")
         objects = []
-        for source in [*_sources(CORE), *_sources(CHECKS)]:
+        for source in [*sources(CORE), *sources(CHECKS)]:
             if ready is not None and source.parent == CORE:
                 objects.append(str(ready / f"csrc_cpu_{source.name}.o"))
                 continue

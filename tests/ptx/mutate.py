@@ -23,7 +23,7 @@ OPERATORS: dict[str, tuple[str, str]] = {
     "mask inverted, greater": (r"^setp\.gt\.(.*)$", r"setp.le.\1"),
     "store unguarded": (r"^@!?%\w+ (st\.global\..*)$", r"\1"),
     "store elsewhere": (r"^((?:@!?%\w+ )?st\.global\.\S+ \[%\w+)(?:\+(\d+))?\](.*)$", r"\1+8]\3"),
-    "swizzle wrong": (r"^xor\.b32 (.*)$", r"or.b32 \1"),
+    "swizzle forgotten": (r"^xor\.b32 (%\w+), (%\w+), (%\w+|\d+)$", r"mov.b32 \1, \2"),
     "shared store dropped": (r"^(?:@!?%\w+ )?st\.shared\..*$", ""),
     "sum too short": (r"^mma\.sync\.\S+ .*$", ""),
     "fragments exchanged": (r"^(mma\.sync\.\S+ \{[^}]*\}, ?\{)(%\w+), ?(%\w+)(.*)$", r"\1\3,\2\4"),

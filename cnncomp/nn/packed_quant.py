@@ -1,0 +1,130 @@
+"""int8 layers with weights packed for sparse kernels of a GPU: drop-in for :class:`QuantConv2d` and :class:`QuantLinear`, the
+same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnncomp.errors import ArgumentError
+from cnncomp.nn.quant import QuantConv2d, QuantLinear, _QuantLayer
+from cnncomp.ops.conv2d_blocks import BLOCKS
+from cnncomp.ops.conv2d_sparse24 import SPARSE24
+from cnncomp.ops.packed import Format
+from cnncomp.sparsity import pack_2to4, pack_gathered
+from cnncomp.sparsity.two_four import check_2to4
+
+
+class _PackedQuant(_QuantLayer):
+    """The packed weight. On a CPU, which gains nothing by the format, the layer packs and runs as the dense int8 layer."""
+
+    _format: Format
+
+    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
+        if weight_shift is not None:
+            expected = "None: weights that are all shifted have no zeros"
+            raise ArgumentError("weight_shift", "mean-shift weights", expected)
+        super().__init__(*args, **kwargs)
+
+    def _pack_cuda(self, weight: Tensor) -> Tensor:
+        from cnncomp.ops.cuda_sparse import check_device
+
+        check_device(weight.device)
+        return self._pack_format(weight.reshape(*weight.shape[:2], *self._kernel_size()))
+
+    def _pack_format(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _PackedConv2d(_PackedQuant, QuantConv2d):
+    def weight_int8(self) -> Tensor:
+        if self.weight.device.type == "cpu":
+            return super().weight_int8()
+        g = self.geometry
+        shape = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
+        return self._format.unpack(self.weight, shape, torch.int8, g.groups)
+
+    def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
+        if self.weight.device.type == "cpu":
+            return super()._image(x, residual, clamped)
+        g = self.geometry
+        constants, lo, dtype = self._constants(clamped)
+        return getattr(torch.ops.cnncomp, self.kernel)(
+            self._input(x), self.weight, constants, residual, self.residual_scale, lo,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype,
+        )  # fmt: skip
+
+
+class _PackedLinear(_PackedQuant, QuantLinear):
+    def weight_int8(self) -> Tensor:
+        if self.weight.device.type == "cpu":
+            return super().weight_int8()
+        shape = (self.out_features, self.in_features, 1, 1)
+        return self._format.unpack(self.weight, shape, torch.int8, 1).flatten(1)
+
+    def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
+        if self.weight.device.type == "cpu":
+            return super()._run(x, residual, clamped)
+        constants, lo, dtype = self._constants(clamped)
+        args = (self._input(x), self.weight, constants, residual, self.residual_scale, lo, dtype)
+        return getattr(torch.ops.cnncomp, self.kernel)(*args)
+
+
+class _Sparse24(_PackedQuant):
+    _format = SPARSE24
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        check_2to4(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
+        return super()._pack(weight)
+
+    def _pack_format(self, weight: Tensor) -> Tensor:
+        return pack_2to4(weight, self.groups)
+
+
+class _Blocks(_PackedQuant):
+    _format = BLOCKS
+
+    def _pack_format(self, weight: Tensor) -> Tensor:
+        return pack_gathered(weight, self.groups)
+
+
+class Sparse24QuantConv2d(_Sparse24, _PackedConv2d):
+    """int8 convolution whose weights have at most two non-zeros in four neighbouring input channels, on a GPU's sparse tensor
+    cores.
+
+    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it.
+
+    Raises:
+        PatternError: a weight that is not 2:4; the message names the first four channels that are not.
+        DeviceError: a GPU before sm_80.
+        ArgumentError: mean-shift weights.
+    """
+
+    kernel = "conv2d_sparse24_int8"
+
+
+class Sparse24QuantLinear(_Sparse24, _PackedLinear):
+    """int8 linear with 2:4 sparse weights. See :class:`Sparse24QuantConv2d`."""
+
+    kernel = "linear_sparse24_int8"
+
+
+class BlocksQuantConv2d(_Blocks, _PackedConv2d):
+    """int8 convolution on a GPU that leaves out all blocks of 64 outputs by 16 inputs at one tap that are zero.
+
+    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it.
+
+    Raises:
+        DeviceError: a GPU before sm_80.
+        ArgumentError: mean-shift weights.
+    """
+
+    kernel = "conv2d_blocks_int8"
+
+
+class BlocksQuantLinear(_Blocks, _PackedLinear):
+    """int8 linear with block sparse weights. See :class:`BlocksQuantConv2d`."""
+
+    kernel = "linear_blocks_int8"

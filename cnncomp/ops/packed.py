@@ -1,0 +1,164 @@
+"""Operators on weights in the GPU kernels' sparse formats: what 2:4 and gathered blocks share.
+
+8-bit ones give the same numbers as :mod:`cnncomp.ops.conv2d_int8`, bit for bit; those of float16 and bfloat16 sum in float32,
+and the result is float32 or of x's dtype, rounded once. On a CPU, which gains nothing by these formats, the weight is unpacked
+and runs as a dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnncomp.errors import ArgumentError
+from cnncomp.ops.conv2d_int8 import CONV_SCHEMA, LINEAR_SCHEMA, _conv_fake, _linear_fake, check_operands
+from cnncomp.ops.library import Pair, check_dtype, check_residual, check_same_device, conv_out_shape, define
+from cnncomp.ops.packing import pack_int8
+from cnncomp.ops.reference import epilogue
+
+Shape = tuple[int, int, int, int]
+
+
+class Format(NamedTuple):
+    """A sparse format.
+
+    Attributes:
+        name: As in the kernels' names.
+        check: Raises unless a packed weight belongs to a logical shape (K, C/G, R, S), a dtype and a number of groups.
+        unpack: The logical weight of a packed one, from the same arguments.
+    """
+
+    name: str
+    check: Callable[[Tensor, Shape, torch.dtype, int], None]
+    unpack: Callable[[Tensor, Shape, torch.dtype, int], Tensor]
+
+
+def _check_constants(constants: Tensor) -> None:
+    if constants.dim() != 2 or constants.shape[0] != 3:
+        raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K): sparse weights have no mean shift")
+
+
+def _check_halves(
+    x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: Sequence[int], out_dtype: torch.dtype
+) -> None:
+    check_dtype("x", x, torch.float16, torch.bfloat16)
+    check_dtype("weight", weight, torch.int8)
+    check_dtype("constants", constants, torch.float32)
+    if out_dtype not in (x.dtype, torch.float32):
+        raise ArgumentError("out_dtype", out_dtype, f"{x.dtype} or torch.float32")
+    if residual is not None:
+        check_dtype("residual", residual, x.dtype, torch.float32)
+    check_same_device(x, weight=weight, constants=constants, residual=residual)
+    check_residual(residual, shape)
+
+
+def define_conv(fmt: Format, kind: str) -> None:
+    """Register ``cnncomp::conv2d_<format>_<kind>``; ``kind``: "int8" or "f16"."""
+    check_types = check_operands if kind == "int8" else _check_halves
+
+    def checked(
+        x: Tensor,
+        weight: Tensor,
+        constants: Tensor,
+        residual: Tensor | None,
+        where: tuple[Pair, Pair, Pair, Pair, int],
+        out_dtype: torch.dtype,
+    ) -> Shape:
+        """The unpacked weight's shape, operands checked."""
+        kernel_size, *geometry, groups = where
+        shape = conv_out_shape(x, constants.shape[-1], kernel_size, *geometry)
+        check_types(x, weight, constants, residual, shape, out_dtype)
+        _check_constants(constants)
+        logical = (shape[1], x.shape[1] // groups, *kernel_size)
+        fmt.check(weight, logical, torch.int8 if kind == "int8" else x.dtype, groups)
+        return logical
+
+    def cpu(
+        x: Tensor,
+        weight: Tensor,
+        constants: Tensor,
+        residual: Tensor | None,
+        residual_scale: float,
+        lo: float,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        where = (kernel_size, stride, padding, dilation, groups)
+        logical = checked(x, weight, constants, residual, where, out_dtype)
+        if kind == "int8":
+            dense = pack_int8(fmt.unpack(weight, logical, torch.int8, groups), groups)
+            return torch.ops.cnncomp.conv2d_int8(x, dense, constants, residual, residual_scale, lo, *where, out_dtype)
+        acc = F.conv2d(x.float(), fmt.unpack(weight, logical, x.dtype, groups).float(), None, *where[1:])
+        out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype)
+        return out.contiguous(memory_format=torch.channels_last)
+
+    def cuda(
+        x: Tensor,
+        weight: Tensor,
+        constants: Tensor,
+        residual: Tensor | None,
+        residual_scale: float,
+        lo: float,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        from cnncomp.ops import cuda_sparse
+
+        where = (kernel_size, stride, padding, dilation, groups)
+        checked(x, weight, constants, residual, where, out_dtype)
+        return cuda_sparse.conv2d(fmt.name, x, weight, constants, residual, residual_scale, lo, *where, out_dtype)
+
+    define(f"conv2d_{fmt.name}_{kind}", CONV_SCHEMA, _conv_fake, cpu, cuda)
+
+
+def define_linear_int8(fmt: Format) -> None:
+    """Register ``cnncomp::linear_<format>_int8``."""
+
+    def checked(x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, out_dtype: torch.dtype) -> Shape:
+        k = constants.shape[-1]
+        check_operands(x, weight, constants, residual, (*x.shape[:-1], k), out_dtype)
+        _check_constants(constants)
+        logical = (k, x.shape[-1], 1, 1)
+        fmt.check(weight, logical, torch.int8, 1)
+        return logical
+
+    def cpu(
+        x: Tensor,
+        weight: Tensor,
+        constants: Tensor,
+        residual: Tensor | None,
+        residual_scale: float,
+        lo: float,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        logical = checked(x, weight, constants, residual, out_dtype)
+        dense = pack_int8(fmt.unpack(weight, logical, torch.int8, 1))
+        return torch.ops.cnncomp.linear_int8(x, dense, constants, residual, residual_scale, lo, out_dtype)
+
+    def cuda(
+        x: Tensor,
+        weight: Tensor,
+        constants: Tensor,
+        residual: Tensor | None,
+        residual_scale: float,
+        lo: float,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        from cnncomp.ops import cuda_sparse
+
+        checked(x, weight, constants, residual, out_dtype)
+        return cuda_sparse.linear(fmt.name, x, weight, constants, residual, residual_scale, lo, out_dtype)
+
+    define(f"linear_{fmt.name}_int8", LINEAR_SCHEMA, _linear_fake, cpu, cuda)
