@@ -10,7 +10,7 @@ from bench import Compare
 from bench.layers import ConvShape, random_layer
 from cnncomp.dispatch import CONV_CANDIDATES, Candidate
 
-CANDIDATES = [c for c in CONV_CANDIDATES if c.kernel == "conv2d_sparse_int8"]
+CANDIDATES = [c for c in CONV_CANDIDATES if c.kernel in ("conv2d_sparse_int8", "conv2d_scattered_int8")]
 
 
 @dataclass(frozen=True)

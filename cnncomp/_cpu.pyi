@@ -192,6 +192,7 @@ def conv2d_sparse_int8(
     out: int,
     out_dtype: int,
     num_threads: int,
+    scattered: bool = ...,
 ) -> None:
     """8-bit convolution with packed sparse weights, otherwise as :func:`conv2d_int8`; ``constants`` (3, k). ValueError for
     sizes that give no convolution."""

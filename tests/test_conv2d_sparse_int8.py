@@ -22,6 +22,7 @@ from cnncomp.nn import (
     QuantConv2d,
     QuantLinear,
     QuantSpec,
+    ScatteredQuantConv2d,
     SparseQuantConv2d,
     SparseQuantLinear,
 )
@@ -52,6 +53,9 @@ def test_packing_round_trip(
     packed = packing.pack_sparse_int8(weight, groups, block)
     assert torch.equal(packing.unpack_sparse_int8(packed, groups * c, groups * k, (r, s), groups), weight)
     assert packed.values.any(1).all()  # nothing kept for nothing
+    scattered = packing.pack_scattered_int8(weight, groups, block)
+    assert torch.equal(packing.unpack_scattered_int8(scattered, groups * c, groups * k, (r, s), groups), weight)
+    assert scattered.values.shape == scattered.positions.shape and scattered.values.any(1).all()
     padded = torch.cat([weight, torch.zeros(groups * k, -c % 4, r, s, dtype=torch.int8)], 1)
     filled = padded.unflatten(1, (-1, 4)).bool().any(2)
     assert len(packed.values) == int(filled.sum())
@@ -91,8 +95,9 @@ def conv_args(layer: QuantConv2d, x: Tensor, residual: Tensor | None) -> tuple[o
 GEOMETRY = Geometry(10, 12, (3, 3), (1, 2), (1, 0), groups=2)
 
 
-def test_opcheck_conv() -> None:
-    layer = conv_layer(GEOMETRY, torch.int8, torch.uint8)
+@pytest.mark.parametrize("cls", [SparseQuantConv2d, ScatteredQuantConv2d])
+def test_opcheck_conv(cls: type[QuantConv2d]) -> None:
+    layer = conv_layer(GEOMETRY, torch.int8, torch.uint8, cls)
     x, residual = random_8bit((2, 10, 8, 9), torch.int8), random_8bit((2, 12, 8, 4), torch.uint8)
     torch.library.opcheck(OPS.conv2d_sparse_int8.default, conv_args(layer, x, residual))
 
@@ -103,11 +108,14 @@ def test_opcheck_linear() -> None:
     torch.library.opcheck(OPS.linear_sparse_int8.default, (random_8bit((2, 3, 21), torch.uint8), *args))
 
 
+@pytest.mark.parametrize("cls", [SparseQuantConv2d, ScatteredQuantConv2d])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("out", [None, torch.uint8, torch.int8])
-def test_conv_layer_has_the_bits_of_the_dense_one(dtype: torch.dtype, out: torch.dtype | None) -> None:
+def test_conv_layer_has_the_bits_of_the_dense_one(
+    cls: type[QuantConv2d], dtype: torch.dtype, out: torch.dtype | None
+) -> None:
     for g in (GEOMETRY, Geometry(33, 20, (1, 1), (2, 2)), Geometry(6, 5, (1, 3), conv1d=True)):
-        sparse = conv_layer(g, dtype, out)
+        sparse = conv_layer(g, dtype, out, cls)
         dense = QuantConv2d.build(sparse.config(), sparse.tensors())
         shape = (3, g.in_channels, 9) if g.conv1d else (3, g.in_channels, 9, 7)
         x8, x = random_8bit(shape, dtype), torch.rand(shape) * 5
@@ -119,8 +127,8 @@ def test_conv_layer_has_the_bits_of_the_dense_one(dtype: torch.dtype, out: torch
             assert torch.equal(sparse(given_x, residual[:1]), dense(given_x, residual[:1]))
         assert torch.equal(sparse.weight_int8(), dense.weight_int8())
         assert torch.equal(sparse.to_dense().weight, dense.to_dense().weight)
-        rebuilt = SparseQuantConv2d.build(sparse.config(), sparse.tensors())
-        assert torch.equal(rebuilt(x8), sparse(x8)) and rebuilt.kernel == "conv2d_sparse_int8"
+        rebuilt = cls.build(sparse.config(), sparse.tensors())
+        assert torch.equal(rebuilt(x8), sparse(x8)) and rebuilt.kernel == sparse.kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
@@ -171,7 +179,7 @@ def test_candidates_say_why_not() -> None:
     layer = DenseConv2d(Geometry(16, 8, (3, 3)), weight)
     assert why(layer)[0] == {"conv2d_sparse"}
     layer.info.input = QuantSpec(0.1, torch.uint8)
-    assert why(layer)[0] == {"conv2d_int8", "conv2d_sparse_int8"}
+    assert why(layer)[0] == {"conv2d_int8", "conv2d_sparse_int8", "conv2d_scattered_int8"}
     layer.info.weight_shift = torch.zeros(8)
     assert why(layer)[0] == {"conv2d_int8"} and "mean-shift weights have no zeros" in why(layer)[1]
     linear = DenseLinear(torch.ones(8, 16))
@@ -204,26 +212,27 @@ def kinds_of(model: nn.Module) -> dict[str, type[ConvertedLayer]]:
     return {layer.info.name: type(layer) for layer in model.modules() if isinstance(layer, ConvertedLayer)}
 
 
-def test_from_prune_to_a_saved_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pattern", "cls"), [("1x4", SparseQuantConv2d), ("unstructured", ScatteredQuantConv2d)])
+def test_from_prune_to_a_saved_file(pattern: str, cls: type[QuantConv2d], tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = torch.rand(4, 3, 32, 32)
-    model = cnncomp.prune(Net().eval(), 0.75, pattern="1x4", scope="layer", progress=False)
+    model = cnncomp.prune(Net().eval(), 0.75, pattern=pattern, scope="layer", progress=False)
     model = cnncomp.quantize(model, data, progress=False)
     fast = cnncomp.convert(model, data, measure=False, progress=False)
     kinds = kinds_of(fast)
-    assert {name for name, kind in kinds.items() if kind is SparseQuantConv2d} == {"a", "b", "c"}
+    assert {name for name, kind in kinds.items() if kind is cls} == {"a", "b", "c"}
     assert kinds["stem"] is QuantConv2d and kinds["head"] is QuantLinear
 
     plan = cnncomp.Plan.from_json(fast.plan.to_json())
     for layer in plan.layers.values():
-        layer.kernel = layer.kernel.replace("_sparse", "")
+        layer.kernel = layer.kernel.replace("_sparse", "").replace("_scattered", "")
     dense = cnncomp.convert(model, data, plan=plan, progress=False)
     assert not any(isinstance(m, SparseQuantConv2d) for m in dense.modules())
     expected = dense(data)
     with torch.inference_mode():
         assert all(torch.equal(fast(data), expected) for _ in range(4))  # from the second call on, recorded
     assert len(fast._recordings) == 1
-    assert "conv2d_sparse_int8" in str(cnncomp.profile(fast, data, progress=False))
+    assert cls.kernel in str(cnncomp.profile(fast, data, progress=False))
 
     for name, model_saved in (("sparse", fast), ("dense", dense)):
         cnncomp.save(model_saved, tmp_path / name)

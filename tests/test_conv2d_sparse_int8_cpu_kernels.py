@@ -55,6 +55,24 @@ def pack(weight: Tensor, groups: int, block: int) -> Packed:
     return Packed(torch.from_numpy(kept), torch.from_numpy(positions), torch.tensor(row_ptr, dtype=torch.int32))
 
 
+def pack_scattered(weight: Tensor, groups: int, block: int) -> Packed:
+    """The same for non-zeros at random; block in channels."""
+    k, cg, r, s = weight.shape
+    values: list[int] = []
+    index: list[int] = []
+    row_ptr = [0]
+    for group in weight.reshape(groups, k // groups, cg, r * s).numpy():
+        for first in range(0, cg, block):
+            for row in group[:, first : first + block].reshape(k // groups, -1):
+                at = np.flatnonzero(row)
+                fill = [0] * (-len(at) % 4)
+                values += [*row[at].tolist(), *fill]
+                index += [*at.tolist(), *fill]
+                row_ptr.append(len(values) // 4)
+    positions = torch.from_numpy(np.array(index, np.uint16).view(np.int16))
+    return Packed(torch.tensor(values, dtype=S8), positions, torch.tensor(row_ptr, dtype=torch.int32))
+
+
 def sparse_operands(conv: Conv, zeros: float = 0.7) -> Operands:
     """Random operands whose weights are mostly zero, in runs and one by one."""
     o = random_operands(conv)
@@ -64,9 +82,9 @@ def sparse_operands(conv: Conv, zeros: float = 0.7) -> Operands:
     return o
 
 
-def run(conv: Conv, o: Operands, block: int = 3) -> Tensor:
+def run(conv: Conv, o: Operands, block: int = 3, scattered: bool = False) -> Tensor:
     guarded = Guarded()
-    packed = pack(o.weight, conv.groups, block)
+    packed = (pack_scattered if scattered else pack)(o.weight, conv.groups, block)
     x, constants = guarded(nhwc(o.x)), guarded(o.constants)
     values, index, row_ptr = guarded(packed.values), guarded(packed.index), guarded(packed.row_ptr)
     residual = None if o.residual is None else guarded(nhwc(o.residual))
@@ -77,20 +95,21 @@ def run(conv: Conv, o: Operands, block: int = 3) -> Tensor:
         values.data_ptr(), index.data_ptr(), row_ptr.data_ptr(), block,
         k, *conv.kernel, *conv.stride, *conv.pad, *conv.dil, conv.groups, constants.data_ptr(),
         0 if residual is None else residual.data_ptr(), CODE[conv.residual or U8], o.residual_scale, o.lo,
-        out.data_ptr(), CODE[conv.out], conv.threads,
+        out.data_ptr(), CODE[conv.out], conv.threads, scattered,
     )  # fmt: skip
     return out.clone().permute(0, 3, 1, 2)
 
 
 def check(conv: Conv, operands: Operands | None = None, block: int = 3) -> None:
     o = operands or sparse_operands(conv)
-    got, expected = run(conv, o, block), reference(conv, o)
-    if not torch.equal(got, expected):
+    expected = reference(conv, o)
+    for scattered in (False, True):
+        got = run(conv, o, block, scattered)
+        if torch.equal(got, expected):
+            continue
         wrong = (got != expected).nonzero()
-        at = tuple(wrong[0].tolist())
-        pytest.fail(
-            f"{_cpu.isa()} {conv} {block}: {len(wrong)} of {got.numel()} wrong, {at}: got {got[at]}, not {expected[at]}"
-        )
+        at, where = tuple(wrong[0].tolist()), f"{_cpu.isa()} {conv} {block} {scattered=}"
+        pytest.fail(f"{where}: {len(wrong)} of {got.numel()} wrong, {at}: got {got[at]}, not {expected[at]}")
 
 
 def tile_edges() -> list[int]:
@@ -258,7 +277,8 @@ def test_threads(isa: str, conv: Conv) -> None:
     o.weight[: conv.k // 3] = 0  # ranges of channels are balanced by what is in them
     expected = reference(conv, o)
     for threads in (-1, 0, 1, 2, 3, 7):
-        assert torch.equal(run(replace(conv, threads=threads), o), expected), threads
+        for scattered in (False, True):
+            assert torch.equal(run(replace(conv, threads=threads), o, scattered=scattered), expected), threads
     with ThreadPoolExecutor(3) as pool:
         for got in pool.map(lambda t: run(replace(conv, threads=t), o), (1, 2, 1, 2, 1, 2)):
             assert torch.equal(got, expected)

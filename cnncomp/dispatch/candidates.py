@@ -18,6 +18,7 @@ from cnncomp.nn import (
     LayerInfo,
     QuantConv2d,
     QuantLinear,
+    ScatteredQuantConv2d,
     Sparse24QuantConv2d,
     Sparse24QuantLinear,
     SparseConv2d,
@@ -112,13 +113,26 @@ def _is_sparse(layer: ConvertedLayer) -> str | None:
     return None if zeros >= MIN_SPARSITY else f"{zeros:.0%} zeros: sparse kernels need {MIN_SPARSITY:.0%}"
 
 
-def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
+def _why_not_zeros_in_int8(layer: ConvertedLayer) -> str | None:
     if layer.info.input is None:
         return "not quantised"
     if layer.info.weight_shift is not None:
         return "mean-shift weights have no zeros"
     if isinstance(layer, DenseConv2d) and layer.geometry.depthwise:
         return "sparse int8 kernels have no depthwise convolution"
+    return None
+
+
+def _is_scattered_quantized(layer: ConvertedLayer) -> str | None:
+    if reason := _why_not_zeros_in_int8(layer):
+        return reason
+    zeros = sparsity_of_weight(layer)
+    return None if zeros >= MIN_SPARSITY else f"{zeros:.0%} zeros: sparse int8 kernels need {MIN_SPARSITY:.0%}"
+
+
+def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
+    if reason := _why_not_zeros_in_int8(layer):
+        return reason
     empty = empty_quads(layer)
     if empty >= MIN_SPARSITY:
         return None
@@ -215,6 +229,7 @@ CONV_CANDIDATES = (
     Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
+    Candidate("conv2d_scattered_int8", Q8, NHWC, ("cpu",), _is_scattered_quantized, _quant_conv(ScatteredQuantConv2d)),
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
     Candidate("conv2d_blocks_int8", Q8, NHWC, ("cuda",), _has_empty_blocks, _quant_conv(BlocksQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
@@ -269,11 +284,15 @@ def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
 
 
 def heuristic(layer: ConvertedLayer, options: list[Option]) -> Option:
-    """The choice without measurement: int8 where quantised, sparse from 60 % zeros (of the quads, in int8), else dense, our
-    own if depthwise or a network's first layer."""
+    """The choice without measurement: int8 where quantised, sparse from 60 % zeros, else dense, our own if depthwise or a
+    network's first layer."""
     by_name = {o.candidate.kernel: o for o in options}
-    if "conv2d_sparse_int8" in by_name and empty_quads(layer) >= HEURISTIC_SPARSITY:
-        return by_name["conv2d_sparse_int8"]
+    if "conv2d_scattered_int8" in by_name and sparsity_of_weight(layer) >= HEURISTIC_SPARSITY:
+        # A quad takes about as long as two non-zeros on their own.
+        few_quads = 1 - empty_quads(layer) <= 2 * (1 - sparsity_of_weight(layer))
+        return by_name[
+            "conv2d_sparse_int8" if few_quads and "conv2d_sparse_int8" in by_name else "conv2d_scattered_int8"
+        ]
     for name in ("conv2d_int8", "linear_int8"):
         if name in by_name:
             return by_name[name]

@@ -13,7 +13,7 @@ from cnncomp.nn.packed_quant import (
 from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
-from cnncomp.nn.sparse_quant import SparseQuantConv2d, SparseQuantLinear
+from cnncomp.nn.sparse_quant import ScatteredQuantConv2d, SparseQuantConv2d, SparseQuantLinear
 
 #: Every converted layer by class name: what a saved file may name.
 LAYERS: dict[str, type[ConvertedLayer]] = {
@@ -30,6 +30,7 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
         SparseConv2d,
         SparseLinear,
         SparseQuantConv2d,
+        ScatteredQuantConv2d,
         SparseQuantLinear,
     )
 }
@@ -54,6 +55,7 @@ __all__ = [
     "Sparse24QuantLinear",
     "SparseConv2d",
     "SparseLinear",
+    "ScatteredQuantConv2d",
     "SparseQuantConv2d",
     "SparseQuantLinear",
     "dequantize_weight",

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from cnncomp.errors import ArgumentError
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, _QuantLayer
-from cnncomp.ops.packing import PackedSparse, pack_sparse_int8, unpack_sparse_int8
+from cnncomp.ops.packing import (
+    PackedSparse,
+    pack_scattered_int8,
+    pack_sparse_int8,
+    unpack_scattered_int8,
+    unpack_sparse_int8,
+)
 
 
 class _SparseQuant(_QuantLayer):
@@ -19,6 +25,8 @@ class _SparseQuant(_QuantLayer):
     index: Tensor
     row_ptr: Tensor
     block: int
+    _pack_kept = staticmethod(pack_sparse_int8)
+    _unpack_kept = staticmethod(unpack_sparse_int8)
 
     def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
         if weight_shift is not None:
@@ -31,7 +39,7 @@ class _SparseQuant(_QuantLayer):
             empty = torch.empty(0, dtype=torch.int32, device=weight.device)
             self._place(empty.to(torch.int16), empty, 1)
             return super()._pack(weight)
-        packed = pack_sparse_int8(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
+        packed = self._pack_kept(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
         self._place(packed.positions, packed.row_ptr, packed.block)
         return packed.values
 
@@ -59,7 +67,7 @@ class SparseQuantConv2d(_SparseQuant, QuantConv2d):
         g = self.geometry
         if self.weight.device.type != "cpu":
             return super().weight_int8()
-        return unpack_sparse_int8(self._packed(), g.in_channels, g.out_channels, g.kernel_size, g.groups)
+        return self._unpack_kept(self._packed(), g.in_channels, g.out_channels, g.kernel_size, g.groups)
 
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         if x.device.type != "cpu":
@@ -72,6 +80,14 @@ class SparseQuantConv2d(_SparseQuant, QuantConv2d):
         )  # fmt: skip
 
 
+class ScatteredQuantConv2d(SparseQuantConv2d):
+    """int8 convolution that leaves out every zero, wherever it is: for weights without runs. See :class:`SparseQuantConv2d`."""
+
+    kernel = "conv2d_scattered_int8"
+    _pack_kept = staticmethod(pack_scattered_int8)
+    _unpack_kept = staticmethod(unpack_scattered_int8)
+
+
 class SparseQuantLinear(_SparseQuant, QuantLinear):
     """int8 linear that leaves out the quads of four inputs whose weights are all zero. See :class:`SparseQuantConv2d`."""
 
@@ -80,7 +96,7 @@ class SparseQuantLinear(_SparseQuant, QuantLinear):
     def weight_int8(self) -> Tensor:
         if self.weight.device.type != "cpu":
             return super().weight_int8()
-        return unpack_sparse_int8(self._packed(), self.in_features, self.out_features, (1, 1)).flatten(1)
+        return self._unpack_kept(self._packed(), self.in_features, self.out_features, (1, 1)).flatten(1)
 
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
         if x.device.type != "cpu":

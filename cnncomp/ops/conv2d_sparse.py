@@ -41,6 +41,7 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     rows: int,
+    out_channels: int,
     shape: Sequence[int],
     index_dtype: torch.dtype = torch.int16,
 ) -> None:
@@ -53,7 +54,7 @@ def _check(
             check_dtype(name, t, torch.float32)
     check_same_device(x, values=values, index=index, row_ptr=row_ptr, bias=bias, residual=residual)
     check_residual(residual, shape)
-    check_vector("bias", bias, shape[-1] if len(shape) != 4 else shape[1])
+    check_vector("bias", bias, out_channels)
     check_contiguous(values=values, index=index, row_ptr=row_ptr)
     if row_ptr.numel() != rows + 1:
         raise ArgumentError(
@@ -103,7 +104,7 @@ def _conv_cpu(
     shape = conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
     n, c, h, w = x.shape
     rows = -(-(c // groups) // block) * out_channels
-    _check(x, values, index, row_ptr, bias, residual, rows, shape)
+    _check(x, values, index, row_ptr, bias, residual, rows, out_channels, shape)
     out = x.new_empty(shape)
     if out.numel() == 0:
         return out
@@ -139,7 +140,7 @@ def _conv_cuda(
 
     shape = conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
     rows = groups * -(-(out_channels // groups) // block)
-    _check(x, values, index, row_ptr, bias, residual, rows, shape, torch.int32)
+    _check(x, values, index, row_ptr, bias, residual, rows, out_channels, shape, torch.int32)
     packed = PackedSparse(values, index, row_ptr, block)
     where = (stride, padding, dilation, groups)
     return cuda.conv2d_sparse(x, packed, out_channels, kernel_size, bias, residual, lo, hi, *where)
@@ -178,7 +179,7 @@ def _linear_cpu(
     from cnncomp import _cpu
 
     c, shape = x.shape[-1], (*x.shape[:-1], out_channels)
-    _check(x, values, index, row_ptr, bias, residual, -(-c // block) * out_channels, shape)
+    _check(x, values, index, row_ptr, bias, residual, -(-c // block) * out_channels, out_channels, shape)
     out = x.new_empty(shape)
     if out.numel() == 0:
         return out

@@ -16,6 +16,7 @@ from cnncomp.ops.conv2d_int8 import check_operands
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
+    check_contiguous,
     check_dtype,
     check_same_device,
     contiguous,
@@ -37,6 +38,11 @@ LINEAR_SCHEMA = (
 )
 
 
+def _scattered(index: Tensor) -> bool:
+    """Whether the weight is packed by :func:`cnncomp.ops.packing.pack_scattered_int8`, with a place for each value."""
+    return index.dim() == 2
+
+
 def _check(
     x: Tensor,
     values: Tensor,
@@ -56,7 +62,8 @@ def _check(
     k = constants.shape[1]
     if constants.shape[0] != 3:
         raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K): sparse weights have no mean shift")
-    if row_ptr.numel() != -(-group_c // (QUAD * block)) * k + 1:
+    check_contiguous(index=index, row_ptr=row_ptr)
+    if row_ptr.numel() != -(-group_c // (block if _scattered(index) else QUAD * block)) * k + 1:
         expected = f"the number of input channels that the weight was packed for (it has {row_ptr.numel() - 1} rows)"
         raise ArgumentError("x", f"shape {tuple(x.shape)}", expected)
 
@@ -116,7 +123,7 @@ def _conv_cpu(
         shape[1], *kernel_size, *stride, *padding, *dilation, groups,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(),
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), _scattered(index),
     )  # fmt: skip
     return out
 

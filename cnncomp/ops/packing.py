@@ -237,3 +237,37 @@ def unpack_sparse_int8(
     quads = _from_blocks(rows, -(-cg // QUAD), k, kernel_size, groups, packed.block)
     w = quads.flatten().view(torch.int8).reshape(*quads.shape, QUAD).permute(0, 1, 4, 2, 3)
     return w.reshape(k, -1, *kernel_size)[:, :cg].contiguous()
+
+
+def pack_scattered_int8(weight: Tensor, groups: int = 1, block: int | None = None) -> PackedSparse:
+    """Pack the non-zeros of an int8 weight ``(K, C/G, R, S)`` four at a time, whatever their channels and taps. ``values`` is
+    int8 (T, 4), ``positions`` (T, 4), ``row_ptr`` counts groups of four, ``block`` input channels.
+
+    Raises:
+        ArgumentError: a block whose positions do not fit 16 bits.
+    """
+    _, cg, r, s = weight.shape
+    # What a tile of 128 pixels reads of a block stays in the second-level cache. Measured on a Zen 4 core at 90 % zeros.
+    most = 2048 if r * s == 1 else max(1, 1152 // (r * s))
+    block = _even_block(cg, most) if block is None else block
+    packed = _pack_non_zeros(weight, groups, block)
+    old = packed.row_ptr.long()
+    counts = old.diff()
+    row_ptr = F.pad(-(-counts // QUAD), (1, 0)).cumsum(0)
+    shift = torch.repeat_interleave(QUAD * row_ptr[:-1] - old[:-1], counts)
+    at = torch.arange(packed.values.numel()) + shift
+    values, positions = (x.new_zeros(QUAD * int(row_ptr[-1])) for x in (packed.values, packed.positions))
+    values[at], positions[at] = packed.values, packed.positions
+    return PackedSparse(values.reshape(-1, QUAD), positions.reshape(-1, QUAD), row_ptr.int(), block)
+
+
+def unpack_scattered_int8(
+    packed: PackedSparse, in_channels: int, out_channels: int, kernel_size: tuple[int, int], groups: int = 1
+) -> Tensor:
+    """The inverse of :func:`pack_scattered_int8`: ``(K, C/G, R, S)`` int8."""
+    kept = packed.values.flatten() != 0
+    before = F.pad(kept.long(), (1, 0)).cumsum(0)
+    row_ptr = before[QUAD * packed.row_ptr.long()]
+    flat = PackedSparse(packed.values.flatten()[kept], packed.positions.flatten()[kept], row_ptr, packed.block)
+    rows = _unpack_rows(flat, packed.block * kernel_size[0] * kernel_size[1])
+    return _from_blocks(rows, in_channels // groups, out_channels, kernel_size, groups, packed.block)

@@ -141,7 +141,6 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
 }  // namespace
 
 void conv2d_int8(const Conv2dInt8Args& a) {
-  check_window("conv2d_int8", a);
   if (a.n * a.k == 0) return;
   if (a.depthwise) return depthwise_int8(a, int8_kernels());
   if (folds(a)) return dense(Folded(a).args, int8_kernels(), a.s * a.c, output_columns(a), can_flip(a));

@@ -15,7 +15,7 @@
 namespace cnncomp {
 namespace {
 
-constexpr int64_t kQuad = 4;      // channels in a lane
+constexpr int64_t kQuad = 4;      // weights that meet a lane
 constexpr int64_t kRowRead = 16;  // bytes that are read from a row at a time
 
 // Output pixels are counted on grids whose rows are `pitch` apart, so that a tap is one offset for all of them. Pixels in
@@ -27,7 +27,9 @@ struct Plan {
   int64_t grids, pixels;  // pixels of each grid
   int64_t tile_vectors, tile, tiles, plane_length;
   int64_t group_c, group_k, blocks, k_ranges;
-  int64_t quads, block_quads;       // of a group, of a block
+  int64_t element;                  // channels next to each other in a plane: a quad, or 1
+  int64_t quads, block_quads;       // elements of a group, of a block
+  int64_t block_planes;             // elements of a block that there is room for
   std::vector<int32_t> offset;      // bytes into the planes of a block, by index
   std::vector<uint8_t> zeros, tail; // rows outside the image; the last rows of the input, which may be read past their end
   int64_t tail_begin;               // offset in the input of the first row that is read from `tail`
@@ -37,7 +39,8 @@ struct Plan {
   std::vector<uint8_t> hi;  // ... (k)
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
-  int64_t quad_stride() const { return plane_length * kQuad; }  // bytes
+  int64_t quad_stride() const { return plane_length * element; }   // bytes
+  int64_t block_bytes() const { return planes() * block_planes * quad_stride(); }
 };
 
 struct Scratch {
@@ -71,27 +74,30 @@ void choose_tile(const SparseInt8Kernels& kernels, Plan& plan) {
   const int64_t fits = kCache / (kQuad * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
   constexpr int64_t kLeast = 112;  // pixels; measured on a Zen 4 core over ResNet-50's layers
   const int64_t least = std::min<int64_t>(kLeast / kernels.lanes, kernels.max_tile);
-  const int64_t most = std::clamp<int64_t>(fits / kernels.lanes, least, kernels.max_tile);
-  const int64_t vectors = ceil_div(plan.pixels, kernels.lanes);
+  const bool quads = plan.element == kQuad;
+  const int64_t lanes = quads ? kernels.lanes : kQuad * kernels.lanes;
+  const int64_t most =
+      quads ? std::clamp<int64_t>(fits / kernels.lanes, least, kernels.max_tile) : kScatteredInt8MaxTile;
+  const int64_t vectors = ceil_div(plan.pixels, lanes);
   plan.tile_vectors = ceil_div(vectors, ceil_div(vectors, most));
-  plan.tile = plan.tile_vectors * kernels.lanes;
+  plan.tile = plan.tile_vectors * lanes;
   plan.tiles = ceil_div(plan.pixels, plan.tile);
   plan.plane_length = ceil_div(plan.tile + plan.rows.span * plan.pitch, kBlock) * kBlock;
 }
 
 void make_offsets(const Conv2dSparseInt8Args& a, Plan& plan) {
-  if (plan.block_quads * plan.planes() * plan.quad_stride() > INT32_MAX) {
+  if (plan.block_bytes() > INT32_MAX) {
     throw std::invalid_argument("conv2d_sparse_int8: a block of " + std::to_string(plan.block_quads) +
-                                " quads of channels is too large for this image");
+                                " (quads of) channels is too large for this image");
   }
   plan.offset.clear();
-  // The planes of one kind lie together: (planes, quads of the block, plane_length).
+  // The planes of one kind lie together: (planes, elements of the block, plane_length).
   for (int64_t quad = 0; quad < plan.block_quads; quad++) {
     for (int64_t r = 0; r < a.r; r++) {
       for (int64_t s = 0; s < a.s; s++) {
         const int64_t plane = plan.rows.plane[r] * plan.columns.planes() + plan.columns.plane[s];
-        const int64_t at = (plane * plan.block_quads + quad) * plan.plane_length + plan.rows.shift[r] * plan.pitch;
-        plan.offset.push_back(static_cast<int32_t>(at * kQuad));
+        const int64_t at = (plane * plan.block_planes + quad) * plan.plane_length + plan.rows.shift[r] * plan.pitch;
+        plan.offset.push_back(static_cast<int32_t>(at * plan.element));
       }
     }
   }
@@ -162,10 +168,12 @@ void make_bounds(const Conv2dSparseInt8Args& a, Plan& plan) {
 void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
   plan.group_c = a.c / a.groups;
   plan.group_k = a.k / a.groups;
-  plan.quads = ceil_div(plan.group_c, kQuad);
+  plan.element = a.weights.scattered ? 1 : kQuad;
+  plan.quads = ceil_div(plan.group_c, plan.element);
   plan.block_quads = std::min(a.weights.block, plan.quads);
   plan.blocks = ceil_div(plan.quads, a.weights.block);
-  choose_layout(a, kernels.lanes, plan);
+  plan.block_planes = a.weights.scattered ? ceil_div(plan.block_quads, kBlock) * kBlock : plan.block_quads;
+  choose_layout(a, kernels.lanes * kQuad / plan.element, plan);
   choose_tile(kernels, plan);
   make_offsets(a, plan);
   guard_rows(a, plan);
@@ -200,10 +208,11 @@ void point(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t grid, int64_
   }
 }
 
-// Copies all that a tile reads of a group: for each block of input channels (planes, quads of a block, plane_length).
+// Copies all that a tile reads of a group: for each block of input channels (planes, elements of a block, plane_length).
 const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t grid,
                            int64_t begin, int64_t group, Scratch& scratch) {
-  const int64_t block_bytes = plan.planes() * plan.block_quads * plan.quad_stride();
+  const auto gather = a.weights.scattered ? kernels.scattered_gather : kernels.gather;
+  const int64_t block_bytes = plan.block_bytes();
   uint8_t* const planes = scratch.planes.get(plan.blocks * block_bytes);
   scratch.pointers.resize(plan.plane_length);
   for (int64_t i = 0; i < plan.planes(); i++) {
@@ -211,9 +220,9 @@ const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, cons
     point(a, plan, grid, begin, row_start, plan.columns.start[i % plan.columns.planes()], scratch.pointers.data());
     for (int64_t b = 0; b < plan.blocks; b++) {
       const int64_t quad = b * plan.block_quads;
-      kernels.gather({scratch.pointers.data(), plan.plane_length, group * plan.group_c + quad * kQuad,
-                      std::min(plan.block_quads, plan.quads - quad), a.x_signed,
-                      planes + b * block_bytes + i * plan.block_quads * plan.quad_stride(), plan.quad_stride()});
+      gather({scratch.pointers.data(), plan.plane_length, group * plan.group_c + quad * plan.element,
+              std::min(plan.block_quads, plan.quads - quad), a.x_signed,
+              planes + b * block_bytes + i * plan.block_planes * plan.quad_stride(), plan.quad_stride()});
     }
   }
   return planes;
@@ -288,12 +297,13 @@ struct Task {
 void run_blocks(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, const uint8_t* planes,
                 int64_t group, const Turns* turns, SparseInt8Tile& t) {
   const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+  const auto tile = (a.weights.scattered ? kernels.scattered_tile : kernels.tile)[plan.tile_vectors - 1];
   for (int64_t b = 0; b < plan.blocks; b++) {
-    t.x = planes + b * plan.planes() * plan.block_quads * plan.quad_stride();
+    t.x = planes + b * plan.block_bytes();
     t.row_ptr = row_ptr + b * plan.group_k;
     t.first_block = b == 0;
     t.bytes = turns != nullptr && b + 1 == plan.blocks ? turns->out.planes : nullptr;
-    kernels.tile[plan.tile_vectors - 1](t);
+    tile(t);
   }
 }
 
@@ -310,7 +320,7 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
   t.init = plan.constants.init(part.group);
   // They stay in cache while the blocks of input channels go by.
   t.sums = scratch.sums.get(kSparseInt8Channels * plan.tile);
-  t.byte_stride = ceil_div(plan.tile_vectors, 4) * 4 * kernels.lanes;
+  t.byte_stride = ceil_div(plan.tile, 4 * kernels.lanes) * 4 * kernels.lanes;
   t.lo = plan.lo;
   t.hi = plan.hi.data() + part.group * plan.group_k;
   t.epilogue = plan.constants.epilogue(a, 0, part.group, 0);

@@ -5,12 +5,13 @@
 
 namespace cnncomp {
 
-// Weights as docs/design.md packs them ("sparse int8, CPU").
+// Weights as docs/design.md packs them ("sparse int8, CPU"; with `scattered` "sparse int8 at random, CPU").
 struct SparseInt8Weights {
   const int8_t* values;    // (T, 4)
-  const uint16_t* index;   // (quad_in_block * R + r) * S + s
+  const uint16_t* index;   // (T): (quad_in_block * R + r) * S + s; scattered (T, 4): (channel_in_block * R + r) * S + s
   const int32_t* row_ptr;  // (groups * blocks * K / groups + 1)
-  int64_t block;           // quads of input channels per block
+  int64_t block;           // quads of input channels, or channels, per block
+  bool scattered;          // four non-zeros of any channels and taps together
 };
 
 struct Conv2dSparseInt8Args {

@@ -96,18 +96,23 @@ inline __attribute__((always_inline)) typename S::Int round_sums(const typename 
                                         : S::template pack<false>(v[0], v[1], v[2], v[3]));
 }
 
+// Rounded bytes of channel k, clamped to its bounds.
+template <class S>
+inline __attribute__((always_inline)) void store_clamped(const SparseInt8Tile& a, int64_t k, typename S::Int v, int64_t at) {
+  const auto lo = S::set(static_cast<int32_t>(a.lo * 0x01010101u));
+  const auto hi = S::set(static_cast<int32_t>(a.hi[k] * 0x01010101u));
+  S::store(a.bytes + at, a.epilogue.out_dtype == kS8 ? S::template clamp_bytes<true>(v, lo, hi)
+                                                     : S::template clamp_bytes<false>(v, lo, hi));
+}
+
 template <class S, Residual RESIDUAL, int T>
 inline __attribute__((always_inline)) void store_channel(const SparseInt8Tile& a, int64_t k,
                                                          const typename S::Int (&acc)[T]) {
-  const Int8Epilogue& e = a.epilogue;
   const int64_t at = (k - a.k_begin) * a.byte_stride;
-  const auto lo = S::set(static_cast<int32_t>(a.lo * 0x01010101u));
-  const auto hi = S::set(static_cast<int32_t>(a.hi[k] * 0x01010101u));
 #pragma GCC unroll 4
   for (int t = 0; t < T; t += 4) {
-    const auto v = round_sums<S, RESIDUAL, T>(acc, t, RESIDUAL == kNoResidual ? nullptr : a.residual + at, e, k);
-    const auto inside = e.out_dtype == kS8 ? S::template clamp_bytes<true>(v, lo, hi) : S::template clamp_bytes<false>(v, lo, hi);
-    S::store(a.bytes + at + t * S::kLanes, inside);
+    const uint8_t* const residual = RESIDUAL == kNoResidual ? nullptr : a.residual + at;
+    store_clamped<S>(a, k, round_sums<S, RESIDUAL, T>(acc, t, residual, a.epilogue, k), at + t * S::kLanes);
   }
 }
 
@@ -224,27 +229,6 @@ int32_t sum_bytes(const int8_t* values, int64_t count) {
   for (const int32_t lane : lanes) sum += lane;
   for (i *= 4; i < 4 * count; i++) sum += values[i];
   return sum;
-}
-
-// Tiles of up to MAX vectors.
-template <class S, int MAX>
-struct SparseInt8Tiles : SparseInt8Kernels {
-  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, {}, gather_quads<S>,
-                                           finish_sums<S>, turn<S, true>, turn<S, false>, sum_bytes} {
-    fill<MAX>();
-  }
-
- private:
-  template <int T>
-  constexpr void fill() {
-    tile[T - 1] = sparse_tile<S, T>;
-    if constexpr (T > 1) fill<T - 1>();
-  }
-};
-
-template <class S, int MAX>
-constexpr SparseInt8Kernels sparse_int8_kernels() {
-  return SparseInt8Tiles<S, MAX>();
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #include "simd512.h"
 
 #include "conv2d_int8_kernel.h"
-#include "conv2d_sparse_int8_kernel.h"
+#include "conv2d_scattered_int8_kernel.h"
 #include "depthwise_int8_columns.h"
 #include "quantize_kernel.h"
 

@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "conv2d_int8.h"
 #include "conv2d_sparse_int8.h"
+#include "driver.h"
 #include "max_pool2d_int8.h"
 #include "program.h"
 #include "quantize.h"
@@ -22,17 +23,21 @@ void conv2d(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, int64_t
             int64_t s, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
             int64_t groups, bool depthwise, uintptr_t constants, uintptr_t residual, int residual_dtype,
             float residual_scale, float lo, uintptr_t out, int out_dtype, int num_threads, bool shifted) {
-  conv2d_int8({at<const uint8_t>(x), x_signed, n, h, w, c, at<const int8_t>(weight), k, r, s, stride_h, stride_w, pad_h,
-               pad_w, dil_h, dil_w, groups, depthwise, at<const float>(constants), at<const char>(residual),
-               dtype(residual_dtype), residual_scale, lo, at<char>(out), dtype(out_dtype), num_threads, shifted});
+  const Conv2dInt8Args args{at<const uint8_t>(x), x_signed, n, h, w, c, at<const int8_t>(weight), k, r, s, stride_h, stride_w,
+                            pad_h, pad_w, dil_h, dil_w, groups, depthwise, at<const float>(constants),
+                            at<const char>(residual), dtype(residual_dtype), residual_scale, lo, at<char>(out),
+                            dtype(out_dtype), num_threads, shifted};
+  check_window("conv2d_int8", args);
+  conv2d_int8(args);
 }
 
 void conv2d_sparse(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, int64_t c, uintptr_t values,
                    uintptr_t index, uintptr_t row_ptr, int64_t block, int64_t k, int64_t r, int64_t s, int64_t stride_h,
                    int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups,
                    uintptr_t constants, uintptr_t residual, int residual_dtype, float residual_scale, float lo,
-                   uintptr_t out, int out_dtype, int num_threads) {
-  const SparseInt8Weights weights{at<const int8_t>(values), at<const uint16_t>(index), at<const int32_t>(row_ptr), block};
+                   uintptr_t out, int out_dtype, int num_threads, bool scattered) {
+  const SparseInt8Weights weights{at<const int8_t>(values), at<const uint16_t>(index), at<const int32_t>(row_ptr), block,
+                                  scattered};
   conv2d_sparse_int8({at<const uint8_t>(x), x_signed, n, h, w, c, weights, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h,
                       dil_w, groups, at<const float>(constants), at<const char>(residual), dtype(residual_dtype),
                       residual_scale, lo, at<char>(out), dtype(out_dtype), num_threads});
@@ -46,8 +51,10 @@ void to_8bit(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, bool chann
 void max_pool2d(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, int64_t c, int64_t r, int64_t s,
                 int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
                 uintptr_t out, int num_threads) {
-  max_pool2d_int8({at<const uint8_t>(x), x_signed, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
-                   at<uint8_t>(out), num_threads});
+  const MaxPool2dInt8Args args{at<const uint8_t>(x), x_signed, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h,
+                               dil_w, at<uint8_t>(out), num_threads};
+  check_window("max_pool2d_int8", args);
+  max_pool2d_int8(args);
 }
 
 }  // namespace
@@ -63,7 +70,7 @@ void bind_int8(py::module_& module) {
              arg("values"), arg("index"), arg("row_ptr"), arg("block"), arg("k"), arg("r"), arg("s"), arg("stride_h"),
              arg("stride_w"), arg("pad_h"), arg("pad_w"), arg("dil_h"), arg("dil_w"), arg("groups"), arg("constants"),
              arg("residual"), arg("residual_dtype"), arg("residual_scale"), arg("lo"), arg("out"), arg("out_dtype"),
-             arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+             arg("num_threads"), arg("scattered") = false, py::call_guard<py::gil_scoped_release>());
   module.def("quantize", recorded(to_8bit), arg("x"), arg("n"), arg("c"), arg("h"), arg("w"), arg("channels_last"), arg("out"),
              arg("out_signed"), arg("inv_scale"), arg("num_threads"), py::call_guard<py::gil_scoped_release>());
   module.def("max_pool2d_int8", recorded(max_pool2d), arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("r"),

@@ -72,10 +72,13 @@ using DepthwiseColumnsFn = void (*)(const DepthwiseColumns&);
 
 constexpr int kSparseInt8MaxTile = 14;  // vectors of pixels
 
-// Copies the channels of some pixels to planes of quads: dst (quads, quad_stride bytes).
+constexpr int kScatteredInt8MaxTile = 2;
+
+// Copies the channels of some pixels to planes of quads, or of single channels: dst (quads, quad_stride bytes); of channels up
+// to a multiple of 16 are written.
 struct SparseInt8Gather {
   const uint8_t* const* rows;  // where the channels of each pixel begin; 16 bytes can be read from any of them
-  int64_t pixels;              // a multiple of the vector's lanes
+  int64_t pixels;              // a multiple of 16
   int64_t channel, quads;      // the first channel, and how many quads from there
   bool x_signed;
   uint8_t* dst;
@@ -85,7 +88,7 @@ struct SparseInt8Gather {
 // One tile of output pixels, one block of input channels, a range of output channels.
 struct SparseInt8Tile {
   const int8_t* values;
-  const uint16_t* index;
+  const uint16_t* index;   // one for each quad of values, or one for each value
   const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
   int64_t k_begin, k_end;
   const uint8_t* x;       // of this block
@@ -96,7 +99,7 @@ struct SparseInt8Tile {
   // With the last block the tile may go on to 8-bit outputs, unless `bytes` is null.
   uint8_t* bytes;           // (k_end - k_begin, byte_stride): the outputs, pixel by pixel
   const uint8_t* residual;  // like bytes, or null
-  int64_t byte_stride;      // the tile's vectors, rounded up to four of them
+  int64_t byte_stride;      // the tile's pixels, rounded up to whole vectors of bytes
   uint8_t lo;               // the epilogue's bounds, as output bytes ...
   const uint8_t* hi;        // ... of channel 0
   Int8Epilogue epilogue;    // its constants are those of channel 0
@@ -139,6 +142,9 @@ struct SparseInt8Kernels {
   void (*planes_to_rows)(const SparseInt8Turn&);
   void (*rows_to_planes)(const SparseInt8Turn&);
   int32_t (*sum_quads)(const int8_t* values, int64_t count);
+  // For non-zeros at random, on planes of single channels: a vector holds 4 * lanes pixels.
+  void (*scattered_tile[kScatteredInt8MaxTile])(const SparseInt8Tile&);
+  void (*scattered_gather)(const SparseInt8Gather&);
 };
 
 struct QuantizeRange {

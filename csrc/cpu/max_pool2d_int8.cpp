@@ -11,7 +11,6 @@
 namespace cnncomp {
 
 void max_pool2d_int8(const MaxPool2dInt8Args& a) {
-  check_window("max_pool2d_int8", a);
   const auto max_rows = a.x_signed ? int8_kernels().max_rows_s8 : int8_kernels().max_rows_u8;
   const int64_t out_h = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
   const int64_t out_w = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
