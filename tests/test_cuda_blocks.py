@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +11,8 @@ from hypothesis import strategies as st
 from cnncomp.ops import reference
 from cnncomp.sparsity import pack_gathered
 from tests import cuda_emulated as emulated
-from tests.ptx import MemoryFault, RaceError, UninitialisedMemory
 from tests.test_cuda_kernels import OUT_DTYPES, RESIDUALS, assert_same, random_constants, random_tensor
-from tests.test_cuda_sparse24 import ARCHS
+from tests.test_cuda_sparse24 import ARCHS, MUTANTS, check_that_broken_is_caught
 from tests.test_packers import masked_blocks
 
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
@@ -135,26 +132,9 @@ def test_what_is_zero_is_not_multiplied():
     assert half.summary()["tensor_ops"] < 0.7 * whole.summary()["tensor_ops"]
 
 
-MUTANTS = {
-    "barrier removed": ((RaceError, UninitialisedMemory), r"bar\.sync[^;]*;", ""),
-    "wait too weak": (RaceError, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"),
-    "copy of what is outside": (
-        MemoryFault,
-        r"(cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 16), %\w+;",
-        r"\1, 16;",
-    ),
-}
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_broken_kernel_is_caught(name):
-    error, pattern, replacement = MUTANTS[name]
-    ptx, count = re.subn(pattern, replacement, emulated.ptx_of("conv2d_blocks_int8", "80"))
-    assert count > 0
-    sizes = dict(n=1, c=64, h=5, w=5, k=16, r=3, s=3, padding=(1, 1), density=0.7)
-    check_conv("80", **sizes)
-    with pytest.raises(error):
-        check_conv("80", **sizes, ptx=ptx)
+    check_that_broken_is_caught(name, "conv2d_blocks_int8", check_conv, density=0.7)
 
 
 @pytest.mark.parametrize(

@@ -153,15 +153,20 @@ MUTANTS = {
 }
 
 
+def check_that_broken_is_caught(name, kernel, check, **more):
+    """``check`` passes on a convolution of the kernel, and fails with its text changed by a mutant."""
+    error, pattern, replacement = MUTANTS[name]
+    ptx, count = re.subn(pattern, replacement, emulated.ptx_of(kernel, "80"))
+    assert count > 0
+    sizes = dict(n=1, c=64, h=5, w=5, k=16, r=3, s=3, padding=(1, 1), **more)
+    check("80", **sizes)
+    with pytest.raises(error):
+        check("80", **sizes, ptx=ptx)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_broken_kernel_is_caught(name):
-    error, pattern, replacement = MUTANTS[name]
-    ptx, count = re.subn(pattern, replacement, emulated.ptx_of("conv2d_sparse24_int8", "80"))
-    assert count > 0
-    sizes = dict(n=1, c=64, h=5, w=5, k=16, r=3, s=3, padding=(1, 1))
-    check_conv("80", **sizes)
-    with pytest.raises(error):
-        check_conv("80", **sizes, ptx=ptx)
+    check_that_broken_is_caught(name, "conv2d_sparse24_int8", check_conv)
 
 
 @pytest.mark.parametrize(

@@ -113,25 +113,28 @@ def _is_sparse(layer: ConvertedLayer) -> str | None:
     return None if zeros >= MIN_SPARSITY else f"{zeros:.0%} zeros: sparse kernels need {MIN_SPARSITY:.0%}"
 
 
-def _why_not_zeros_in_int8(layer: ConvertedLayer) -> str | None:
+def _why_no_zeros_in_int8(layer: ConvertedLayer) -> str | None:
+    """Why a layer has no int8 weights that may be zero, None if it has."""
     if layer.info.input is None:
         return "not quantised"
-    if layer.info.weight_shift is not None:
-        return "mean-shift weights have no zeros"
-    if isinstance(layer, DenseConv2d) and layer.geometry.depthwise:
-        return "sparse int8 kernels have no depthwise convolution"
-    return None
+    return None if layer.info.weight_shift is None else "mean-shift weights have no zeros"
+
+
+def _why_not_sparse_on_cpu(layer: ConvertedLayer) -> str | None:
+    depthwise = isinstance(layer, DenseConv2d) and layer.geometry.depthwise
+    reason = "sparse int8 kernels have no depthwise convolution" if depthwise else None
+    return _why_no_zeros_in_int8(layer) or reason
 
 
 def _is_scattered_quantized(layer: ConvertedLayer) -> str | None:
-    if reason := _why_not_zeros_in_int8(layer):
+    if reason := _why_not_sparse_on_cpu(layer):
         return reason
     zeros = sparsity_of_weight(layer)
     return None if zeros >= MIN_SPARSITY else f"{zeros:.0%} zeros: sparse int8 kernels need {MIN_SPARSITY:.0%}"
 
 
 def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
-    if reason := _why_not_zeros_in_int8(layer):
+    if reason := _why_not_sparse_on_cpu(layer):
         return reason
     empty = empty_quads(layer)
     if empty >= MIN_SPARSITY:
@@ -141,10 +144,8 @@ def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
 
 def _why_not_packed(layer: ConvertedLayer) -> str | None:
     """Why no kernel with packed sparse weights can run a layer, None if one can."""
-    if layer.info.input is None:
-        return "not quantised"
-    if layer.info.weight_shift is not None:
-        return "mean-shift weights have no zeros"
+    if reason := _why_no_zeros_in_int8(layer):
+        return reason
     if isinstance(layer, DenseConv2d):
         g = layer.geometry
         return why_not(g.in_channels, g.kernel_size, g.groups)

@@ -3,13 +3,11 @@ same bits."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError
-from cnncomp.nn.quant import QuantConv2d, QuantLinear, _QuantLayer
+from cnncomp.nn.quant import QuantConv2d, QuantLinear
+from cnncomp.nn.sparse_quant import ZerosQuant
 from cnncomp.ops.conv2d_blocks import BLOCKS
 from cnncomp.ops.conv2d_sparse24 import SPARSE24
 from cnncomp.ops.packed import Format
@@ -17,16 +15,10 @@ from cnncomp.sparsity import pack_2to4, pack_gathered
 from cnncomp.sparsity.two_four import check_2to4
 
 
-class _PackedQuant(_QuantLayer):
+class _PackedQuant(ZerosQuant):
     """The packed weight. On a CPU, which gains nothing by the format, the layer packs and runs as the dense int8 layer."""
 
     _format: Format
-
-    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
-        if weight_shift is not None:
-            expected = "None: weights that are all shifted have no zeros"
-            raise ArgumentError("weight_shift", "mean-shift weights", expected)
-        super().__init__(*args, **kwargs)
 
     def _pack_cuda(self, weight: Tensor) -> Tensor:
         from cnncomp.ops.cuda_sparse import check_device

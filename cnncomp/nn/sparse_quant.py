@@ -18,7 +18,21 @@ from cnncomp.ops.packing import (
 )
 
 
-class _SparseQuant(_QuantLayer):
+class ZerosQuant(_QuantLayer):
+    """An int8 layer that gains by zeros in its weights.
+
+    Raises:
+        ArgumentError: mean-shift weights.
+    """
+
+    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
+        if weight_shift is not None:
+            expected = "None: weights that are all shifted have no zeros"
+            raise ArgumentError("weight_shift", "mean-shift weights", expected)
+        super().__init__(*args, **kwargs)
+
+
+class _SparseQuant(ZerosQuant):
     """The packed weight: ``weight`` holds the quads with any non-zero, and where they belong is in two more buffers. On a GPU,
     which has no kernel for it, the layer keeps the dense int8 weight and runs as the dense int8 layer."""
 
@@ -27,12 +41,6 @@ class _SparseQuant(_QuantLayer):
     block: int
     _pack_kept = staticmethod(pack_sparse_int8)
     _unpack_kept = staticmethod(unpack_sparse_int8)
-
-    def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
-        if weight_shift is not None:
-            expected = "None: weights that are all shifted have no zeros"
-            raise ArgumentError("weight_shift", "mean-shift weights", expected)
-        super().__init__(*args, **kwargs)
 
     def _pack(self, weight: Tensor) -> Tensor:
         if weight.device.type != "cpu":

@@ -56,6 +56,12 @@ def check_operands(
     check_contiguous(weight=weight, constants=constants)
 
 
+def check_unshifted(constants: Tensor) -> None:
+    """Raise :class:`ArgumentError` unless the constants are those of weights without a mean shift: of others, none is zero."""
+    if constants.dim() != 2 or constants.shape[0] != 3:
+        raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K): sparse weights have no mean shift")
+
+
 def _conv_fake(
     x: Tensor,
     weight: Tensor,
@@ -116,8 +122,7 @@ def _conv_cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+    residual = contiguous(residual, torch.channels_last)
     _cpu.conv2d_int8(
         x.data_ptr(), x.dtype == torch.int8, n, h, w, c,
         weight.data_ptr(), k, *kernel_size, *stride, *padding, *dilation, groups, depthwise,

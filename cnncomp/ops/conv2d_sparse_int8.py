@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.conv2d_int8 import check_operands
+from cnncomp.ops.conv2d_int8 import check_operands, check_unshifted
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
@@ -59,9 +59,8 @@ def _check(
     check_dtype("index", index, torch.int16)
     check_dtype("row_ptr", row_ptr, torch.int32)
     check_same_device(x, index=index, row_ptr=row_ptr)
+    check_unshifted(constants)
     k = constants.shape[1]
-    if constants.shape[0] != 3:
-        raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K): sparse weights have no mean shift")
     check_contiguous(index=index, row_ptr=row_ptr)
     if row_ptr.numel() != -(-group_c // (block if _scattered(index) else QUAD * block)) * k + 1:
         expected = f"the number of input channels that the weight was packed for (it has {row_ptr.numel() - 1} rows)"
@@ -115,8 +114,7 @@ def _conv_cpu(
     if out.numel() == 0:
         return out
     x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+    residual = contiguous(residual, torch.channels_last)
     _cpu.conv2d_sparse_int8(
         x.data_ptr(), x.dtype == torch.int8, n, h, w, c,
         values.data_ptr(), index.data_ptr(), row_ptr.data_ptr(), block,

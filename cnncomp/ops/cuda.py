@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cnncomp.errors import DeviceError
 from cnncomp.kernels import available
+from cnncomp.ops.library import contiguous, conv_out_size
 from cnncomp.ops.packing import PackedSparse
 from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
 
@@ -83,10 +84,6 @@ def _epilogue_arguments(
     return constants.data_ptr(), pointer, code, residual_scale, lo, out.data_ptr(), _DTYPE_CODE[out.dtype]
 
 
-def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def conv2d_int8(
     x: Tensor,
     weight: Tensor,
@@ -127,11 +124,11 @@ def conv2d_int8(
         return launch(*args)
     n, c, h, w = x.shape
     k, r, s, _ = weight.shape
-    p = _out_size(h, r, stride[0], padding[0], dilation[0])
-    q = _out_size(w, s, stride[1], padding[1], dilation[1])
+    p = conv_out_size(h, r, stride[0], padding[0], dilation[0])
+    q = conv_out_size(w, s, stride[1], padding[1], dilation[1])
     out = torch.empty((n, k, p, q), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     x, weight, constants = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), constants.contiguous()
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    residual = contiguous(residual, torch.channels_last)
     index, stream, multiprocessors = _launch_arguments(x)
     _module().conv2d_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
@@ -160,7 +157,7 @@ def linear_int8(
     if out.numel() == 0:
         return out
     x, weight, constants = x.contiguous(), weight.contiguous(), constants.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    residual = contiguous(residual)
     index, stream, multiprocessors = _launch_arguments(x)
     _module().linear_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
-from cnncomp.ops.library import conv_out_size
+from cnncomp.ops.library import contiguous, conv_out_size
 from cnncomp.sparsity.weights import why_not
 
 
@@ -81,7 +81,7 @@ def conv2d(
     check_device(x.device)
     x = _aligned(x.contiguous(memory_format=torch.channels_last))
     weight, constants = _aligned(weight.contiguous()), constants.contiguous()
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    residual = contiguous(residual, torch.channels_last)
     launch = getattr(cuda._module(), f"conv2d_{name}_{'int8' if x.itemsize == 1 else 'f16'}")
     try:
         launch(

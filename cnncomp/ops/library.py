@@ -143,9 +143,9 @@ def conv_out_shape(
     return x.shape[0], out_channels, p, q
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """``x.contiguous()``, None for None. Keep what it gives for as long as a kernel reads it."""
-    return None if x is None else x.contiguous()
+def contiguous(x: Tensor | None, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor | None:
+    """``x.contiguous(...)``, None for None. Keep what it gives for as long as a kernel reads it."""
+    return None if x is None else x.contiguous(memory_format=memory_format)
 
 
 def pointer(x: Tensor | None) -> int:

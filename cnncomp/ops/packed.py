@@ -8,15 +8,22 @@ and runs as a dense one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.conv2d_int8 import CONV_SCHEMA, LINEAR_SCHEMA, _conv_fake, _linear_fake, check_operands
-from cnncomp.ops.library import Pair, check_dtype, check_residual, check_same_device, conv_out_shape, define
+from cnncomp.ops.conv2d_int8 import (
+    CONV_SCHEMA,
+    LINEAR_SCHEMA,
+    _conv_fake,
+    _linear_fake,
+    check_operands,
+    check_unshifted,
+)
+from cnncomp.ops.library import check_dtype, check_residual, check_same_device, conv_out_shape, define
 from cnncomp.ops.packing import pack_int8
 from cnncomp.ops.reference import epilogue
 
@@ -37,11 +44,6 @@ class Format(NamedTuple):
     unpack: Callable[[Tensor, Shape, torch.dtype, int], Tensor]
 
 
-def _check_constants(constants: Tensor) -> None:
-    if constants.dim() != 2 or constants.shape[0] != 3:
-        raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K): sparse weights have no mean shift")
-
-
 def _check_halves(
     x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: Sequence[int], out_dtype: torch.dtype
 ) -> None:
@@ -60,19 +62,13 @@ def define_conv(fmt: Format, kind: str) -> None:
     """Register ``cnncomp::conv2d_<format>_<kind>``; ``kind``: "int8" or "f16"."""
     check_types = check_operands if kind == "int8" else _check_halves
 
-    def checked(
-        x: Tensor,
-        weight: Tensor,
-        constants: Tensor,
-        residual: Tensor | None,
-        where: tuple[Pair, Pair, Pair, Pair, int],
-        out_dtype: torch.dtype,
-    ) -> Shape:
+    # rest: kernel size, stride, padding, dilation, groups, the output's dtype.
+    def checked(x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, rest: tuple[Any, ...]) -> Shape:
         """The unpacked weight's shape, operands checked."""
-        kernel_size, *geometry, groups = where
+        kernel_size, *geometry, groups, out_dtype = rest
         shape = conv_out_shape(x, constants.shape[-1], kernel_size, *geometry)
         check_types(x, weight, constants, residual, shape, out_dtype)
-        _check_constants(constants)
+        check_unshifted(constants)
         logical = (shape[1], x.shape[1] // groups, *kernel_size)
         fmt.check(weight, logical, torch.int8 if kind == "int8" else x.dtype, groups)
         return logical
@@ -84,19 +80,16 @@ def define_conv(fmt: Format, kind: str) -> None:
         residual: Tensor | None,
         residual_scale: float,
         lo: float,
-        kernel_size: Pair,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-        out_dtype: torch.dtype,
+        *rest: Any,
     ) -> Tensor:
-        where = (kernel_size, stride, padding, dilation, groups)
-        logical = checked(x, weight, constants, residual, where, out_dtype)
+        logical = checked(x, weight, constants, residual, rest)
+        _, stride, padding, dilation, groups, out_dtype = rest
         if kind == "int8":
             dense = pack_int8(fmt.unpack(weight, logical, torch.int8, groups), groups)
-            return torch.ops.cnncomp.conv2d_int8(x, dense, constants, residual, residual_scale, lo, *where, out_dtype)
-        acc = F.conv2d(x.float(), fmt.unpack(weight, logical, x.dtype, groups).float(), None, *where[1:])
+            return torch.ops.cnncomp.conv2d_int8(x, dense, constants, residual, residual_scale, lo, *rest)
+        acc = F.conv2d(
+            x.float(), fmt.unpack(weight, logical, x.dtype, groups).float(), None, stride, padding, dilation, groups
+        )
         out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype)
         return out.contiguous(memory_format=torch.channels_last)
 
@@ -107,18 +100,12 @@ def define_conv(fmt: Format, kind: str) -> None:
         residual: Tensor | None,
         residual_scale: float,
         lo: float,
-        kernel_size: Pair,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-        out_dtype: torch.dtype,
+        *rest: Any,
     ) -> Tensor:
         from cnncomp.ops import cuda_sparse
 
-        where = (kernel_size, stride, padding, dilation, groups)
-        checked(x, weight, constants, residual, where, out_dtype)
-        return cuda_sparse.conv2d(fmt.name, x, weight, constants, residual, residual_scale, lo, *where, out_dtype)
+        checked(x, weight, constants, residual, rest)
+        return cuda_sparse.conv2d(fmt.name, x, weight, constants, residual, residual_scale, lo, *rest)
 
     define(f"conv2d_{fmt.name}_{kind}", CONV_SCHEMA, _conv_fake, cpu, cuda)
 
@@ -129,7 +116,7 @@ def define_linear_int8(fmt: Format) -> None:
     def checked(x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, out_dtype: torch.dtype) -> Shape:
         k = constants.shape[-1]
         check_operands(x, weight, constants, residual, (*x.shape[:-1], k), out_dtype)
-        _check_constants(constants)
+        check_unshifted(constants)
         logical = (k, x.shape[-1], 1, 1)
         fmt.check(weight, logical, torch.int8, 1)
         return logical

@@ -76,6 +76,15 @@ struct Taps {
   }
 };
 
+// rows<ROWS>(row) for all output rows, up to four at a time.
+template <class Rows>
+inline __attribute__((always_inline)) void by_rows(int64_t p, Rows rows) {
+  int64_t row = 0;
+  for (; row + 4 <= p; row += 4) rows.template operator()<4>(row);
+  for (; row + 2 <= p; row += 2) rows.template operator()<2>(row);
+  if (row < p) rows.template operator()<1>(row);
+}
+
 // A vector of columns of ROWS output rows, for an R x S kernel without dilation.
 template <class V, int R, int S, int STRIDE, int ROWS, class Taps>
 inline __attribute__((always_inline)) void square(const Plane& a, const typename V::Vec (&weight)[R * S], const Taps& taps,
@@ -111,10 +120,9 @@ void square_columns(const DepthwisePlanes& a, int64_t column) {
     const Plane plane(a, i);
     typename V::Vec weight[R * S];
     for (int j = 0; j < R * S; j++) weight[j] = V::broadcast(plane.weight[j]);
-    int64_t row = 0;
-    for (; row + 4 <= a.p; row += 4) square<V, R, S, STRIDE, 4>(plane, weight, taps, row, column);
-    for (; row + 2 <= a.p; row += 2) square<V, R, S, STRIDE, 2>(plane, weight, taps, row, column);
-    if (row < a.p) square<V, R, S, STRIDE, 1>(plane, weight, taps, row, column);
+    by_rows(a.p, [&]<int ROWS>(int64_t row) __attribute__((always_inline)) {
+      square<V, R, S, STRIDE, ROWS>(plane, weight, taps, row, column);
+    });
   }
 }
 
@@ -143,7 +151,7 @@ inline __attribute__((always_inline)) void shifted(const Plane& a, const typenam
     width[i] = y < 0 || y >= a.h ? 0 : a.w;
     x[i] = a.x + (width[i] == 0 ? 0 : y * a.w);
     before[i] = V::broadcast(0.0f);
-    if constexpr (STRIDE == 1) here[i] = V::load_between(x[i], 0, static_cast<int>(width[i] < kLanes ? width[i] : kLanes));
+    if constexpr (STRIDE == 1) here[i] = load_inside<V>(x[i], 0, width[i]);
   }
   for (int64_t column = 0; column < a.q; column += kLanes) {
     typename V::Vec sum[ROWS];
@@ -152,19 +160,15 @@ inline __attribute__((always_inline)) void shifted(const Plane& a, const typenam
 #pragma GCC unroll 16
     for (int i = 0; i < kInputs; i++) {
       typename V::Vec tap[3];
-      const auto load = [&](int64_t at) {
-        const int64_t left = width[i] - at;
-        return V::load_between(x[i] + (left > 0 ? at : 0), 0, static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes));
-      };
       if constexpr (STRIDE == 1) {
-        const typename V::Vec next = load(column + kLanes);
+        const typename V::Vec next = load_inside<V>(x[i], column + kLanes, width[i]);
         tap[0] = V::template from<kLanes - 1>(before[i], here[i]);
         tap[1] = here[i];
         tap[2] = V::template from<1>(here[i], next);
         before[i] = here[i];
         here[i] = next;
       } else {
-        const typename V::Vec low = load(2 * column), high = load(2 * column + kLanes);
+        const auto low = load_inside<V>(x[i], 2 * column, width[i]), high = load_inside<V>(x[i], 2 * column + kLanes, width[i]);
         tap[1] = V::even(low, high);
         tap[2] = V::odd(low, high);
         tap[0] = V::template from<kLanes - 1>(before[i], tap[2]);
@@ -189,10 +193,7 @@ void shifted_planes(const DepthwisePlanes& a) {
     const Plane plane(a, i);
     typename V::Vec weight[9];
     for (int j = 0; j < 9; j++) weight[j] = V::broadcast(plane.weight[j]);
-    int64_t row = 0;
-    for (; row + 4 <= a.p; row += 4) shifted<V, STRIDE, 4>(plane, weight, row);
-    for (; row + 2 <= a.p; row += 2) shifted<V, STRIDE, 2>(plane, weight, row);
-    if (row < a.p) shifted<V, STRIDE, 1>(plane, weight, row);
+    by_rows(a.p, [&]<int ROWS>(int64_t row) __attribute__((always_inline)) { shifted<V, STRIDE, ROWS>(plane, weight, row); });
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv2d_sparse_int8_kernel.h"
+#include "int8_interleave.h"
 
 namespace cnncomp {
 namespace {
@@ -23,17 +24,6 @@ void gather_channels(const SparseInt8Gather& a) {
   for (int64_t c = 0; c < channels; c++)
     for (uint8_t *p = a.dst + c * a.quad_stride, *const end = p + a.pixels; p < end; p += 16)
       Vec128::store(p, Vec128::bit_xor(Vec128::load(p), flip));
-}
-
-// Four vectors of bytes, interleaved.
-template <class S>
-inline __attribute__((always_inline)) void interleave(typename S::Int a, typename S::Int b, typename S::Int c,
-                                                      typename S::Int d, typename S::Int (&v)[4]) {
-  const auto ab_lo = S::zip8_lo(a, b), ab_hi = S::zip8_hi(a, b), cd_lo = S::zip8_lo(c, d), cd_hi = S::zip8_hi(c, d);
-  v[0] = S::zip16_lo(ab_lo, cd_lo);
-  v[1] = S::zip16_hi(ab_lo, cd_lo);
-  v[2] = S::zip16_lo(ab_hi, cd_hi);
-  v[3] = S::zip16_hi(ab_hi, cd_hi);
 }
 
 // acc += the groups of four non-zeros [begin, end).
@@ -109,10 +99,7 @@ void scattered_tile_as(const SparseInt8Tile& a) {
 
 template <class S, int T>
 void sum_scattered(const SparseInt8Tile& a) {
-  if (a.bytes == nullptr) return scattered_tile_as<S, T, kNoResidual, false>(a);
-  if (a.residual == nullptr) return scattered_tile_as<S, T, kNoResidual, true>(a);
-  if (a.epilogue.residual_dtype == kU8) return scattered_tile_as<S, T, kResidualU8, true>(a);
-  return scattered_tile_as<S, T, kResidualS8, true>(a);
+  tile_as(a, [&]<Residual RESIDUAL, bool BYTES>() { scattered_tile_as<S, T, RESIDUAL, BYTES>(a); });
 }
 
 // Tiles of up to MAX vectors.

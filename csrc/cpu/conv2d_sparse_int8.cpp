@@ -34,9 +34,6 @@ struct Plan {
   std::vector<uint8_t> zeros, tail; // rows outside the image; the last rows of the input, which may be read past their end
   int64_t tail_begin;               // offset in the input of the first row that is read from `tail`
   Int8Constants constants;
-  bool bytes;  // outputs and residual are 8 bit, and what is rounded to the outputs fits int32 before it is clamped
-  uint8_t lo;               // where `bytes`: the bounds of the outputs ...
-  std::vector<uint8_t> hi;  // ... (k)
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
   int64_t quad_stride() const { return plane_length * element; }   // bytes
@@ -139,30 +136,14 @@ int64_t count_quads(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t k) 
 // only channels of few weights, or none, have larger scales.
 bool fits_bytes(const Conv2dSparseInt8Args& a, const Plan& plan) {
   constexpr float kLargest = 255 * 128 * kQuad;  // that a quad adds to a sum
-  if (a.out_dtype == kF32 || plan.group_k % kBlock != 0) return false;
+  if (a.out_dtype == kF32 || plan.group_k % kBlock != 0 || std::isnan(a.lo)) return false;
   if (a.residual != nullptr && (a.residual_dtype == kF32 || !(std::abs(a.residual_scale) < 0x1p20f))) return false;
   for (int64_t k = 0; k < a.k; k++) {
     const float scale = std::abs(a.constants[k]);
-    if (!(std::abs(a.constants[a.k + k]) < 0x1p28f)) return false;
+    if (!(std::abs(a.constants[a.k + k]) < 0x1p28f) || std::isnan(a.constants[2 * a.k + k])) return false;
     if (!(scale < 0.25f) && !(scale * kLargest * static_cast<float>(count_quads(a, plan, k)) < 0x1p29f)) return false;
   }
   return true;
-}
-
-// A bound of the epilogue as an output byte: rounded half to even, as numbers from 2^23 on are.
-uint8_t byte_bound(float bound, Dtype out) {
-  constexpr float kMagic = 12582912.0f;
-  const float least = out == kS8 ? -128.0f : 0.0f, most = out == kS8 ? 127.0f : 255.0f;
-  const float inside = bound < least ? least : bound > most ? most : bound;
-  return static_cast<uint8_t>(static_cast<int32_t>(inside + kMagic - kMagic));
-}
-
-void make_bounds(const Conv2dSparseInt8Args& a, Plan& plan) {
-  plan.bytes = fits_bytes(a, plan);
-  if (!plan.bytes) return;
-  plan.lo = byte_bound(a.lo, a.out_dtype);
-  plan.hi.resize(a.k);
-  for (int64_t k = 0; k < a.k; k++) plan.hi[k] = byte_bound(a.constants[2 * a.k + k], a.out_dtype);
 }
 
 void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
@@ -178,7 +159,7 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   make_offsets(a, plan);
   guard_rows(a, plan);
   make_constants(a, kernels, plan);
-  make_bounds(a, plan);
+  plan.constants.set_bytes(a, fits_bytes(a, plan));
   plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, ceil_div(plan.group_k, kBlock));
 }
 
@@ -321,11 +302,9 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
   // They stay in cache while the blocks of input channels go by.
   t.sums = scratch.sums.get(kSparseInt8Channels * plan.tile);
   t.byte_stride = ceil_div(plan.tile, 4 * kernels.lanes) * 4 * kernels.lanes;
-  t.lo = plan.lo;
-  t.hi = plan.hi.data() + part.group * plan.group_k;
   t.epilogue = plan.constants.epilogue(a, 0, part.group, 0);
   std::optional<Turns> turns;
-  if (plan.bytes) turns.emplace(a, plan, t, scratch);
+  if (plan.constants.bytes()) turns.emplace(a, plan, t, scratch);
   SparseInt8Finish f{t.sums, plan.tile, 0, 0, nullptr, scratch.segments.data(), 0, t.epilogue};
   f.num_segments = static_cast<int64_t>(scratch.segments.size());
   for (int64_t k = part.k_begin; k < part.k_end; k += kSparseInt8Channels) {

@@ -99,10 +99,13 @@ inline __attribute__((always_inline)) typename S::Int round_sums(const typename 
 // Rounded bytes of channel k, clamped to its bounds.
 template <class S>
 inline __attribute__((always_inline)) void store_clamped(const SparseInt8Tile& a, int64_t k, typename S::Int v, int64_t at) {
-  const auto lo = S::set(static_cast<int32_t>(a.lo * 0x01010101u));
-  const auto hi = S::set(static_cast<int32_t>(a.hi[k] * 0x01010101u));
-  S::store(a.bytes + at, a.epilogue.out_dtype == kS8 ? S::template clamp_bytes<true>(v, lo, hi)
-                                                     : S::template clamp_bytes<false>(v, lo, hi));
+  const Int8Epilogue& e = a.epilogue;
+  if (e.hi_bytes != nullptr) {
+    const auto lo = S::set(static_cast<int32_t>(e.lo_byte * 0x01010101u));
+    const auto hi = S::set(static_cast<int32_t>(e.hi_bytes[k] * 0x01010101u));
+    v = e.out_dtype == kS8 ? S::template clamp_bytes<true>(v, lo, hi) : S::template clamp_bytes<false>(v, lo, hi);
+  }
+  S::store(a.bytes + at, v);
 }
 
 template <class S, Residual RESIDUAL, int T>
@@ -141,12 +144,18 @@ void sparse_tile_as(const SparseInt8Tile& a) {
   }
 }
 
+// tile<RESIDUAL, BYTES>(), as what `a` asks for.
+template <class Tile>
+void tile_as(const SparseInt8Tile& a, Tile tile) {
+  if (a.bytes == nullptr) return tile.template operator()<kNoResidual, false>();
+  if (a.residual == nullptr) return tile.template operator()<kNoResidual, true>();
+  if (a.epilogue.residual_dtype == kU8) return tile.template operator()<kResidualU8, true>();
+  return tile.template operator()<kResidualS8, true>();
+}
+
 template <class S, int T>
 void sparse_tile(const SparseInt8Tile& a) {
-  if (a.bytes == nullptr) return sparse_tile_as<S, T, kNoResidual, false>(a);
-  if (a.residual == nullptr) return sparse_tile_as<S, T, kNoResidual, true>(a);
-  if (a.epilogue.residual_dtype == kU8) return sparse_tile_as<S, T, kResidualU8, true>(a);
-  return sparse_tile_as<S, T, kResidualS8, true>(a);
+  tile_as(a, [&]<Residual RESIDUAL, bool BYTES>() { sparse_tile_as<S, T, RESIDUAL, BYTES>(a); });
 }
 
 // v: in each 128 bits, sixteen rows of a 16x16 matrix of bytes; they become its columns. Zipping rows i and i + 8 turns the

@@ -18,12 +18,10 @@ inline __attribute__((always_inline)) void interleave_column(const uint8_t* cons
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
       v[i] = 4 * quad + i < R ? load_channels<S, SIGNED>(x[4 * quad + i < R ? 4 * quad + i : 0] + at) : S::set(0);
-    const auto ab_lo = S::zip8_lo(v[0], v[1]), ab_hi = S::zip8_hi(v[0], v[1]);
-    const auto cd_lo = S::zip8_lo(v[2], v[3]), cd_hi = S::zip8_hi(v[2], v[3]);
-    use(quad, 0, S::input(S::zip16_lo(ab_lo, cd_lo)));
-    use(quad, 1, S::input(S::zip16_hi(ab_lo, cd_lo)));
-    use(quad, 2, S::input(S::zip16_lo(ab_hi, cd_hi)));
-    use(quad, 3, S::input(S::zip16_hi(ab_hi, cd_hi)));
+    typename S::Int taps[4];
+    interleave<S>(v[0], v[1], v[2], v[3], taps);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) use(quad, j, S::input(taps[j]));
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "int8_epilogue.h"
+#include "int8_interleave.h"
 
 namespace cnncomp {
 namespace {
@@ -56,13 +57,13 @@ inline void depthwise_sums(const uint8_t* const* rows, int64_t quads, int64_t ch
   for (int64_t q = 0; q < quads; q++, rows += 4, weight += 4 * S::kBytes) {
     const auto a = load_channels<S, SIGNED>(rows[0] + channel), b = load_channels<S, SIGNED>(rows[1] + channel);
     const auto c = load_channels<S, SIGNED>(rows[2] + channel), d = load_channels<S, SIGNED>(rows[3] + channel);
-    const auto ab_lo = S::zip8_lo(a, b), ab_hi = S::zip8_hi(a, b), cd_lo = S::zip8_lo(c, d), cd_hi = S::zip8_hi(c, d);
-    const typename S::Operand x[4] = {S::input(S::zip16_lo(ab_lo, cd_lo)), S::input(S::zip16_hi(ab_lo, cd_lo)),
-                                      S::input(S::zip16_lo(ab_hi, cd_hi)), S::input(S::zip16_hi(ab_hi, cd_hi))};
+    typename S::Int taps[4];
+    interleave<S>(a, b, c, d, taps);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      acc[j] = S::dot(acc[j], x[j], S::weight(S::load(weight + j * S::kBytes)));
-      if constexpr (SHIFT) window[j] = S::dot(window[j], x[j], ones);
+      const auto x = S::input(taps[j]);
+      acc[j] = S::dot(acc[j], x, S::weight(S::load(weight + j * S::kBytes)));
+      if constexpr (SHIFT) window[j] = S::dot(window[j], x, ones);
     }
   }
 }

@@ -1,33 +1,15 @@
 // The int8 kernels with AVX2: products of 16-bit pairs.
 #include "simd256.h"
 
-#include "conv2d_int8_kernel.h"
-#include "conv2d_scattered_int8_kernel.h"
-#include "depthwise_int8_columns.h"
-#include "quantize_kernel.h"
+#include "int8_table.h"
 
 namespace cnncomp {
 namespace {
 
-// 16 registers: 4 x 2 accumulators, the weights and the input.
-void conv(const ConvPanel& a) { conv_blocks<Vec256, 1, 4>(a); }
-
-void depthwise(const DepthwisePanel& a) { depthwise_vectors<Vec128>(a, depthwise_vectors<Vec256>(a, 0)); }
+constexpr int kPixels[kMaxBlocks] = {4};  // 16 registers: 4 x 2 accumulators, the weights and the input
 
 }  // namespace
 
-const Int8Kernels kInt8Avx2{1,
-                           {4},
-                           conv,
-                           depthwise,
-                           {{depthwise_columns<3, 1, Vec256, Vec128>, depthwise_columns<3, 2, Vec256, Vec128>},
-                            {depthwise_columns<5, 1, Vec256, Vec128>, depthwise_columns<5, 2, Vec256, Vec128>}},
-                           sum_weights<Vec256>,
-                           sum_rows<Vec256>,
-                           quantize_flat<Vec256>,
-                           quantize_planes<Vec256>,
-                           max_rows<Vec256, false>,
-                           max_rows<Vec256, true>,
-                           sparse_int8_kernels<Vec256, 8>()};
+const Int8Kernels kInt8Avx2 = int8_kernels_of<8, Vec256, Vec128>(conv_one_block<Vec256, kPixels[0]>, kPixels);
 
 }  // namespace cnncomp

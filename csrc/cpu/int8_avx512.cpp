@@ -1,10 +1,7 @@
 // The int8 kernels with AVX-512 without VNNI: products of 16-bit pairs.
 #include "simd512.h"
 
-#include "conv2d_int8_kernel.h"
-#include "conv2d_scattered_int8_kernel.h"
-#include "depthwise_int8_columns.h"
-#include "quantize_kernel.h"
+#include "int8_table.h"
 
 namespace cnncomp {
 namespace {
@@ -21,24 +18,8 @@ void conv(const ConvPanel& a) {
   }
 }
 
-void depthwise(const DepthwisePanel& a) {
-  depthwise_vectors<Vec128>(a, depthwise_vectors<Vec256>(a, depthwise_vectors<Vec512>(a, 0)));
-}
-
 }  // namespace
 
-const Int8Kernels kInt8Avx512{4,
-                           {kPixels[0], kPixels[1], kPixels[2], kPixels[3]},
-                           conv,
-                           depthwise,
-                           {{depthwise_columns<3, 1, Vec512, Vec256, Vec128>, depthwise_columns<3, 2, Vec512, Vec256, Vec128>},
-                            {depthwise_columns<5, 1, Vec512, Vec256, Vec128>, depthwise_columns<5, 2, Vec512, Vec256, Vec128>}},
-                           sum_weights<Vec512>,
-                           sum_rows<Vec512>,
-                           quantize_flat<Vec512>,
-                           quantize_planes<Vec512>,
-                           max_rows<Vec512, false>,
-                           max_rows<Vec512, true>,
-                           sparse_int8_kernels<Vec512, 14>()};
+const Int8Kernels kInt8Avx512 = int8_kernels_of<14, Vec512, Vec256, Vec128>(conv, kPixels);
 
 }  // namespace cnncomp

@@ -41,18 +41,25 @@ class Int8Constants {
   // rounded below 2^30. After assign.
   template <class Args>
   void use_bytes(const Args& a) {
-    const float least = a.out_dtype == kS8 ? -128.0f : 0.0f, most = a.out_dtype == kS8 ? 127.0f : 255.0f;
     const bool float_residual = a.residual != nullptr && a.residual_dtype == kF32;
-    int32_t scale = 0, bias = 0, hi = 0, least_hi = INT32_MAX;
+    int32_t scale = 0, bias = 0, hi = 0;
     for (int64_t k = 0; k < a.k; k++) {
       scale = std::max(scale, bits(a.constants[k]) & INT32_MAX);
       bias = std::max(bias, bits(a.constants[a.k + k]) & INT32_MAX);
       hi = std::max(hi, bits(a.constants[2 * a.k + k]) & INT32_MAX);
-      least_hi = std::min(least_hi, bits(a.constants[2 * a.k + k]));
     }
-    bytes_ = a.out_dtype != kF32 && !float_residual && !std::isnan(a.lo) && scale < bits(0.25f) && bias < bits(0x1p28f) &&
-             hi <= bits(INFINITY) && (a.residual == nullptr || std::abs(a.residual_scale) < 0x1p20f);
-    if (!bytes_) return;
+    set_bytes(a, a.out_dtype != kF32 && !float_residual && !std::isnan(a.lo) && scale < bits(0.25f) && bias < bits(0x1p28f) &&
+                     hi <= bits(INFINITY) && (a.residual == nullptr || std::abs(a.residual_scale) < 0x1p20f));
+  }
+
+  // The same where the caller knows whether what is rounded `fits` an int32; no bound is NaN then.
+  template <class Args>
+  void set_bytes(const Args& a, bool fits) {
+    bytes_ = fits;
+    if (!fits) return;
+    const float least = a.out_dtype == kS8 ? -128.0f : 0.0f, most = a.out_dtype == kS8 ? 127.0f : 255.0f;
+    int32_t least_hi = INT32_MAX;
+    for (int64_t k = 0; k < a.k; k++) least_hi = std::min(least_hi, bits(a.constants[2 * a.k + k]));
     const auto byte = [&](float bound) { return static_cast<uint8_t>(std::lrintf(std::clamp(bound, least, most))); };
     lo_byte_ = byte(a.lo);
     hi_bytes_.resize(a.lo > least || least_hi < bits(most) ? row_ : 0);

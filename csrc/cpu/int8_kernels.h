@@ -100,8 +100,6 @@ struct SparseInt8Tile {
   uint8_t* bytes;           // (k_end - k_begin, byte_stride): the outputs, pixel by pixel
   const uint8_t* residual;  // like bytes, or null
   int64_t byte_stride;      // the tile's pixels, rounded up to whole vectors of bytes
-  uint8_t lo;               // the epilogue's bounds, as output bytes ...
-  const uint8_t* hi;        // ... of channel 0
   Int8Epilogue epilogue;    // its constants are those of channel 0
 };
 

@@ -1,10 +1,17 @@
-// Loads of every second or every n-th float. For files compiled per instruction set; V as in float128.h.
+// Loads at the end of a row, and of every second or every n-th float. For files compiled per instruction set; V as in float128.h.
 #pragma once
 
 #include <cstdint>
 
 namespace cnncomp {
 namespace {
+
+// row[at + i], zero from `width` on; nothing is read from there.
+template <class V>
+inline __attribute__((always_inline)) typename V::Vec load_inside(const float* row, int64_t at, int64_t width) {
+  const int64_t left = width - at;
+  return V::load_between(row + (left > 0 ? at : 0), 0, static_cast<int>(left < 0 ? 0 : left < V::kLanes ? left : V::kLanes));
+}
 
 // p[2 * i] for first <= i < last, zero in the other lanes; nothing else is read past p[2 * (last - 1)].
 template <class V>
