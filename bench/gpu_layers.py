@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from functools import cache
 from typing import Any
 
@@ -68,9 +69,17 @@ def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple
     return plan, Launch(math.prod(grid), plan["block"], 0, least, "int8", read, grid[1] * grid[2])
 
 
-def _blocks(plan: dict[str, Any], groups: int) -> list[int] | None:
+def _channel_tiles(plan: dict[str, Any], shape: ConvShape) -> int:
+    """Neighbouring blocks of the same pixels, which have all channels of a group together; 1 of kernels without tiles."""
+    tile = re.search(r"_\d+x(\d+)_", plan["kernel"])
+    return math.ceil(shape.k / shape.groups / int(tile[1])) if tile else 1
+
+
+def _blocks(plan: dict[str, Any], shape: ConvShape) -> list[int] | None:
     """The blocks to run: all where blocks share a tile's reduction, since the last of them does more than the others."""
-    return None if plan["grid"][2] > groups else sample_of(math.prod(plan["grid"]), BLOCKS)
+    if plan["grid"][2] > shape.groups:
+        return None
+    return sample_of(math.prod(plan["grid"]), BLOCKS, _channel_tiles(plan, shape))
 
 
 def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counted, str]:
@@ -87,15 +96,16 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
     kernel = plan["kernel"]
     source = emulated.source_of(kernel)
     ptx = emulated.ptx_of(source, arch)
+    blocks = _blocks(plan, shape)
 
     def run() -> tuple[Result, Launch]:
         result = emulate(
             load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]],
-            shared=emulated.shared_of(plan, arch), memory=memory, blocks=_blocks(plan, shape.groups),
+            shared=emulated.shared_of(plan, arch), memory=memory, blocks=blocks,
             checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip
         registers = registers_of(kernel, arch)
         return result, Launch(**{**vars(launch), "registers": registers})
 
-    key = (_text(kernel, arch), arch, kernel, plan["grid"], batch, shape, BLOCKS, L1)
+    key = (_text(kernel, arch), arch, kernel, plan["grid"], batch, shape, blocks, L1)
     return counted(key, run), kernel

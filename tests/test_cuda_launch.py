@@ -7,8 +7,8 @@ from math import prod
 import pytest
 import torch
 
-from cnncomp.errors import DeviceError
-from cnncomp.ops import cuda, reference
+from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.ops import conv2d_int8, cuda, reference
 from tests import cuda_emulated as emulated
 from tests.cuda_device import EmulatedModule
 
@@ -74,6 +74,26 @@ def test_workspaces_of_streams_and_graphs(monkeypatch):
     spaces = [cuda._workspace_arguments(torch.device("cpu"), 0, stream)[0] for stream in (1, 2, 2, 2, 2, 1)]
     assert len(set(spaces)) == 4 and spaces[2] == spaces[3] and spaces[0] == spaces[5]
     cuda._workspace.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "shape, c, groups, match",
+    [
+        ((8, 3, 3, 8), 16, 1, "8, 3, 3, 16"),
+        ((7, 3, 3, 16), 16, 1, "8, 3, 3, 16"),
+        ((8, 1, 3, 16), 16, 1, "8, 3, 3, 16"),
+        ((8, 3, 3, 5), 15, 3, "multiples of groups=3"),
+    ],
+)
+def test_weights_of_other_sizes_are_refused_before_a_launch(shape, c, groups, match):
+    """Kernels trust the sizes that they are told."""
+    x, constants = torch.zeros(1, c, 5, 5, dtype=torch.uint8), torch.zeros(3, 8)
+    rest = (constants, None, 0.0, 0.0)
+    geometry = ((3, 3), (1, 1), (0, 0), (1, 1), groups)
+    with pytest.raises(ArgumentError, match=match):
+        conv2d_int8._conv_cuda(x, torch.zeros(shape, dtype=torch.int8), *rest, *geometry, torch.uint8)
+    with pytest.raises(ArgumentError, match=r"expected \(8, 5\)"):
+        conv2d_int8._linear_cuda(x, torch.zeros(8, 4, dtype=torch.int8), *rest, torch.uint8)
 
 
 def test_empty_batches():

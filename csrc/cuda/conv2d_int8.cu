@@ -30,7 +30,7 @@ struct Loaders<Tile, kBytes> {
 
 // kPiece: bytes of one tap that are copied at once; kTaps: slices are of one tap each.
 template <typename Tile, int kPiece, bool kSigned>
-__global__ void __launch_bounds__(Tile::kThreads) conv2d_int8_kernel(const ConvParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kTogether) conv2d_int8_kernel(const ConvParams p) {
   Accumulators<Tile> acc = {};
   const Work work = Work::of_block<Tile>(p.schedule, p.reduction);
   using LoaderA = typename Loaders<Tile, kPiece>::A;

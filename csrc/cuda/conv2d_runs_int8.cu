@@ -124,7 +124,7 @@ struct RunRowLoader {
 }  // namespace
 
 template <typename Tile, bool kSigned>
-__global__ void __launch_bounds__(Tile::kThreads) conv2d_runs_int8_kernel(const ConvParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kTogether) conv2d_runs_int8_kernel(const ConvParams p) {
   Accumulators<Tile> acc = {};
   const Work work = Work::of_block<Tile>(p.schedule, p.reduction);
   LoaderPair<Tile, RunLoader<Tile>, RunRowLoader<Tile>> loader{RunLoader<Tile>(p, work), RunRowLoader<Tile>(p, work)};

@@ -52,18 +52,29 @@ __global__ void __launch_bounds__(kThreads) depthwise3x3_int8_kernel(const ConvP
     }
   }
 
+  // Places outside of the image are read at its border, and count as zeros: a load that nothing decides about can go early.
+  uint32_t inside = 0;  // the columns' bytes
+  const int8_t* column[kInput];
+#pragma unroll
+  for (int j = 0; j < kInput; ++j) {
+    if (static_cast<uint32_t>(w0 + j) < static_cast<uint32_t>(p.w)) inside |= 0xffu << (8 * j);
+    const int64_t first = (static_cast<int64_t>(image) * p.h + min(max(h0, 0), p.h - 1)) * p.w;
+    column[j] = p.x + (first + min(max(w0 + j, 0), p.w - 1)) * p.c + channel;
+  }
   int32_t acc[kRows][kColumns][kChannels] = {};
-  const int8_t* at = p.x + ((static_cast<int64_t>(image) * p.h + h0) * p.w + w0) * p.c + channel;
 #pragma unroll
   for (int i = 0; i < (kRows - 1) * kStride + 3; ++i) {
-    const bool row = static_cast<uint32_t>(h0 + i) < static_cast<uint32_t>(p.h);
+    const uint32_t mask = static_cast<uint32_t>(h0 + i) < static_cast<uint32_t>(p.h) ? inside : 0;
+    const int64_t to_next = static_cast<uint32_t>(h0 + i) < static_cast<uint32_t>(p.h - 1) ? static_cast<int64_t>(p.w) * p.c : 0;
     uint32_t input[4] = {};
 #pragma unroll
-    for (int j = 0; j < kInput; ++j)
-      if (row && static_cast<uint32_t>(w0 + j) < static_cast<uint32_t>(p.w))
-        input[j] = __ldg(reinterpret_cast<const uint32_t*>(at + static_cast<int64_t>(j) * p.c));
-    at += static_cast<int64_t>(p.w) * p.c;
+    for (int j = 0; j < kInput; ++j) {
+      input[j] = __ldg(reinterpret_cast<const uint32_t*>(column[j]));
+      column[j] += to_next;
+    }
     transpose(input);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) input[c] &= mask;
 #pragma unroll
     for (int o = 0; o < kRows; ++o) {
       const int r = i - o * kStride;
@@ -76,12 +87,15 @@ __global__ void __launch_bounds__(kThreads) depthwise3x3_int8_kernel(const ConvP
   }
 
   const ChannelConstants<kChannels> constants = load_constants<kChannels>(p.epilogue, 0, channel);
+  const int real = real_channels<kChannels>(p.epilogue, channel);
+  int64_t offset = offset_of(p.epilogue, (static_cast<int64_t>(image) * p.p + p0) * p.q + q0, 0, channel);
 #pragma unroll
   for (int o = 0; o < kRows; ++o) {
-    const int64_t pixel = (static_cast<int64_t>(image) * p.p + p0 + o) * p.q + q0;
+    if (p0 + o >= p.p) return;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j)
-      if (p0 + o < p.p && q0 + j < p.q) finish<kChannels>(acc[o][j], constants, p.epilogue, pixel + j, 0, channel);
+      if (q0 + j < p.q) finish_at<kChannels>(acc[o][j], constants, p.epilogue, offset + j * p.epilogue.k, real);
+    offset += static_cast<int64_t>(p.q) * p.epilogue.k;
   }
 }
 

@@ -148,48 +148,53 @@ __device__ __forceinline__ void load_residual(float (&out)[kVec], const Epilogue
   for (int i = 0; i < kVec; ++i) out[i] = __int2float_rn((bytes[i] ^ flip) - flip);
 }
 
-// Rounds half to even, values in the range of the 8-bit type already. 1.5 * 2^23 leaves no bits for a fraction, so the sum is
-// rounded and ends in the integer, at the rate of additions, not of conversions.
+// Rounds four values half to even, to neighbouring bytes; they are in the range of the 8-bit type already. 1.5 * 2^23 leaves no
+// bits for a fraction, so the sum is rounded and ends in the integer, at the rate of additions, not of conversions.
+__device__ __forceinline__ uint32_t round_to_bytes(float a, float b, float c, float d) {
+  auto rounded = [](float t) { return __float_as_uint(__fadd_rn(t, 12582912.0f)); };
+  return __byte_perm(__byte_perm(rounded(a), rounded(b), 0x0040), __byte_perm(rounded(c), rounded(d), 0x0040), 0x5410);
+}
+
 template <int kVec>
-__device__ __forceinline__ void round_to_bytes(const float (&t)[kVec], uint8_t (&bytes)[kVec]) {
-  uint32_t word[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) word[i] = __float_as_uint(__fadd_rn(t[i], 12582912.0f));
+__device__ __forceinline__ void store_bytes(const float (&t)[kVec], uint8_t* dst, int real) {
   if constexpr (kVec % 4 == 0) {
+    alignas(kVec) uint32_t words[kVec / 4];
 #pragma unroll
-    for (int i = 0; i < kVec; i += 4)
-      *reinterpret_cast<uint32_t*>(bytes + i) =
-          __byte_perm(__byte_perm(word[i], word[i + 1], 0x0040), __byte_perm(word[i + 2], word[i + 3], 0x0040), 0x5410);
+    for (int i = 0; i < kVec / 4; ++i) words[i] = round_to_bytes(t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]);
+    using W = typename Word<kVec>::type;
+    if (real == kVec) {
+      *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(words);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < -real) dst[i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
   } else {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) bytes[i] = static_cast<uint8_t>(word[i]);
+    for (int i = 0; i < kVec; ++i)
+      if (i < -real || real == kVec) dst[i] = static_cast<uint8_t>(round_to_bytes(t[i], 0.0f, 0.0f, 0.0f));
   }
 }
 
 template <typename Narrow, int kVec>
 __device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
-  if (e.out_dtype == DType::kFloat32) return store_floats(t, static_cast<float*>(e.out) + offset, real);
-  if constexpr (sizeof(Narrow) == 2) return store_halves(t, static_cast<Narrow*>(e.out) + offset, real);
-  uint8_t* dst = static_cast<uint8_t*>(e.out) + offset;
-  alignas(kVec) uint8_t bytes[kVec];
-  round_to_bytes(t, bytes);
-  if (real == kVec) {
-    using W = typename Word<kVec>::type;
-    *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(bytes);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i)
-      if (i < -real) dst[i] = bytes[i];
-  }
+  if (e.out_dtype == DType::kFloat32)
+    store_floats(t, static_cast<float*>(e.out) + offset, real);
+  else if constexpr (sizeof(Narrow) == 2)
+    store_halves(t, static_cast<Narrow*>(e.out) + offset, real);
+  else
+    store_bytes(t, static_cast<uint8_t*>(e.out) + offset, real);
 }
 
-// Scales, clamps, rounds and stores `acc`, channels `channel`... of `group` at output pixel `pixel`.
+// Where a channel's value of a pixel lies in out and residual.
+__device__ __forceinline__ int64_t offset_of(const EpilogueParams& p, int64_t pixel, int group, int channel) {
+  return pixel * p.k + group * p.limit + channel;
+}
+
+// Scales, clamps, rounds and stores `acc` at `offset`; `real` of real_channels, not 0.
 template <int kVec, typename Narrow = uint8_t, typename Sum>
-__device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
-                                       int64_t pixel, int group, int channel) {
-  const int real = real_channels<kVec>(p, channel);
-  if (real == 0) return;
-  const int64_t offset = pixel * p.k + group * p.limit + channel;
+__device__ __forceinline__ void finish_at(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                          int64_t offset, int real) {
   float t[kVec], residual[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(to_float(acc[i]), c.scale[i]), c.bias[i]);
@@ -203,6 +208,14 @@ __device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelCons
     t[i] = smaller(larger(t[i], p.e.lo), c.hi[i]);
   }
   store<Narrow>(t, p.e, offset, real);
+}
+
+// The same of channels `channel`... of `group` at output pixel `pixel`.
+template <int kVec, typename Narrow = uint8_t, typename Sum>
+__device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                       int64_t pixel, int group, int channel) {
+  const int real = real_channels<kVec>(p, channel);
+  if (real != 0) finish_at<kVec, Narrow>(acc, c, p, offset_of(p, pixel, group, channel), real);
 }
 
 }  // namespace cnncomp::cuda

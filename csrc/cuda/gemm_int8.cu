@@ -15,7 +15,7 @@ struct GemmParams {
 };
 
 template <typename Tile, bool kSigned>
-__global__ void __launch_bounds__(Tile::kThreads) gemm_int8_kernel(const GemmParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kTogether) gemm_int8_kernel(const GemmParams p) {
   Accumulators<Tile> acc = {};
   const Work work = Work::of_block<Tile>(p.schedule, p.c);
   using LoaderA = RowLoader<Tile, Tile::kRowsA>;

@@ -146,17 +146,19 @@ __device__ __forceinline__ void store_tile(const Accumulators<Tile>& acc, const 
   const int channel0 = work.n0 + warp / Tile::kWarpsM * Tile::kWarpN + lane % 4 * (2 * Tile::kTilesN);
 #pragma unroll
   for (int v = 0; v < 2 * Tile::kTilesN / kVec; ++v) {
-    const int channel = channel0 + v * kVec;
+    const int channel = channel0 + v * kVec, real = real_channels<kVec>(p, channel);
+    if (real == 0) return;
     const ChannelConstants<kVec> constants = load_constants<kVec>(p, work.group, channel);
+    int64_t offset = offset_of(p, pixel0, work.group, channel);
 #pragma unroll
     for (int i = 0; i < Tile::kTilesM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int pixel = pixel0 + i * 16 + half * 8;
         int32_t values[kVec];
 #pragma unroll
         for (int e = 0; e < kVec; ++e) values[e] = acc.value[i][v * kVec / 2 + e / 2][half * 2 + e % 2];
-        if (pixel < m) finish<kVec>(values, constants, p, pixel, work.group, channel);
+        if (pixel0 + i * 16 + half * 8 < m) finish_at<kVec>(values, constants, p, offset, real);
+        offset += 8 * static_cast<int64_t>(p.k);
       }
     }
   }

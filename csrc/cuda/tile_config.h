@@ -32,6 +32,9 @@ struct TileConfig {
   static_assert(kSharedBytes <= 64 * 1024, "leaves room for a second block, where there is as much as on an A100");
 
   static constexpr int kSums = kBlockM * kBlockN / kThreads;  // of a thread
+  // Blocks of a multiprocessor to have registers for, as there is shared memory for on an A100 or an H100: of itself the compiler
+  // aims at more, and spills.
+  static constexpr int kTogether = kSums <= 32 ? 4 : kSums <= 64 ? 3 : 2;
 
   static std::string size() { return std::to_string(kBlockM) + "x" + std::to_string(kBlockN); }
   static std::string name() {
