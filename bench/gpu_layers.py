@@ -88,7 +88,7 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
     Args:
         shape: The layer.
         batch: Images.
-        arch: "75" or "80": whose code runs.
+        arch: "75", "80" or "90a": whose code runs.
         gpu: Whose number of multiprocessors the plan is made for.
     """
     memory = GlobalMemory()

@@ -238,13 +238,12 @@ def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[s
     shapes = gpu_shapes(network)
     found = gpu_sparse.records(shapes, batch, GPUS[1:])
     for shape in shapes:
-        for arch, gpus in (("75", GPUS[:1]), ("80", GPUS[1:])):
-            for gpu in gpus:
-                (counts, launch), kernel = run_layer(shape, batch, arch, gpu)
-                about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
-                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
-                found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
-                found += peer_records(shape, batch, arch, gpu, dtypes)
+        for gpu in GPUS:
+            (counts, launch), kernel = run_layer(shape, batch, gpu.code, gpu)
+            about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
+            about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
+            found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
+            found += peer_records(shape, batch, "75" if gpu.code == "75" else "80", gpu, dtypes)
     return found
 
 

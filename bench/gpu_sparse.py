@@ -101,7 +101,7 @@ def dense_us(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str, fl
     """Microseconds of the dense kernels of a layer: "own", int8 alone, and "cutlass", the best tile, where it is installed."""
     found = {}
     if dtype == "int8":
-        counted_run, _ = run_layer(shape, batch, "80", gpu)
+        counted_run, _ = run_layer(shape, batch, gpu.code, gpu)
         found["own"] = model(*counted_run, gpu)["us"]
     if headers():
         fitting = (c.counted for c in conv_candidates(shape, batch, "80", dtype))

@@ -17,6 +17,7 @@ from tests import cuda_emulated as emulated
 
 ARCHS = ("75", "80", "86", "89", "90a", "120a")
 SNAPSHOT = Path(__file__).parent / "cuda_gate.txt"
+PRODUCTS = ("IMMA", "HMMA", "IGMMA", "HGMMA")
 COLUMNS = ("MMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
 
 
@@ -48,7 +49,7 @@ class Row:
 
 def count(opcodes: Counter[str], column: str) -> int:
     """How often an opcode occurs; "MMA": products of tensor cores, of integers or halves."""
-    return opcodes["IMMA"] + opcodes["HMMA"] if column == "MMA" else opcodes[column]
+    return sum(opcodes[o] for o in PRODUCTS) if column == "MMA" else opcodes[column]
 
 
 HEADER = " ".join(
@@ -87,7 +88,7 @@ def main_loop(sass: str) -> Counter[str]:
         target = re.search(r"\((\.L_\w+)\)", instruction[2]) if instruction[1] == "BRA" else None
         if target and target[1] in labels:
             body = opcodes[labels[target[1]] :]
-            if any(o in ("IMMA", "HMMA", "IGMMA", "HGMMA") for o in body) and (not best or len(body) < len(best)):
+            if any(o in PRODUCTS for o in body) and (not best or len(body) < len(best)):
                 best = body
     return Counter(best)
 
@@ -179,6 +180,10 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
     return tuple(sorted(found, key=lambda row: row.kernel))
 
 
+#: Kernels whose tiles of a multiple of 64 pixels a warpgroup multiplies on sm_90a.
+WARPGROUP = ("conv2d_int8", "conv2d_runs_int8", "gemm_int8")
+
+
 def problems(row: Row) -> list[str]:
     """What is wrong with a kernel's machine code; nothing if all is well."""
     found = []
@@ -188,10 +193,14 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: each of its four parts needs a warp")
     if row.kernel.startswith("depthwise"):
         return found
-    products = count(row.loop, "MMA")
-    if products < 8 or row.loop["LDSM"] < 2:
-        found.append(f"the main loop has {products} MMA and {row.loop['LDSM']} LDSM")
     name, *numbers = row.kernel.split()
+    products, group = count(row.loop, "MMA"), row.loop["IGMMA"]
+    if row.arch == "90a" and name in WARPGROUP and int(numbers[0]) % 64 == 0:
+        others = products - group  # ptxas ends a group behind a branch by an HGMMA of nothing
+        if group < 2 or others > 1 or row.loop["LDSM"]:
+            found.append(f"the main loop has {group} IGMMA, {others} other MMA and {row.loop['LDSM']} LDSM")
+    elif products < 8 or row.loop["LDSM"] < 2:
+        found.append(f"the main loop has {products} MMA and {row.loop['LDSM']} LDSM")
     bytewise = name == "conv2d_runs_int8" or (name == "conv2d_int8" and numbers[6] == "1")
     if not bytewise:
         places = 1 if "_blocks_" in row.kernel else 0  # where the next step's chunk of activations is

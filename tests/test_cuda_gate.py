@@ -32,6 +32,8 @@ BAD = {
     "plain loads": dict(loop=LOOP + Counter(LDG=4)),
     "asynchronous": dict(loop=LOOP - Counter(LDGSTS=4)),
     "PRMT": dict(loop=LOOP + Counter(PRMT=64)),
+    "0 IGMMA, 16 other": dict(arch="90a"),
+    "8 LDSM": dict(arch="90a", loop=LOOP - Counter(IMMA=16) + Counter(IGMMA=4)),
 }
 
 

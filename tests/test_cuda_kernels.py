@@ -20,7 +20,7 @@ _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 
 ARCHS = (
-    ("75", "80", "86", "89", "90a", "120a") if os.environ.get("CNNCOMP_GPU_FULL") else ("75", "80")
+    ("75", "80", "86", "89", "90a", "120a") if os.environ.get("CNNCOMP_GPU_FULL") else ("75", "80", "90a")
 )  # one per code path
 SMS = 108  # multiprocessors of an A100
 TILES = {"128x128": (128, 128), "256x64": (256, 64), "128x64": (128, 64), "64x64": (64, 64), "32x128": (32, 128)}
@@ -289,6 +289,19 @@ def test_shared_memory_has_no_bank_conflicts(tile):
     assert result.wavefronts == result.ideal_wavefronts > 0
 
 
+@pytest.mark.parametrize("kernel", ["gemm_int8", "conv2d_int8", "conv2d_runs_int8"])
+def test_warpgroups_are_fenced(kernel):
+    """What the emulator does not see: copies are shown to the tensor cores before a barrier, sums fenced before products."""
+    order = r"fence\.proxy\.async|bar\.sync|wgmma\.(?:fence|mma_async|commit_group|wait_group)"
+    entries = emulated.ptx_of(kernel, "90a").split(".entry ")[1:]
+    found = ["".join(f"{name} " for name in re.findall(order, entry)) for entry in entries]
+    group = [text for text in found if "wgmma" in text]
+    assert len(group) >= len(entries) - 2 * (kernel != "conv2d_runs_int8")  # but tiles of 32 rows, signed and not
+    products = r"(wgmma\.fence (wgmma\.mma_async )+)+wgmma\.commit_group wgmma\.wait_group "
+    for text in group:
+        assert re.fullmatch(rf"(fence\.proxy\.async bar\.sync {products})+(bar\.sync )*", text), text
+
+
 MUTANTS = {
     "barrier removed": (RaceError, r"bar\.sync[^;]*;", ""),
     "wait too weak": (RaceError, r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;"),
@@ -298,16 +311,32 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_broken_kernel_is_caught(name):
-    """The checks can fail: the same kernel, broken."""
-    error, pattern, replacement = MUTANTS[name]
-    ptx, count = re.subn(pattern, replacement, emulated.ptx_of("conv2d_int8", "80"))
+def check_that_broken_is_caught(arch, error, pattern, replacement):
+    ptx, count = re.subn(pattern, replacement, emulated.ptx_of("conv2d_int8", arch))
     assert count > 0
     sizes = dict(n=1, c=64, h=5, w=5, k=16, r=3, s=3, padding=(1, 1), tile="64x64", parts=2)
-    check_conv("80", **sizes)
+    check_conv(arch, **sizes)
     with pytest.raises(error):
-        check_conv("80", **sizes, ptx=ptx)
+        check_conv(arch, **sizes, ptx=ptx)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_kernel_is_caught(name):
+    check_that_broken_is_caught("80", *MUTANTS[name])
+
+
+WARPGROUP_MUTANTS = {
+    "products not waited for": (RaceError, r"wgmma\.wait_group[^;]*;", ""),
+    "products not committed": (RaceError, r"wgmma\.commit_group[^;]*;", ""),
+    "products of other rows": (AssertionError, r"(wgmma\.mma_async.*), (%\w+), (%\w+), add;", r"\1, \3, \2, add;"),
+    "barrier removed": (RaceError, r"bar\.sync[^;]*;", ""),
+    "wait too weak": (RaceError, r"cp\.async\.wait_group \d;", "cp.async.wait_group 7;"),
+}
+
+
+@pytest.mark.parametrize("name", WARPGROUP_MUTANTS)
+def test_broken_warpgroup_is_caught(name):
+    check_that_broken_is_caught("90a", *WARPGROUP_MUTANTS[name])
 
 
 def test_output_past_its_end_is_caught():

@@ -5,14 +5,15 @@
 // (GEMM, convolution, or byte by byte). Each warp owns kWarpM x kWarpN of the tile.
 //
 // Output channels are permuted on their way into shared memory: row 8 * j + 2 * t + e of a warp's share holds channel
-// t * 2 * kTilesN + 2 * j + e, so that the pairs of channels that mma leaves in thread t of a quad are neighbours in the output
-// and leave in one vector, without a detour through shared memory.
+// j / 4 * 32 + 8 * t + j % 4 * 2 + e, so that of four pairs of channels that mma leaves in thread t of a quad one vector comes out,
+// next to those of the quad's other threads, without a detour through shared memory.
 #pragma once
 
 #include "cuda/arch.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/schedule.cuh"
 #include "cuda/tile_config.h"
+#include "cuda/warpgroup.cuh"
 
 namespace cnncomp::cuda {
 
@@ -25,52 +26,81 @@ __device__ __forceinline__ uint32_t own_place() {
   return swizzle(threadIdx.x / Tile::kChunks, threadIdx.x % Tile::kChunks);
 }
 
+// How warps share a tile. On sm_90a four of them multiply together, and each has 16 of 64 rows and all columns.
+template <typename Tile>
+struct Share {
+  static constexpr bool kGroup = CNNCOMP_HOPPER && Tile::kBlockM % 64 == 0;
+  static constexpr int kStepM = kGroup ? 64 : 16;  // rows from one mma tile of a warp to its next
+  static constexpr int kTilesM = kGroup ? Tile::kBlockM / 64 : Tile::kTilesM, kTilesN = kGroup ? Tile::kBlockN / 8 : Tile::kTilesN;
+  static constexpr int kWarpN = 8 * kTilesN;
+  static_assert(!kGroup || Tile::kThreads == 128, "one warpgroup");
+
+  int m0, n0;  // first row and column of the thread's warp
+
+  __device__ __forceinline__ Share() {
+    const int warp = threadIdx.x / 32;
+    m0 = kGroup ? warp * 16 : warp % Tile::kWarpsM * Tile::kWarpM;
+    n0 = kGroup ? 0 : warp / Tile::kWarpsM * Tile::kWarpN;
+  }
+};
+
 // Output channel, within the block, whose weights row `row` of the shared tile holds.
 template <typename Tile>
 __device__ __forceinline__ int channel_of_row(int row) {
-  const int within = row % Tile::kWarpN;
-  return row - within + (within % 8 / 2) * (2 * Tile::kTilesN) + within / 8 * 2 + within % 2;
+  const int within = row % Share<Tile>::kWarpN, j = within / 8;
+  return row - within + j / 4 * 32 + within % 8 / 2 * 8 + j % 4 * 2 + within % 2;
 }
 
 // The block's dynamic shared memory: kStages steps, each kSlices slices of activations and then kSlices of weights.
 __device__ __forceinline__ uint32_t shared_tiles() {
-  extern __shared__ __align__(128) uint8_t tiles[];
+  extern __shared__ __align__(1024) uint8_t tiles[];  // the swizzle of sm_90a is one of addresses
   return shared_address(tiles);
 }
 
 template <typename Tile>
 struct Accumulators {
-  int32_t value[Tile::kTilesM][Tile::kTilesN][4];
+  int32_t value[Share<Tile>::kTilesM][Share<Tile>::kTilesN][4];
 };
 
-// Addresses of the rows that this lane names to load_matrices, of the first slice of a step.
+// Addresses of the rows that this lane names to load_matrices, or of the matrices for multiply_group, of a step's first slice.
 struct FragmentAddresses {
   uint32_t a, b;
 };
 
 template <typename Tile>
 __device__ __forceinline__ FragmentAddresses fragment_addresses(uint32_t tiles) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int m0 = warp % Tile::kWarpsM * Tile::kWarpM, n0 = warp / Tile::kWarpsM * Tile::kWarpN;
-  return {tiles + swizzle(m0 + lane % 16, lane / 16),
-          tiles + Tile::kSlices * Tile::kBytesA + swizzle(n0 + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+  const uint32_t weights = tiles + Tile::kSlices * Tile::kBytesA;
+  if constexpr (Share<Tile>::kGroup) return {tiles, weights};
+  const int lane = threadIdx.x % 32;
+  const Share<Tile> share;
+  return {tiles + swizzle(share.m0 + lane % 16, lane / 16), weights + swizzle(share.n0 + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
 }
 
 // Slice kSlice of a step: acc += a * b^T. 16 rows leave the swizzle as it is; the second half of the products is two chunks on,
 // which is bit 5 of the address.
 template <typename Tile, bool kSigned, int kSlice>
 __device__ __forceinline__ void multiply_slice(Accumulators<Tile>& acc, FragmentAddresses at) {
-  constexpr int kRows = 16 * Tile::kSliceBytes;
+  constexpr int kRows = Share<Tile>::kStepM * Tile::kSliceBytes;
+  if constexpr (Share<Tile>::kGroup) begin_products();
 #pragma unroll
   for (int k = 0; k < Tile::kSliceBytes; k += 32) {
-    uint32_t fa[Tile::kTilesM][4], fb[Tile::kTilesN / 2][4];
-    unroll<Tile::kTilesM>([&](auto i) { load_matrices<kSlice * Tile::kBytesA + i.value * kRows>(fa[i.value], at.a ^ k); });
-    unroll<Tile::kTilesN / 2>([&](auto j) { load_matrices<kSlice * Tile::kBytesB + j.value * kRows>(fb[j.value], at.b ^ k); });
+    if constexpr (Share<Tile>::kGroup) {
 #pragma unroll
-    for (int i = 0; i < Tile::kTilesM; ++i)
+      for (int i = 0; i < Share<Tile>::kTilesM; ++i)
+        multiply_group<kSigned>(acc.value[i], swizzled_matrix(at.a + kSlice * Tile::kBytesA + i * kRows + k),
+                                swizzled_matrix(at.b + kSlice * Tile::kBytesB + k));
+    } else {
+      uint32_t fa[Tile::kTilesM][4], fb[Tile::kTilesN / 2][4];
+      unroll<Tile::kTilesM>([&](auto i) { load_matrices<kSlice * Tile::kBytesA + i.value * kRows>(fa[i.value], at.a ^ k); });
+      unroll<Tile::kTilesN / 2>([&](auto j) {
+        load_matrices<kSlice * Tile::kBytesB + j.value * 16 * Tile::kSliceBytes>(fb[j.value], at.b ^ k);
+      });
 #pragma unroll
-      for (int j = 0; j < Tile::kTilesN; ++j)
-        multiply<kSigned>(acc.value[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]);
+      for (int i = 0; i < Tile::kTilesM; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kTilesN; ++j)
+          multiply<kSigned>(acc.value[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]);
+    }
   }
 }
 
@@ -78,6 +108,7 @@ __device__ __forceinline__ void multiply_slice(Accumulators<Tile>& acc, Fragment
 // start at `place`, asynchronously or not, and moves on by a slice. Its slices are loaded in order, and no other.
 template <typename Tile, bool kSigned, typename Loader>
 __device__ __forceinline__ void main_loop(Accumulators<Tile>& acc, Loader& loader, int slices) {
+  constexpr bool kGroup = Share<Tile>::kGroup;
   constexpr int kStages = CNNCOMP_TURING ? kTuringStages : Tile::kStages, kRing = kStages * Tile::kStageBytes;
   const uint32_t tiles = shared_tiles();
   uint32_t own = tiles + own_place<Tile>();
@@ -97,13 +128,27 @@ __device__ __forceinline__ void main_loop(Accumulators<Tile>& acc, Loader& loade
   uint32_t read = 0, write = (kStages - 1) * Tile::kStageBytes;
   for (int left = slices; left > 0; left -= Tile::kSlices) {
     wait_copies<kStages - 2>();
+    if constexpr (kGroup) show_to_group();
     __syncthreads();  // the step at `read` is complete, and everyone is done with the one at `write`
-    fetch(write, left - (kStages - 1) * Tile::kSlices);
+    if constexpr (!kGroup) fetch(write, left - (kStages - 1) * Tile::kSlices);
     unroll<Tile::kSlices>([&](auto s) {
       if (s.value < left) multiply_slice<Tile, kSigned, s.value>(acc, {first.a + read, first.b + read});
     });
+    if constexpr (kGroup) {  // while they are under way
+      commit_products();
+      fetch(write, left - (kStages - 1) * Tile::kSlices);
+      wait_products();
+    }
     write = read;
     read = read + Tile::kStageBytes == kRing ? 0 : read + Tile::kStageBytes;
+  }
+  if constexpr (kGroup) {
+#pragma unroll
+    for (int i = 0; i < Share<Tile>::kTilesM; ++i)
+#pragma unroll
+      for (int j = 0; j < Share<Tile>::kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) settle(acc.value[i][j][e]);
   }
 }
 
@@ -115,11 +160,11 @@ __device__ __forceinline__ bool join_parts(Accumulators<Tile>& acc, const Schedu
   int32_t* sums = schedule.sums + static_cast<int64_t>(work.tile) * (Tile::kBlockM * Tile::kBlockN) + threadIdx.x;
   auto each = [&](auto f) {
 #pragma unroll
-    for (int i = 0; i < Tile::kTilesM; ++i)
+    for (int i = 0; i < Share<Tile>::kTilesM; ++i)
 #pragma unroll
-      for (int j = 0; j < Tile::kTilesN; ++j)
+      for (int j = 0; j < Share<Tile>::kTilesN; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) f(acc.value[i][j][e], sums + ((i * Tile::kTilesN + j) * 4 + e) * Tile::kThreads);
+        for (int e = 0; e < 4; ++e) f(acc.value[i][j][e], sums + ((i * Share<Tile>::kTilesN + j) * 4 + e) * Tile::kThreads);
   };
   each([](int32_t value, int32_t* at) { add_global(at, value); });
   __syncthreads();  // also: everyone is done with the shared tiles
@@ -141,24 +186,24 @@ __device__ __forceinline__ bool join_parts(Accumulators<Tile>& acc, const Schedu
 template <typename Tile>
 __device__ __forceinline__ void store_tile(const Accumulators<Tile>& acc, const EpilogueParams& p, const Work& work, int m) {
   constexpr int kVec = Tile::kVec;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int pixel0 = work.m0 + warp % Tile::kWarpsM * Tile::kWarpM + lane / 4;
-  const int channel0 = work.n0 + warp / Tile::kWarpsM * Tile::kWarpN + lane % 4 * (2 * Tile::kTilesN);
+  const int lane = threadIdx.x % 32;
+  const Share<Tile> share;
+  const int pixel0 = work.m0 + share.m0 + lane / 4, channel0 = work.n0 + share.n0 + lane % 4 * kVec;
 #pragma unroll
-  for (int v = 0; v < 2 * Tile::kTilesN / kVec; ++v) {
-    const int channel = channel0 + v * kVec, real = real_channels<kVec>(p, channel);
+  for (int v = 0; v < Share<Tile>::kTilesN / 4; ++v) {
+    const int channel = channel0 + v * 4 * kVec, real = real_channels<kVec>(p, channel);
     if (real == 0) return;
     const ChannelConstants<kVec> constants = load_constants<kVec>(p, work.group, channel);
     int64_t offset = offset_of(p, pixel0, work.group, channel);
 #pragma unroll
-    for (int i = 0; i < Tile::kTilesM; ++i) {
+    for (int i = 0; i < Share<Tile>::kTilesM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int32_t values[kVec];
 #pragma unroll
         for (int e = 0; e < kVec; ++e) values[e] = acc.value[i][v * kVec / 2 + e / 2][half * 2 + e % 2];
-        if (pixel0 + i * 16 + half * 8 < m) finish_at<kVec>(values, constants, p, offset, real);
-        offset += 8 * static_cast<int64_t>(p.k);
+        if (pixel0 + i * Share<Tile>::kStepM + half * 8 < m) finish_at<kVec>(values, constants, p, offset, real);
+        offset += (half == 0 ? 8 : Share<Tile>::kStepM - 8) * static_cast<int64_t>(p.k);
       }
     }
   }
