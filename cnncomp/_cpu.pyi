@@ -12,7 +12,7 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Use another of :func:`isa_available`, process-wide. ValueError for any other name."""
 
-def set_openmp(gomp_parallel: int, omp_in_parallel: int) -> None:
+def set_openmp(gomp_parallel: int, omp_in_parallel: int, omp_get_thread_num: int) -> None:
     """Run on the OpenMP runtime with these entry points. Until then the kernels use the calling thread alone."""
 
 def conv2d_int8(

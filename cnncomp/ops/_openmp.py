@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+_ENTRY_POINTS = ("GOMP_parallel", "omp_in_parallel", "omp_get_thread_num")
 _LIBRARIES = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 
 
@@ -20,11 +21,11 @@ def attach() -> bool:
         # Symbols are looked up in the library's dependencies too, and there is the runtime that torch itself uses.
         # (LLVM's runtime offers GOMP_parallel as well.)
         handle = ctypes.CDLL(str(library))
-        entry_points = [getattr(handle, name) for name in ("GOMP_parallel", "omp_in_parallel")]
+        entry_points = [getattr(handle, name) for name in _ENTRY_POINTS]
     except (OSError, AttributeError):
         return False
-    parallel, in_parallel = (ctypes.cast(f, ctypes.c_void_p).value for f in entry_points)
-    if not parallel or not in_parallel:
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in entry_points]
+    if not all(addresses):
         return False
-    _cpu.set_openmp(parallel, in_parallel)
+    _cpu.set_openmp(*addresses)
     return True

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(isa_name(current_isa())); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another of isa_available(), process-wide.");
   m.def("set_openmp", &set_openmp, py::arg("gomp_parallel"), py::arg("omp_in_parallel"),
+        py::arg("omp_get_thread_num"),
         "Run on the OpenMP runtime with these entry points (addresses).");
   bind_int8(m);
   bind_conv2d_depthwise(m);

@@ -22,7 +22,9 @@ struct Plan {
   Axis rows, columns;
   bool one_grid;
   int64_t grids, pixels;  // pixels of each grid
-  int64_t lanes, vectors, tiles, plane_length;
+  int64_t lanes, vectors, tiles;
+  int64_t together, packs;  // tiles that share one packed copy, and the number of copies
+  int64_t plane_length;
   int64_t group_c, group_k, blocks, k_ranges;
   bool dense;
   bool linear;                  // every tap has a plane: input i is i planes away
@@ -76,6 +78,12 @@ bool is_pointwise(const Conv2dSparseArgs& a) {
   return a.r * a.s * a.stride_h * a.stride_w == 1 && a.pad_h + a.pad_w == 0;
 }
 
+// Grid pixels of all input channels that half of a second-level cache holds.
+int64_t packed_pixels(const Plan& plan) {
+  constexpr int64_t kBytes = 524288;
+  return kBytes / (std::max<int64_t>(1, plan.group_c) * plan.rows.planes() * plan.columns.planes() * int64_t{sizeof(float)});
+}
+
 // The choices below were measured on a Zen 4 over the layers of ResNet-50; the margins are wide.
 void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
@@ -87,8 +95,8 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   plan.pitch = plan.q + plan.columns.span;
   // Shifts of rows cost a halo and no two images can share a tile; a plane per tap costs R copies.
   plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, false);
-  const bool far = plan.dense ? plan.rows.planes() * (max_tile + plan.rows.span * plan.pitch) > a.r * max_tile
-                              : plan.rows.span * plan.pitch > a.r * max_tile;
+  const int64_t halo = plan.rows.span * plan.pitch, pixels = std::max(max_tile, packed_pixels(plan) - halo);
+  const bool far = plan.dense ? plan.rows.planes() * (pixels + halo) > a.r * pixels : halo > a.r * max_tile;
   const bool small = plan.p * plan.q <= 64;
   if (far || small) plan.rows.lay_out(a.r, a.stride_h, a.dil_h, a.pad_h, true);
   plan.one_grid = plan.rows.span == 0 && plan.columns.span == 0;
@@ -97,6 +105,14 @@ void choose_layout(const Conv2dSparseArgs& a, int64_t max_tile, Plan& plan) {
   const int64_t aligned = ceil_div(plan.q, 8) * 8;
   if (column_by_tap && !plan.one_grid && 7 * aligned <= 8 * plan.q) plan.pitch = aligned;
   plan.pixels = plan.one_grid ? a.n * plan.p * plan.q : (plan.p - 1) * plan.pitch + plan.q;
+}
+
+// Tiles are packed together, in half of a second-level cache, where more than half of their inputs would be packed again for
+// others. Where it is less, planes of one block and tile are better: they are still in the first-level cache.
+int64_t choose_together(const Conv2dSparseArgs& a, const Plan& plan, int64_t tile, int64_t halo) {
+  if (halo < tile) return 1;
+  const int64_t share = ceil_div(plan.grids * a.groups * plan.tiles, a.num_threads);  // of a thread
+  return std::clamp<int64_t>((packed_pixels(plan) - halo) / tile, 1, std::min(plan.tiles, share));
 }
 
 // As few tiles as the first-level cache allows: while a tile is computed, all of its inputs in a block of channels are read
@@ -112,8 +128,12 @@ void choose_tile(const Conv2dSparseArgs& a, int64_t lanes, Plan& plan) {
   plan.lanes = lanes;
   plan.vectors = ceil_div(plan.pixels, lanes);
   plan.tiles = ceil_div(plan.vectors, most);
-  const int64_t reach = ceil_div(plan.vectors, plan.tiles) * lanes + plan.rows.span * plan.pitch + plan.columns.span;
-  plan.plane_length = ceil_div(reach, kSparseMaxLanes) * kSparseMaxLanes;
+  const int64_t tile = ceil_div(plan.vectors, plan.tiles) * lanes;
+  const int64_t halo = plan.rows.span * plan.pitch + plan.columns.span;
+  plan.together = choose_together(a, plan, tile, halo);
+  plan.packs = ceil_div(plan.tiles, plan.together);
+  // Planes of an even number of cache lines would compete for a part of the cache.
+  plan.plane_length = (ceil_div(plan.together * tile + halo, kSparseMaxLanes) | (plan.together > 1)) * kSparseMaxLanes;
 }
 
 void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
@@ -152,7 +172,7 @@ void make_plan(const Conv2dSparseArgs& a, const SparseKernels& kernels, Plan& pl
   choose_tile(a, kernels.lanes, plan);
   make_offsets(a, plan);
   const int64_t rows = plan.dense ? ceil_div(plan.group_k, kDenseRows) : plan.group_k;
-  plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, rows);
+  plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.packs, a.num_threads, rows);
 }
 
 // The runs that fill a plane from grid pixel `begin` on, in order, as every column plane needs them.
@@ -207,12 +227,26 @@ bool make_pieces(const std::vector<SparseSegment>& segments, int64_t lanes, int6
   return true;
 }
 
+// Copies `channels` input channels from `first` on to the planes of the grid pixels that scratch.runs were made for.
+void pack(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t first, int64_t channels,
+          const Scratch& scratch, float* planes) {
+  kernels.pack({a.x + first * a.h * a.w, channels, a.h, a.w, a.stride_h, a.stride_w, plan.rows.start.data(), plan.rows.planes(),
+                plan.columns.planes(), plan.plane_length, scratch.runs.data(),
+                static_cast<int64_t>(scratch.runs.size()) / plan.columns.planes(), planes});
+}
+
+// Where a tile's inputs are: in the image itself, in planes that hold all channels, or to be packed block by block.
+struct Inputs {
+  const float* image;
+  const float* planes;
+};
+
 // All blocks of input channels for one tile of one group; t holds what does not depend on the block.
 void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t group, int64_t tile_vectors,
-                bool narrow, const float* direct, Scratch& scratch, SparseTile& t) {
-  const int64_t planes = plan.rows.planes() * plan.columns.planes();
+                bool narrow, Inputs inputs, Scratch& scratch, SparseTile& t) {
+  const float* const direct = inputs.image;
+  const int64_t channel = plan.rows.planes() * plan.columns.planes() * plan.plane_length;
   const int64_t block = std::min(a.weights.block, plan.group_c);
-  float* packed = direct != nullptr ? nullptr : scratch.planes.get(block * planes * plan.plane_length);
   constexpr int64_t kFloat = sizeof(float);
   t.step = direct != nullptr ? a.h * a.w * kFloat : plan.linear ? plan.plane_length * kFloat : 0;
   const SparseTileKernel* const tiles = plan.dense ? t.step != 0 ? kernels.dense_steps : kernels.dense_offsets
@@ -220,11 +254,14 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
   if (t.step == 0) t.offset = plan.dense ? plan.offset.data() : scratch.offsets.get(a, plan, group);
   for (int64_t b = 0; b < plan.blocks; b++) {
     const int64_t c = group * plan.group_c + b * block, channels = std::min(block, plan.group_c - b * block);
-    t.x = direct != nullptr ? direct + c * a.h * a.w : packed;
-    if (direct == nullptr) {
-      kernels.pack({a.x + c * a.h * a.w, channels, a.h, a.w, a.stride_h, a.stride_w, plan.rows.start.data(),
-                    plan.rows.planes(), plan.columns.planes(), plan.plane_length, scratch.runs.data(),
-                    static_cast<int64_t>(scratch.runs.size()) / plan.columns.planes(), packed});
+    if (direct != nullptr) {
+      t.x = direct + c * a.h * a.w;
+    } else if (inputs.planes != nullptr) {
+      t.x = inputs.planes + b * block * channel;
+    } else {
+      float* const planes = scratch.planes.get(block * channel);
+      pack(a, plan, kernels, c, channels, scratch, planes);
+      t.x = planes;
     }
     t.next = nullptr;
     if (direct != nullptr && plan.far) {  // the next block, or the first one of the tile behind
@@ -244,41 +281,59 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
   }
 }
 
-void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t task) {
-  static thread_local Scratch scratch;
-  const int64_t k_range = task % plan.k_ranges;
-  const int64_t tile = task / plan.k_ranges % plan.tiles;
-  const int64_t group = task / plan.k_ranges / plan.tiles % a.groups;
-  const int64_t grid = task / plan.k_ranges / plan.tiles / a.groups;
+// One tile; t holds what does not depend on it. planes: of the tile's first pixel, or null.
+void run_tile(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t grid, int64_t group, int64_t tile,
+              const float* planes, Scratch& scratch, SparseTile& t) {
   const int64_t begin = plan.tile_begin(tile), full = plan.tile_begin(tile + 1) - begin;
   const int64_t end = std::min(plan.pixels, begin + full);
-  const int64_t image_pixels = plan.p * plan.q, k = group * plan.group_k;
-
   make_segments(a, plan, grid, begin, end, scratch.segments);
   // The input itself serves as the copy where a whole tile of it is there to be read.
   const bool direct = plan.direct && end - begin == full && scratch.segments.size() == 1;
-  const int64_t image = begin / image_pixels, pixel = begin % image_pixels;
-  if (!direct) make_runs(a, plan, grid, begin, scratch.runs);
+  const int64_t image_pixels = plan.p * plan.q, image = begin / image_pixels, pixel = begin % image_pixels;
+  if (!direct && planes == nullptr) make_runs(a, plan, grid, begin, scratch.runs);
+  t.partial = plan.blocks > 1 ? scratch.partial.get((t.k_end - t.k_begin) * full) : nullptr;
+  t.segments = scratch.segments.data();
+  t.num_segments = static_cast<int64_t>(scratch.segments.size());
+  const bool whole = make_pieces(scratch.segments, plan.lanes, full / plan.lanes, scratch.pieces);
+  t.pieces = whole ? scratch.pieces.data() : nullptr;
+  const bool narrow = is_narrow(kernels, full - (end - begin));
+  const float* const input = direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr;
+  run_blocks(a, plan, kernels, group, full / plan.lanes, narrow, {input, planes}, scratch, t);
+}
+
+// The tiles that are packed together, of one group, for a range of its output channels.
+void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t task) {
+  static thread_local Scratch scratch;
+  const int64_t k_range = task % plan.k_ranges;
+  const int64_t copy = task / plan.k_ranges % plan.packs;
+  const int64_t group = task / plan.k_ranges / plan.packs % a.groups;
+  const int64_t grid = task / plan.k_ranges / plan.packs / a.groups;
+  const int64_t k = group * plan.group_k, pixels = plan.p * plan.q;
+
   SparseTile t;
   t.values = a.weights.values;
   t.index = a.weights.index;
   t.block_floats = std::min(a.weights.block, plan.group_c) * a.r * a.s * kDenseRows;
   t.k_begin = plan.k_begin(a, group, k_range);
   t.k_end = plan.k_begin(a, group, k_range + 1);
-  t.partial = plan.blocks > 1 ? scratch.partial.get((t.k_end - t.k_begin) * full) : nullptr;
   t.bias = a.bias != nullptr ? a.bias + k : nullptr;
-  t.residual = a.residual != nullptr ? a.residual + k * image_pixels : nullptr;
-  t.out = a.out + k * image_pixels;
-  t.out_stride_k = image_pixels;
-  t.segments = scratch.segments.data();
-  t.num_segments = static_cast<int64_t>(scratch.segments.size());
-  const bool whole = make_pieces(scratch.segments, plan.lanes, full / plan.lanes, scratch.pieces);
-  t.pieces = whole ? scratch.pieces.data() : nullptr;
+  t.residual = a.residual != nullptr ? a.residual + k * pixels : nullptr;
+  t.out = a.out + k * pixels;
+  t.out_stride_k = pixels;
   t.lo = a.lo;
   t.hi = a.hi;
-  const bool narrow = is_narrow(kernels, full - (end - begin));
-  const float* const input = direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr;
-  run_blocks(a, plan, kernels, group, full / plan.lanes, narrow, input, scratch, t);
+
+  const int64_t first = copy * plan.together, last = std::min(plan.tiles, first + plan.together);
+  float* planes = nullptr;
+  if (plan.together > 1) {
+    make_runs(a, plan, grid, plan.tile_begin(first), scratch.runs);
+    planes = scratch.planes.get(plan.group_c * plan.rows.planes() * plan.columns.planes() * plan.plane_length);
+    pack(a, plan, kernels, group * plan.group_c, plan.group_c, scratch, planes);
+  }
+  for (int64_t tile = first; tile < last; tile++) {
+    const float* const own = planes == nullptr ? nullptr : planes + plan.tile_begin(tile) - plan.tile_begin(first);
+    run_tile(a, plan, kernels, grid, group, tile, own, scratch, t);
+  }
 }
 
 void run(Conv2dSparseArgs args) {
@@ -291,7 +346,7 @@ void run(Conv2dSparseArgs args) {
   const SparseKernels& kernels = sparse_kernels();
   make_plan(args, kernels, plan);
   const Plan& p = plan;  // the one of this thread, for all threads
-  parallel_for(args.num_threads, p.grids * args.groups * p.tiles * p.k_ranges,
+  parallel_for(args.num_threads, p.grids * args.groups * p.packs * p.k_ranges,
                [&](int64_t task) { run_task(args, p, kernels, task); });
 }
 

@@ -114,19 +114,27 @@ template <class V, int T, class Last, class Piece>
 inline __attribute__((always_inline)) void finish(const SparseTile& a, int64_t k, Accumulators<V, T, Last>& acc, Piece piece) {
   float* const out = a.out + k * a.out_stride_k;
   const float* const residual = a.residual != nullptr ? a.residual + k * a.out_stride_k : nullptr;
-  const float lo = a.lo, hi = a.hi;
-  acc.each([=](auto lanes, auto y, int i) {
-    const auto [at, length] = piece(i);
-    const auto vlo = lanes.broadcast(lo), vhi = lanes.broadcast(hi);
-    if (length >= lanes.kLanes) {
-      if (residual != nullptr) y = lanes.add(y, lanes.load(residual + at));
-      lanes.store(out + at, lanes.clamp(y, vlo, vhi));
-    } else if (length > 0) {
-      const int rest = static_cast<int>(length);
-      if (residual != nullptr) y = lanes.add(y, lanes.load_between(residual + at, 0, rest));
-      lanes.store_first(out + at, lanes.clamp(y, vlo, vhi), rest);
-    }
-  });
+  const auto finish_by = [&](auto bounded) __attribute__((always_inline)) {
+    acc.each([=](auto lanes, auto y, int i) __attribute__((always_inline)) {
+      const auto [at, length] = piece(i);
+      if (length >= lanes.kLanes) {
+        if (residual != nullptr) y = lanes.add(y, lanes.load(residual + at));
+        lanes.store(out + at, bounded(lanes, y));
+      } else if (length > 0) {
+        const int rest = static_cast<int>(length);
+        if (residual != nullptr) y = lanes.add(y, lanes.load_between(residual + at, 0, rest));
+        lanes.store_first(out + at, bounded(lanes, y), rest);
+      }
+    });
+  };
+  // A bound that bounds nothing would take its turn in the units that multiply.
+  if (a.hi < __builtin_inff()) {
+    finish_by([lo = a.lo, hi = a.hi](auto v, auto y) __attribute__((always_inline)) { return v.clamp(y, v.broadcast(lo), v.broadcast(hi)); });
+  } else if (a.lo > -__builtin_inff()) {
+    finish_by([lo = a.lo](auto v, auto y) __attribute__((always_inline)) { return v.at_least(y, v.broadcast(lo)); });
+  } else {
+    finish_by([](auto, auto y) __attribute__((always_inline)) { return y; });
+  }
 }
 
 // Brings `floats` floats into the cache: 3 is the first level, 2 the second.

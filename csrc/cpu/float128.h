@@ -2,8 +2,8 @@
 //
 // Baseline, Avx2 and Avx512 have the same members. load_masked(p, between(first, last)), or in short load_between(p, first,
 // last), gives lanes [first, last), zero elsewhere, and reads nothing else; store_first writes the first n lanes; max gives NaN
-// where one of the two is, clamp keeps it, as torch does; even(a, b) gives the even elements of the two. Where kShifts is set,
-// odd(a, b) gives the odd ones, and from<n>(low, high) the lanes from the n-th of `low` on, then those of `high`.
+// where one of the two is, at_least and clamp keep it, as torch does; even(a, b) gives the even elements of the two. Where
+// kShifts is set, odd(a, b) gives the odd ones, and from<n>(low, high) the lanes from the n-th of `low` on, then those of `high`.
 #pragma once
 
 namespace cnncomp {
@@ -40,8 +40,9 @@ struct Baseline {
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   // Comparisons with NaN are false.
   static Vec max(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+  static Vec at_least(Vec v, Vec lo) { return v < lo ? lo : v; }
   static Vec clamp(Vec v, Vec lo, Vec hi) {
-    v = v < lo ? lo : v;
+    v = at_least(v, lo);
     return v > hi ? hi : v;
   }
   static Vec even(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }

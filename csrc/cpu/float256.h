@@ -27,6 +27,7 @@ struct Avx2 {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
   // The operand that may be NaN comes second.
+  static Vec at_least(Vec v, Vec lo) { return _mm256_max_ps(lo, v); }
   static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
   static Vec even(Vec a, Vec b) {
     const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));

@@ -29,6 +29,7 @@ struct Avx512 {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
   // The operand that may be NaN comes second.
+  static Vec at_least(Vec v, Vec lo) { return _mm512_max_ps(lo, v); }
   static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, v)); }
   static Vec even(Vec a, Vec b) {
     const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -66,6 +67,7 @@ struct HalfAvx512 {
   static void store_first(float* p, Vec v, int n) { _mm256_mask_storeu_ps(p, mask(n), v); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec at_least(Vec v, Vec lo) { return _mm256_max_ps(lo, v); }
   static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
   static Vec even(Vec a, Vec b) {
     return _mm256_permutex2var_ps(a, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), b);

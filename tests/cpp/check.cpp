@@ -153,6 +153,7 @@ std::vector<std::pair<std::string, Check>>& checks() {
 }
 
 thread_local bool inside = false;
+thread_local int number = 0;  // of the thread in its team
 
 // In place of the OpenMP runtime, which ThreadSanitizer does not understand: as many threads as asked for.
 void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
@@ -160,6 +161,7 @@ void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
   for (unsigned i = 1; i < threads; i++) {
     pool.emplace_back([=] {
       inside = true;
+      number = static_cast<int>(i);
       work(data);
     });
   }
@@ -170,6 +172,7 @@ void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
 }
 
 int in_parallel() { return inside; }
+int thread_num() { return number; }
 
 // Shows that guard pages work: run only when it is named.
 void overrun(Random&) {
@@ -198,7 +201,8 @@ int run(int argc, char** argv) {
   guard = where == "after" ? Guard::after : where == "before" ? Guard::before : Guard::heap;
   const int64_t rounds = std::atoll(argv[2]), seed = argc > 3 ? std::atoll(argv[3]) : 0;
   const std::string only = argc > 4 ? argv[4] : "";
-  cnncomp::set_openmp(reinterpret_cast<uintptr_t>(&parallel), reinterpret_cast<uintptr_t>(&in_parallel));
+  cnncomp::set_openmp(reinterpret_cast<uintptr_t>(&parallel), reinterpret_cast<uintptr_t>(&in_parallel),
+                       reinterpret_cast<uintptr_t>(&thread_num));
   if (guard != Guard::heap) {  // there, the sanitizers have a handler of their own
     std::signal(SIGSEGV, touched_guard);
     std::signal(SIGBUS, touched_guard);
