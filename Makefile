@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find cnncomp csrc kernels -type f \
 	\( -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu-full sanitize lint format bench bench-crossover bench-cpu bench-gpu-model gpu-check clean
+.PHONY: help demo test test-gpu-full sanitize lint format bench bench-crossover bench-cpu bench-limits bench-gpu-model gpu-check clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench: $(VENV)/.test  ## kernels and networks against torch, into build/bench
 
 bench-crossover: $(VENV)/.test  ## from how many zeros on sparse kernels win, layer by layer, into build/bench
 	$(BIN)/python -m bench.crossover $(ARGS)
+
+bench-limits: $(VENV)/.test  ## how far each layer is from what the core can do, and what binds it, into build/bench
+	$(BIN)/python -m bench.limits $(ARGS)
 
 bench-cpu: $(VENV)/.test  ## CPU engines side by side, peers in environments of their own, into build/bench
 	$(BIN)/python -m bench.peers.environments

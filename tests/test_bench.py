@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 import cnncomp
 from bench.crossover import LEVELS, PATTERNS, crossover
 from bench.layers import NETWORKS, OUTPUT, calls, conv_shapes, random_layer
+from bench.limits import limits
 from bench.plot import read_results
 from cnncomp.dispatch import CONV_CANDIDATES
 from cnncomp.nn.dense import DIRECT_KERNEL
@@ -127,3 +129,29 @@ def test_a_quick_crossover_bench(tmp_path: Path) -> None:
         assert (r["ratio"] > 1) == (r["winner"] == pattern.kernels[-1])
     assert (tmp_path / "crossover.png").read_bytes().startswith(b"\x89PNG")
     assert "sparse from" in run.stdout
+
+
+def test_limits_of_a_layer() -> None:
+    shape = next(s for s in conv_shapes("resnet50") if s.name == "layer1.1.conv1")  # 256 to 64 channels, 56x56
+    core = {"fma_fp32_gmacs": 10.0, "l1_gbs": 100.0, "l3_gbs": 20.0, "l3_write_gbs": 10.0}
+    pixels, nonzero = 56 * 56, 500
+    found = limits(shape, nonzero, core, sparse=True)
+    assert found.multiply_adds == pytest.approx(pixels * nonzero / 10e6)
+    assert found.l1_reads == pytest.approx(4 * pixels * nonzero / 100e6)
+    assert found.traffic == pytest.approx(4 * pixels * (256 / 20e6 + 64 / 10e6))
+    assert found.binds == "traffic" and found.ms == found.traffic
+    assert limits(shape, nonzero, core, sparse=False).l1_reads == 0
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="the core's limits are measured by a C++ program")
+def test_a_quick_bench_of_limits(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.limits", "--quick", "--networks", "mobilenet_v2", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path / "limits.json").read_text())
+    shapes = conv_shapes("mobilenet_v2")
+    assert [r["layer"] for r in found["records"]] == [s.name for s in shapes]
+    for r, shape in zip(found["records"], shapes, strict=True):
+        assert r["ms"] > 0 and 0 < r["macs"] <= shape.macs
+        assert (r["kernel"] == "conv2d_sparse") == (r["sparsity"] > 0) == (shape.groups == 1 and shape.c > 4)
+    assert "multiply adds" in run.stdout and f"{sum(s.count for s in shapes)}" in run.stdout

@@ -107,6 +107,27 @@ double read_bandwidth(size_t bytes) {
   return rate;
 }
 
+/// Bytes per second written, again and again, to `bytes` of memory.
+double write_bandwidth(size_t bytes) {
+  const size_t n = bytes / kBytes / 8 * 8;
+  void* raw = std::aligned_alloc(4096, (n * kBytes + 4095) / 4096 * 4096);
+  if (raw == nullptr) return 0;
+  std::memset(raw, 1, n * kBytes);
+  Floats* const data = static_cast<Floats*>(raw);
+  const double rate = best_rate(double(n) * kBytes, [=](int64_t rounds) {
+    Floats v = Floats{} + 1.0f;
+    for (int64_t i = 0; i < rounds; ++i)
+      for (size_t j = 0; j < n; j += 8)
+        for (size_t k = 0; k < 8; ++k) {
+          KEEP(v);
+          data[j + k] = v;
+        }
+    asm volatile("" ::: "memory");
+  });
+  std::free(raw);
+  return rate;
+}
+
 size_t cache(int level, size_t otherwise) {
   long bytes = 0;
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
@@ -137,6 +158,8 @@ int main() {
   std::printf(", \"vpdpbusd_gmacs\": %.2f", integers(32, _mm256_set1_epi8(1), dp) / 1e9);
 #endif
   const size_t far = 4 * l3 > (256u << 20) ? 4 * l3 : (256u << 20);
-  std::printf(", \"l1_gbs\": %.2f, \"l2_gbs\": %.2f, \"l3_gbs\": %.2f, \"dram_gbs\": %.2f}\n", read_bandwidth(l1 / 2) / 1e9,
-              read_bandwidth(l2 / 2) / 1e9, read_bandwidth(l3 / 8 > 2 * l2 ? l3 / 8 : 2 * l2) / 1e9, read_bandwidth(far) / 1e9);
+  const size_t in_l3 = l3 / 8 > 2 * l2 ? l3 / 8 : 2 * l2;
+  std::printf(", \"l1_gbs\": %.2f, \"l2_gbs\": %.2f, \"l3_gbs\": %.2f, \"dram_gbs\": %.2f", read_bandwidth(l1 / 2) / 1e9,
+              read_bandwidth(l2 / 2) / 1e9, read_bandwidth(in_l3) / 1e9, read_bandwidth(far) / 1e9);
+  std::printf(", \"l2_write_gbs\": %.2f, \"l3_write_gbs\": %.2f}\n", write_bandwidth(l2 / 2) / 1e9, write_bandwidth(in_l3) / 1e9);
 }

@@ -14,8 +14,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def measure(folder: Path) -> dict[str, float] | str:
-    """GMAC/s of "fma_fp32", "vpmaddwd" and "vpdpbusd" (``…_gmacs``, those that the CPU has) and GB/s of "l1", "l2", "l3" and
-    "dram" (``…_gbs``) of one core; or one line why there are none."""
+    """GMAC/s of "fma_fp32", "vpmaddwd" and "vpdpbusd" (``…_gmacs``, those that the CPU has), GB/s read from "l1", "l2",
+    "l3" and "dram" and written to "l2" and "l3" (``…_gbs``, ``…_write_gbs``) of one core; or one line why there are none."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return "no C++ compiler: the core's limits are not measured"

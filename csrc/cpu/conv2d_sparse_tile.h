@@ -21,6 +21,7 @@ template <class V, int T, class Last = V>
 struct Accumulators {
   static constexpr int kFull = V::kLanes == Last::kLanes ? T : T - 1;
   static constexpr int kFloats = T * V::kLanes;  // that they take in memory
+  static constexpr int kUsed = kFull * V::kLanes + (kFull < T ? Last::kLanes : 0);
   typename V::Vec v[kFull > 0 ? kFull : 1];
   typename Last::Vec last;  // if kFull < T
 
@@ -108,33 +109,59 @@ void finish(float* out, const float* sum, const float* residual, int64_t length,
   V::store_first(out + i, V::clamp(y, vlo, vhi), rest);
 }
 
-// Writes clamp(acc + residual) to output channel k; piece(i) says where the vector from pixel i of the tile on goes, and may be
-// longer than the vector.
-template <class V, int T, class Last, class Piece>
-inline __attribute__((always_inline)) void finish(const SparseTile& a, int64_t k, Accumulators<V, T, Last>& acc, Piece piece) {
+// Calls put(bound), where bound(V or Last, vector) is the vector between a.lo and a.hi. A bound that bounds nothing would take
+// its turn in the units that multiply.
+template <class Put>
+inline __attribute__((always_inline)) void bounded(const SparseTile& a, Put put) {
+  if (a.hi < __builtin_inff()) {
+    put([lo = a.lo, hi = a.hi](auto v, auto y) __attribute__((always_inline)) { return v.clamp(y, v.broadcast(lo), v.broadcast(hi)); });
+  } else if (a.lo > -__builtin_inff()) {
+    put([lo = a.lo](auto v, auto y) __attribute__((always_inline)) { return v.at_least(y, v.broadcast(lo)); });
+  } else {
+    put([](auto, auto y) __attribute__((always_inline)) { return y; });
+  }
+}
+
+// Writes clamp(acc + residual) to `length` floats of a.out from `at` on: to all lanes but for some of the last vector.
+template <class V, int T, class Last>
+inline __attribute__((always_inline)) void finish_row(const SparseTile& a, int64_t at, int64_t length, Accumulators<V, T, Last>& acc) {
+  constexpr int kUsed = Accumulators<V, T, Last>::kUsed;
+  float* const out = a.out + at;
+  if (a.residual != nullptr) {
+    const float* const residual = a.residual + at;
+    acc.each([=](auto lanes, auto& y, int i) __attribute__((always_inline)) {
+      const bool whole = i + lanes.kLanes < kUsed || length == kUsed;
+      y = lanes.add(y, whole ? lanes.load(residual + i) : lanes.load_between(residual + i, 0, static_cast<int>(length - i)));
+    });
+  }
+  bounded(a, [&](auto bound) __attribute__((always_inline)) {
+    acc.each([=](auto lanes, auto y, int i) __attribute__((always_inline)) {
+      const bool whole = i + lanes.kLanes < kUsed || length == kUsed;
+      if (whole) lanes.store(out + i, bound(lanes, y));
+      else lanes.store_first(out + i, bound(lanes, y), static_cast<int>(length - i));
+    });
+  });
+}
+
+// Writes clamp(acc + residual) to output channel k, where a.pieces says.
+template <class V, int T, class Last>
+inline __attribute__((always_inline)) void finish_pieces(const SparseTile& a, int64_t k, Accumulators<V, T, Last>& acc) {
   float* const out = a.out + k * a.out_stride_k;
   const float* const residual = a.residual != nullptr ? a.residual + k * a.out_stride_k : nullptr;
-  const auto finish_by = [&](auto bounded) __attribute__((always_inline)) {
+  const SparsePiece* const pieces = a.pieces;
+  bounded(a, [&](auto bound) __attribute__((always_inline)) {
     acc.each([=](auto lanes, auto y, int i) __attribute__((always_inline)) {
-      const auto [at, length] = piece(i);
+      const auto [at, length] = pieces[i / V::kLanes];
       if (length >= lanes.kLanes) {
         if (residual != nullptr) y = lanes.add(y, lanes.load(residual + at));
-        lanes.store(out + at, bounded(lanes, y));
+        lanes.store(out + at, bound(lanes, y));
       } else if (length > 0) {
         const int rest = static_cast<int>(length);
         if (residual != nullptr) y = lanes.add(y, lanes.load_between(residual + at, 0, rest));
-        lanes.store_first(out + at, bounded(lanes, y), rest);
+        lanes.store_first(out + at, bound(lanes, y), rest);
       }
     });
-  };
-  // A bound that bounds nothing would take its turn in the units that multiply.
-  if (a.hi < __builtin_inff()) {
-    finish_by([lo = a.lo, hi = a.hi](auto v, auto y) __attribute__((always_inline)) { return v.clamp(y, v.broadcast(lo), v.broadcast(hi)); });
-  } else if (a.lo > -__builtin_inff()) {
-    finish_by([lo = a.lo](auto v, auto y) __attribute__((always_inline)) { return v.at_least(y, v.broadcast(lo)); });
-  } else {
-    finish_by([](auto, auto y) __attribute__((always_inline)) { return y; });
-  }
+  });
 }
 
 // Brings `floats` floats into the cache: 3 is the first level, 2 the second.
@@ -162,12 +189,11 @@ inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t 
     return;
   }
   if (a.num_segments == 1 && a.segments[0].tile_begin == 0) {  // not so where a tile begins between two rows
-    const SparseSegment s = a.segments[0];
-    finish(a, k, acc, [=](int i) { return SparsePiece{s.out_begin + i, s.length - i}; });
+    finish_row(a, a.segments[0].out_begin + k * a.out_stride_k, a.segments[0].length, acc);
     return;
   }
   if (a.pieces != nullptr) {
-    finish(a, k, acc, [pieces = a.pieces](int i) { return pieces[i / V::kLanes]; });
+    finish_pieces(a, k, acc);
     return;
   }
   alignas(64) float sums[Accumulators<V, T, Last>::kFloats];
@@ -180,7 +206,8 @@ inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t 
 }
 
 template <class V, int T, class Last, class Inputs>
-void tile(const SparseTile& a) {
+void tile(const SparseTile& given) {
+  const SparseTile a = given;  // a copy that nothing can point to: what is stored leaves it as it is
   constexpr int kTile = T * V::kLanes;
   constexpr int64_t kAhead = 4;  // rows: the images of one tile are far apart, and nothing else foresees them
   const Inputs input(a);
@@ -192,7 +219,7 @@ void tile(const SparseTile& a) {
     }
     Accumulators<V, T, Last> acc;
     begin_row(a, k, acc);
-    if (a.last_block && a.pieces != nullptr && k + kAhead < a.k_end) {
+    if (a.last_block && a.num_segments > 1 && a.pieces != nullptr && k + kAhead < a.k_end) {
       const int64_t at = a.pieces[0].out_begin + (k + kAhead) * a.out_stride_k;
       fetch<kTile, 1>(a.out + at);
       if (a.residual != nullptr) fetch<kTile, 0>(a.residual + at);
