@@ -44,6 +44,11 @@ class Gpu:
     blocks: int
 
     @property
+    def code(self) -> str:
+        """The architecture whose code of the package's kernels runs on it, "75", "80" or "90a": one for each main loop."""
+        return {"sm_75": "75", "sm_90": "90a"}.get(self.arch, "80")
+
+    @property
     def int8_peak(self) -> float:
         """Dense int8 operations per second."""
         return self.sms * self.int8_ops * self.clock * 1e9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from functools import cache
 from typing import Any
 
@@ -55,10 +56,11 @@ def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple
     weight = torch.zeros(shape.k * g.reduction, dtype=torch.int8)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=torch.uint8)
     constants = torch.ones(3, shape.k)
+    workspace = torch.zeros(_cuda.WORKSPACE_BYTES // 4, dtype=torch.int32)
     place = memory.pointer
     plan = _cuda.plan_conv2d_int8(
         sms, place(x), False, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s, *g.stride, *g.padding,
-        *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0,
+        *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0, place(workspace), workspace.nbytes, "", 0,
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read = int(share * x.nbytes)
@@ -67,13 +69,26 @@ def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple
     return plan, Launch(math.prod(grid), plan["block"], 0, least, "int8", read, grid[1] * grid[2])
 
 
+def _channel_tiles(plan: dict[str, Any], shape: ConvShape) -> int:
+    """Neighbouring blocks of the same pixels, which have all channels of a group together; 1 of kernels without tiles."""
+    tile = re.search(r"_\d+x(\d+)_", plan["kernel"])
+    return math.ceil(shape.k / shape.groups / int(tile[1])) if tile else 1
+
+
+def _blocks(plan: dict[str, Any], shape: ConvShape) -> list[int] | None:
+    """The blocks to run: all where blocks share a tile's reduction, since the last of them does more than the others."""
+    if plan["grid"][2] > shape.groups:
+        return None
+    return sample_of(math.prod(plan["grid"]), BLOCKS, _channel_tiles(plan, shape))
+
+
 def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counted, str]:
     """Counts of a layer with u8 input and output, no residual; how it was launched; the kernel's name.
 
     Args:
         shape: The layer.
         batch: Images.
-        arch: "75" or "80": whose code runs.
+        arch: "75", "80" or "90a": whose code runs.
         gpu: Whose number of multiprocessors the plan is made for.
     """
     memory = GlobalMemory()
@@ -81,15 +96,16 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
     kernel = plan["kernel"]
     source = emulated.source_of(kernel)
     ptx = emulated.ptx_of(source, arch)
+    blocks = _blocks(plan, shape)
 
     def run() -> tuple[Result, Launch]:
         result = emulate(
-            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]], memory=memory,
-            blocks=sample_of(launch.grid, BLOCKS), checks=Checks(races=False, initialised=False, blocks=False),
-            caches=Caches(l1=L1),
+            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]],
+            shared=emulated.shared_of(plan, arch), memory=memory, blocks=blocks,
+            checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip
         registers = registers_of(kernel, arch)
         return result, Launch(**{**vars(launch), "registers": registers})
 
-    key = (_text(kernel, arch), arch, kernel, plan["grid"], batch, shape, BLOCKS, L1)
+    key = (_text(kernel, arch), arch, kernel, plan["grid"], batch, shape, blocks, L1)
     return counted(key, run), kernel

@@ -177,11 +177,18 @@ def touched(size: int, kernel: int, stride: int) -> float:
     return min(1.0, kernel / stride) if size > 1 else 1.0
 
 
-def sample_of(grid: int, most: int = 48) -> list[int] | None:
-    """Blocks to run of a large grid: runs of neighbours, which share what lies in the caches; None for all of a small one."""
+def sample_of(grid: int, most: int = 48, row: int = 1) -> list[int] | None:
+    """Blocks to run of a large grid: runs of neighbours, which share what lies in the caches; None for all of a small one.
+
+    Args:
+        grid: Blocks in all.
+        most: How many to run, a multiple of 8.
+        row: So many blocks at the grid's end may have less to do than others: their share of the sample is that of the grid.
+    """
     if grid <= 2 * most:
         return None
-    starts = [int(i * (grid - 8) / (most // 8 - 1)) for i in range(most // 8)]
+    end = grid if row >= grid else grid - row + max(1, round(most * row / grid))
+    starts = [int(i * (end - 8) / (most // 8 - 1)) for i in range(most // 8)]
     return sorted({start + i for start in starts for i in range(8)})
 
 
@@ -231,13 +238,12 @@ def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[s
     shapes = gpu_shapes(network)
     found = gpu_sparse.records(shapes, batch, GPUS[1:])
     for shape in shapes:
-        for arch, gpus in (("75", GPUS[:1]), ("80", GPUS[1:])):
-            for gpu in gpus:
-                (counts, launch), kernel = run_layer(shape, batch, arch, gpu)
-                about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
-                about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
-                found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
-                found += peer_records(shape, batch, arch, gpu, dtypes)
+        for gpu in GPUS:
+            (counts, launch), kernel = run_layer(shape, batch, gpu.code, gpu)
+            about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
+            about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
+            found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
+            found += peer_records(shape, batch, "75" if gpu.code == "75" else "80", gpu, dtypes)
     return found
 
 

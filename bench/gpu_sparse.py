@@ -154,7 +154,8 @@ def run_sparse(
     sparse = mask.format == "sparse24"
     sweeps = 1 if vectors else grid[1] * grid[2]
     launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, sweeps, sparse=sparse)
-    key = (emulated._digest(), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask)
+    source = emulated.source_of(plan["kernel"])
+    key = (emulated.digest(source), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask)
     return counted(key, lambda: _run(plan, arch, memory, launch)), plan["kernel"]
 
 
@@ -162,7 +163,7 @@ def dense_us(shape: ConvShape, batch: int, gpu: Gpu, dtype: str) -> dict[str, fl
     """Microseconds of the dense kernels of a layer: "own", int8 alone, and "cutlass", the best tile, where it is installed."""
     found = {}
     if dtype == "int8":
-        counted_run, _ = run_layer(shape, batch, "80", gpu)
+        counted_run, _ = run_layer(shape, batch, gpu.code, gpu)
         found["own"] = model(*counted_run, gpu)["us"]
     if headers():
         fitting = (c.counted for c in conv_candidates(shape, batch, "80", dtype))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+WORKSPACE_BYTES: int
+
 class CudaError(RuntimeError): ...
 
 def conv2d_int8(
@@ -32,6 +34,10 @@ def conv2d_int8(
     lo: float,
     out: int,
     out_dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    tile: str,
+    parts: int,
     /,
 ) -> None: ...
 def linear_int8(
@@ -51,10 +57,15 @@ def linear_int8(
     lo: float,
     out: int,
     out_dtype: int,
+    workspace: int,
+    workspace_bytes: int,
+    tile: str,
+    parts: int,
     /,
 ) -> None: ...
 def plan_conv2d_int8(multiprocessors: int, /, *arguments: Any) -> dict[str, Any]: ...
 def plan_linear_int8(multiprocessors: int, /, *arguments: Any) -> dict[str, Any]: ...
+def capture_id(device: int, stream: int) -> int: ...
 def supports(device: int) -> bool: ...
 def device_count() -> int: ...
 def device_info(device: int) -> dict[str, Any]: ...

@@ -35,6 +35,7 @@ CONV_NAMES = (
     "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual residual_dtype "
     "residual_scale lo out out_dtype"
 )
+WORKSPACE_NAMES = " workspace workspace_bytes tile parts"
 
 
 def out_size(a: dict[str, Any]) -> tuple[int, int]:
@@ -49,8 +50,13 @@ def out_size(a: dict[str, Any]) -> tuple[int, int]:
 class EmulatedModule:
     """Stands in for the extension module: takes host pointers, plans with the real one, runs in the emulator."""
 
+    WORKSPACE_BYTES = _cuda.WORKSPACE_BYTES if _cuda else 0
+
+    def capture_id(self, device: int, stream: int) -> int:
+        return 0
+
     def conv2d_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
-        a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
+        a = dict(zip((CONV_NAMES + WORKSPACE_NAMES).split(), arguments, strict=True))
         weights = a["k"] * a["r"] * a["s"] * a["c"] // a["groups"]
         plan = functools.partial(_cuda.plan_conv2d_int8, multiprocessors)
         self._run(plan, a, a["n"] * a["h"] * a["w"] * a["c"], weights, a["n"] * math.prod(out_size(a)))
@@ -92,7 +98,7 @@ class EmulatedModule:
 
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
         names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
-        a = dict(zip(names.split(), arguments, strict=True))
+        a = dict(zip((names + WORKSPACE_NAMES).split(), arguments, strict=True))
         plan = functools.partial(_cuda.plan_linear_int8, multiprocessors)
         self._run(plan, a, a["m"] * a["c"], a["k"] * a["c"], a["m"])
 
@@ -101,11 +107,14 @@ class EmulatedModule:
         sizes = {"x": x, "weight": weights, "constants": 12 * a["k"], "out": pixels * a["k"] * size_of[a["out_dtype"]]}
         if a["residual"]:
             sizes["residual"] = pixels * a["k"] * size_of[a["residual_dtype"]]
+        if a.get("workspace"):
+            sizes["workspace"] = a["workspace_bytes"]
         memory = GlobalMemory()
         host = {name: host_bytes(a[name], size) for name, size in sizes.items()}
         placed = a | {name: memory.allocate(view) for name, view in host.items()}
         emulated.run_planned(plan(*placed.values()), "80", memory)
-        host["out"][:] = memory.fetch(placed["out"], host["out"])
+        for name in {"out", "workspace"} & host.keys():
+            host[name][:] = memory.fetch(placed[name], host[name])
 
 
 @contextlib.contextmanager

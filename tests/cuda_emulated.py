@@ -23,9 +23,11 @@ NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/c
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
 #: File names of the kernels, with the parts of a launch's name that stand for its template's flags, in order.
 FLAGS_OF = {
-    "conv2d_int8": ("_s8", "_bytes"),
+    "conv2d_int8": ("_s8",),
+    "conv2d_runs_int8": ("_s8",),
     "gemm_int8": ("_s8",),
     "depthwise_int8": ("_s8",),
+    "depthwise3x3_int8": ("_s8",),
     "conv2d_sparse24_int8": ("_s8",),
     "conv2d_sparse24_f16": ("_bf16",),
     "conv2d_blocks_int8": ("_s8",),
@@ -38,13 +40,19 @@ KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
+def _included(path: Path) -> set[Path]:
+    """A source and what it includes of the project's."""
+    names = re.findall(r'^#include "(cuda/[^"]+)"', path.read_text(), re.M)
+    return {path}.union(*(_included(ROOT / "csrc" / name) for name in names))
+
+
 @cache
-def _digest() -> str:
-    """Of all sources, the flags and the compiler: what a compiled file in the cache depends on."""
+def digest(kernel: str) -> str:
+    """Of a kernel's sources, the flags and the compiler: what a compiled file in the cache depends on."""
     assert NVCC
     h = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
     h.update(" ".join(FLAGS).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(_included(SOURCES / f"{kernel}.cu")):
         h.update(path.name.encode() + path.read_bytes())
     return h.hexdigest()[:16]
 
@@ -62,7 +70,7 @@ def compiled(kernel: str, arch: str, kind: str) -> tuple[Path, str]:
     """
     assert NVCC
     CACHE.mkdir(parents=True, exist_ok=True)
-    out = CACHE / f"{kernel}.sm_{arch}.{_digest()}.{kind}"
+    out = CACHE / f"{kernel}.sm_{arch}.{digest(kernel)}.{kind}"
     log = out.with_suffix(f".{kind}.log")
     if not log.exists():
         partial = out.with_suffix(".partial")
@@ -108,11 +116,16 @@ def entry_of(launch: str, ptx: str) -> str:
     return found[0]
 
 
+def shared_of(plan: dict[str, Any], arch: str) -> int:
+    """Bytes of dynamic shared memory that a planned launch asks for on sm_<arch>."""
+    return int(plan["shared_turing" if arch == "75" else "shared"])
+
+
 def run_planned(plan: dict[str, Any], arch: str, memory: GlobalMemory, ptx: str | None = None) -> Result:
     """Run in the emulator what the extension module would launch."""
     ptx = ptx or ptx_of(source_of(plan["kernel"]), arch)
     kernel = load(ptx, entry_of(plan["kernel"], ptx))
-    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=plan["shared"], memory=memory)
+    return emulate(kernel, plan["grid"], plan["block"], [plan["params"]], shared=shared_of(plan, arch), memory=memory)
 
 
 def nhwc(x: Tensor) -> np.ndarray:
@@ -126,7 +139,7 @@ class Case:
 
     def __init__(
         self, x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: tuple[int, ...],
-        out_dtype: torch.dtype, misalign: int = 0, packed: bool = False,
+        out_dtype: torch.dtype, misalign: int = 0, workspace: int = 0, packed: bool = False,
     ) -> None:  # fmt: skip
         self.memory = GlobalMemory()
         put = self.memory.allocate
@@ -138,12 +151,23 @@ class Case:
         self.image = nhwc(torch.zeros(shape, dtype=out_dtype))
         self.out = put(self.image)
         self.out_dtype = out_dtype
+        self.zeros = np.zeros(workspace // 4, np.int32)
+        self.workspace = put(self.zeros) if workspace else 0
 
     def epilogue(self, residual_scale: float, lo: float) -> tuple[Any, ...]:
-        """The trailing arguments of the extension module's functions."""
+        """Arguments of the extension module's functions, as they come after the sizes."""
         code = DTYPE_CODE[self.out_dtype]
         return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
 
+    def schedule(self, tile: str = "", parts: int = 0) -> tuple[Any, ...]:
+        """The arguments after those: workspace, tile, parts; not every function has them."""
+        return self.workspace, self.zeros.nbytes, tile, parts
+
     def output(self) -> Tensor:
+        """What the kernel wrote."""
         out = torch.from_numpy(self.memory.fetch(self.out, self.image)).view(self.out_dtype)
         return out.permute(0, 3, 1, 2) if out.dim() == 4 else out
+
+    def workspace_is_zero(self) -> bool:
+        """As it was before, and as the next kernel wants it."""
+        return not self.workspace or not self.memory.fetch(self.workspace, self.zeros).any()

@@ -17,6 +17,7 @@ from tests import cuda_emulated as emulated
 
 ARCHS = ("75", "80", "86", "89", "90a", "120a")
 SNAPSHOT = Path(__file__).parent / "cuda_gate.txt"
+PRODUCTS = ("IMMA", "HMMA", "IGMMA", "HGMMA")
 COLUMNS = ("MMA", "LDSM", "LDGSTS", "LDG", "STG", "PRMT", "LDL", "STL")
 
 
@@ -48,7 +49,7 @@ class Row:
 
 def count(opcodes: Counter[str], column: str) -> int:
     """How often an opcode occurs; "MMA": products of tensor cores, of integers or halves."""
-    return opcodes["IMMA"] + opcodes["HMMA"] if column == "MMA" else opcodes[column]
+    return sum(opcodes[o] for o in PRODUCTS) if column == "MMA" else opcodes[column]
 
 
 HEADER = " ".join(
@@ -65,7 +66,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def short_name(mangled: str) -> str:
-    """``conv2d_int8 64x64 32x32 3 1 0`` of a mangled template: the kernel's name, its numbers, its flags."""
+    """``conv2d_int8 64 64 32 32 2 4 16 0`` of a mangled template: the kernel's name, its numbers, its flags."""
     base = next(name for size, name in re.findall(r"(\d\d)([a-z]\w*?_kernel)", mangled) if len(name) == int(size))
     return " ".join([base.removesuffix("_kernel"), *re.findall(r"L[ib](\d+)E", mangled)])
 
@@ -87,7 +88,7 @@ def main_loop(sass: str) -> Counter[str]:
         target = re.search(r"\((\.L_\w+)\)", instruction[2]) if instruction[1] == "BRA" else None
         if target and target[1] in labels:
             body = opcodes[labels[target[1]] :]
-            if any(o in ("IMMA", "HMMA", "IGMMA", "HGMMA") for o in body) and (not best or len(body) < len(best)):
+            if any(o in PRODUCTS for o in body) and (not best or len(body) < len(best)):
                 best = body
     return Counter(best)
 
@@ -109,19 +110,24 @@ def archs_of(kernel: str) -> tuple[str, ...]:
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
 
-def dynamic_shared(name: str) -> int:
-    """Bytes that a launch of the kernel of this short name asks for, besides the static ones."""
-    numbers = name.split()[1:]
-    if "_blocks_" in name:
+def dynamic_shared(name: str, arch: str) -> int:
+    """Bytes that a launch of the kernel of this short name asks for on sm_<arch>, besides the static ones."""
+    kernel, *numbers = name.split()
+    if kernel.startswith("depthwise"):
+        return 0
+    if "_blocks_" in kernel:
         pixels, _, stages = map(int, numbers[:3])
         return stages * (8192 + 128 * pixels)
-    if "_vectors_" in name:
+    if "_vectors_" in kernel:
         pixels, _, pieces, stages, element = map(int, numbers[:5])
         return stages * pieces * (1024 + 32 * pixels + 64 * element)
-    if "_sparse24_" not in name:
+    if kernel == "to_units":
         return 0
-    channels, pixels, _, _, stages, element = map(int, numbers[:6])
-    return stages * (channels // 64 * (4096 + 1024 // element) + 128 * pixels)
+    if "_sparse24_" in kernel:
+        channels, pixels, _, _, stages, element = map(int, numbers[:6])
+        return stages * (channels // 64 * (4096 + 1024 // element) + 128 * pixels)
+    pixels, channels, _, _, slices, stages = map(int, numbers[:6])
+    return (2 if arch == "75" else stages) * slices * (pixels + channels) * 64
 
 
 #: Tiles for multiprocessors of much shared memory, and those in their place where there is little.
@@ -162,7 +168,7 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
         name = short_name(mangled)
         if not shipped(name, arch):
             continue
-        memory = int(shared) + dynamic_shared(name)
+        memory = int(shared) + dynamic_shared(name, arch)
         blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), memory)
         found.append(
             Row(
@@ -180,21 +186,30 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
     return tuple(sorted(found, key=lambda row: row.kernel))
 
 
+#: Kernels whose tiles of a multiple of 64 pixels a warpgroup multiplies on sm_90a.
+WARPGROUP = ("conv2d_int8", "conv2d_runs_int8", "gemm_int8")
+
+
 def problems(row: Row) -> list[str]:
     """What is wrong with a kernel's machine code; nothing if all is well."""
     found = []
     if row.stack or row.opcodes["LDL"] or row.opcodes["STL"]:
         found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
-    if row.blocks * row.threads < 256:
-        found.append(f"{row.blocks * row.threads} threads on a multiprocessor: 8 warps at least hide some latency")
+    if row.blocks * row.threads < 128:
+        found.append(f"{row.blocks * row.threads} threads on a multiprocessor: each of its four parts needs a warp")
     if row.kernel.startswith(("depthwise", "to_units")):
         return found
-    products = count(row.loop, "MMA")
+    name, *numbers = row.kernel.split()
+    products, group = count(row.loop, "MMA"), row.loop["IGMMA"]
     # Pixels of runs of bytes are not loaded as matrices.
-    loads = "LDS" if row.kernel.startswith("conv2d_vectors_int8") else "LDSM"
-    if products < 8 or row.loop[loads] < 2:
+    loads = "LDS" if name == "conv2d_vectors_int8" else "LDSM"
+    if row.arch == "90a" and name in WARPGROUP and int(numbers[0]) % 64 == 0:
+        others = products - group  # ptxas ends a group behind a branch by an HGMMA of nothing
+        if group < 2 or others > 1 or row.loop["LDSM"]:
+            found.append(f"the main loop has {group} IGMMA, {others} other MMA and {row.loop['LDSM']} LDSM")
+    elif products < 8 or row.loop[loads] < 2:
         found.append(f"the main loop has {products} MMA and {row.loop[loads]} {loads}")
-    bytewise = row.kernel.startswith("conv2d_int8 ") and row.kernel.endswith(" 1")
+    bytewise = name == "conv2d_runs_int8" or (name == "conv2d_int8" and numbers[6] == "1")
     if not bytewise:
         # Where the next step's activations are.
         places = 1 if "_blocks_" in row.kernel or "_vectors_" in row.kernel else 0

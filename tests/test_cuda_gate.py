@@ -23,15 +23,17 @@ def test_machine_code(kernel, arch):
 
 
 LOOP = Counter(IMMA=16, LDSM=8, LDGSTS=4, IADD3=40)
-GOOD = gate.Row("gemm_int8 64 64 32 32 3 0", "80", 80, 0, 24576, 128, 6, LOOP, LOOP)
+GOOD = gate.Row("gemm_int8 64 64 32 32 2 3 0", "80", 80, 0, 49152, 128, 3, LOOP, LOOP)
 BAD = {
     "spills": dict(stack=16),
     "2 STL": dict(opcodes=LOOP + Counter(STL=2)),
-    "8 warps": dict(blocks=1),
+    "four parts": dict(threads=32),
     "0 MMA": dict(loop=LOOP - Counter(IMMA=16)),
     "plain loads": dict(loop=LOOP + Counter(LDG=4)),
     "asynchronous": dict(loop=LOOP - Counter(LDGSTS=4)),
     "PRMT": dict(loop=LOOP + Counter(PRMT=64)),
+    "0 IGMMA, 16 other": dict(arch="90a"),
+    "8 LDSM": dict(arch="90a", loop=LOOP - Counter(IMMA=16) + Counter(IGMMA=4)),
 }
 
 

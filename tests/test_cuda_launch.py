@@ -7,8 +7,8 @@ from math import prod
 import pytest
 import torch
 
-from cnncomp.errors import DeviceError
-from cnncomp.ops import cuda, reference
+from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.ops import conv2d_int8, cuda, reference
 from tests import cuda_emulated as emulated
 from tests.cuda_device import EmulatedModule
 
@@ -50,6 +50,50 @@ def test_linear(shape):
     assert got.shape == (*shape[:-1], 24)
     flat = (x.reshape(-1, 48), *args[1:])
     assert torch.equal(got.reshape(-1, 24), reference.linear_int8(*flat))
+
+
+def test_blocks_share_a_reduction_and_leave_the_workspace_as_it_was():
+    """One image's last layers have too few pixels for all multiprocessors: the plan splits them."""
+    x, weight = (
+        torch.randint(0, 256, (4, 1024), dtype=torch.uint8),
+        torch.randint(-127, 128, (40, 1024), dtype=torch.int8),
+    )
+    constants = torch.stack([torch.rand(40) * 1e-4, torch.randn(40) * 20 + 60, torch.full((40,), 255.0)])
+    args = (x, weight, constants, None, 0.0, 0.0, torch.uint8)
+    expected = reference.linear_int8(*args)
+    for _ in range(2):  # the second finds the zeros of the first
+        assert torch.equal(cuda.linear_int8(*args), expected)
+    plan = _cuda.plan_linear_int8(108, 0, False, 4, 1024, 0, 40, 0, 0, 0, 0.0, 0.0, 0, 0, 128, 1 << 20, "", 0)
+    assert plan["grid"][2] > 1
+
+
+def test_workspaces_of_streams_and_graphs(monkeypatch):
+    """One for each stream, kept; another while a graph is captured."""
+    ids = iter([0, 0, 7, 7, 8, 0])
+    monkeypatch.setattr(cuda._cuda, "capture_id", lambda device, stream: next(ids))
+    spaces = [cuda._workspace_arguments(torch.device("cpu"), 0, stream)[0] for stream in (1, 2, 2, 2, 2, 1)]
+    assert len(set(spaces)) == 4 and spaces[2] == spaces[3] and spaces[0] == spaces[5]
+    cuda._workspace.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "shape, c, groups, match",
+    [
+        ((8, 3, 3, 8), 16, 1, "8, 3, 3, 16"),
+        ((7, 3, 3, 16), 16, 1, "8, 3, 3, 16"),
+        ((8, 1, 3, 16), 16, 1, "8, 3, 3, 16"),
+        ((8, 3, 3, 5), 15, 3, "multiples of groups=3"),
+    ],
+)
+def test_weights_of_other_sizes_are_refused_before_a_launch(shape, c, groups, match):
+    """Kernels trust the sizes that they are told."""
+    x, constants = torch.zeros(1, c, 5, 5, dtype=torch.uint8), torch.zeros(3, 8)
+    rest = (constants, None, 0.0, 0.0)
+    geometry = ((3, 3), (1, 1), (0, 0), (1, 1), groups)
+    with pytest.raises(ArgumentError, match=match):
+        conv2d_int8._conv_cuda(x, torch.zeros(shape, dtype=torch.int8), *rest, *geometry, torch.uint8)
+    with pytest.raises(ArgumentError, match=r"expected \(8, 5\)"):
+        conv2d_int8._linear_cuda(x, torch.zeros(8, 4, dtype=torch.int8), *rest, torch.uint8)
 
 
 def test_empty_batches():

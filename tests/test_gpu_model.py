@@ -90,6 +90,9 @@ def test_sample_of_blocks():
     assert sample_of(90) is None
     found = sample_of(1000)
     assert len(found) == 48 and found[0] == 0 and found[-1] == 999
+    found = sample_of(200, 16, row=25)  # an eighth of the grid ends it, and of the sample
+    assert found == [*range(8), *range(169, 177)] and sum(i >= 175 for i in found) == 2
+    assert sample_of(200, 16, row=300)[-1] == 199
 
 
 def test_report_says_that_it_is_a_model():

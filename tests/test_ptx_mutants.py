@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,7 @@ from cnncomp.ops import reference
 from tests import cuda_emulated as emulated
 from tests.ptx import EmulatorError, emulate, load
 from tests.ptx.mutate import Mutant, mutants, single_entry
-from tests.test_cuda_kernels import FEW, MANY, random_constants, random_tensor
+from tests.test_cuda_kernels import SMS, WORKSPACE, random_constants, random_tensor
 
 _cuda = pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
@@ -32,33 +33,58 @@ SMALL = [
 
 #: Kernel: architecture and the convolutions that it is run on, each with a k tail, an n tail and partial tiles.
 KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "conv2d_int8_64x64_32x32_3_u8": (
+    "conv2d_int8_64x64_32x32_2x3_16_u8": (
         "80",
         [
             dict(n=1, c=48, h=6, w=7, k=104, r=3, s=3, padding=(1, 1), residual=S8),
             dict(n=2, c=160, h=9, w=8, k=65, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
-            dict(n=1, c=64, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
-            dict(n=2, c=128, h=5, w=9, k=40, r=3, s=3, padding=(1, 1)),
-            dict(n=2, c=64, h=2, w=3, k=16, r=3, s=3, padding=(3, 3)),
+            dict(n=1, c=80, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
+            dict(n=2, c=224, h=5, w=9, k=144, r=3, s=3, padding=(1, 1), groups=2, parts=2),
             dict(n=3, c=48, h=9, w=15, k=24, r=1, s=1, stride=(2, 2)),
             dict(n=1, c=96, h=5, w=6, k=48, r=3, s=3, padding=(1, 1), groups=2, residual=S8),
             dict(n=1, c=96, h=5, w=6, k=48, r=2, s=3, padding=(1, 1), groups=2, residual=F32, out=F32),
         ],
     ),
-    "gemm_int8_64x64_32x32_3_s8": (
+    "conv2d_int8_32x128_32x32_2x3_64_u8": (
+        "80",
+        [
+            dict(n=1, c=128, h=6, w=7, k=104, r=3, s=3, padding=(1, 1), residual=S8),
+            dict(n=2, c=192, h=9, w=8, k=129, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2), parts=3),
+            dict(n=1, c=64, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
+            dict(n=2, c=128, h=5, w=9, k=40, r=3, s=3, padding=(1, 1)),
+            dict(n=2, c=64, h=2, w=3, k=16, r=3, s=3, padding=(3, 3)),
+        ],
+    ),
+    "gemm_int8_64x64_32x32_2x3_s8": (
         "80",
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, dtype=S8, residual=U8),
             dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, dtype=S8, out=F32, residual=F32),
+            dict(n=1, c=272, h=3, w=9, k=80, r=1, s=1, dtype=S8, parts=3),
             *(case | dict(dtype=S8) for case in SMALL),
         ],
     ),
-    "gemm_int8_64x64_32x32_3_u8": (
+    "gemm_int8_64x64_32x32_2x3_u8": (
         "75",
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, residual=U8),
             dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, out=F32, residual=F32),
             *SMALL,
+        ],
+    ),
+    "conv2d_runs_int8_128x64_64x32_1x4_s8": (
+        "80",
+        [
+            dict(n=2, c=3, h=14, w=16, k=40, r=7, s=7, stride=(2, 2), padding=(3, 3), dtype=S8),
+            dict(n=1, c=5, h=8, w=9, k=12, r=2, s=7, dilation=(3, 1), padding=(3, 5), dtype=S8, residual=U8, parts=2),
+            dict(n=3, c=2, h=3, w=6, k=76, r=3, s=15, padding=(2, 6), stride=(1, 3), dtype=S8, out=F32),
+        ],
+    ),
+    "depthwise3x3_int8_1_1_u8": (
+        "80",
+        [
+            dict(n=2, c=20, h=9, w=7, k=20, r=3, s=3, padding=(1, 1), groups=20, residual=S8),
+            dict(n=1, c=132, h=5, w=6, k=132, r=3, s=3, padding=(2, 2), groups=132, residual=F32, out=F32),
         ],
     ),
     "depthwise_int8_4_u8": (
@@ -120,6 +146,13 @@ EXPLAINED = {
         "mask off by one",
     ): "bounds that aligned channels never meet; a step past the last of the sums of weights, whose loads are masked",
     (TRITON, "commit dropped"): "before the loop, of copies that are waited for together with the next group's",
+    ("gemm", "mask off by one"): "a step past the last, in which the loaders copy nothing",
+    (
+        "conv2d_runs",
+        "mask off by one",
+    ): "rows behind the kernel's last, where the other side is zeros; a step past the last",
+    ("conv2d_runs", "wait weakened"): "its copies are not asynchronous",
+    ("depthwise3x3", "mask off by one, greater"): "the first output of a thread, which is one of the image's",
     ("depthwise", "mask inverted, greater"): "four channels one by one instead of as a vector: the same values, slower",
 }
 
@@ -132,7 +165,7 @@ def explained(name: str, mutant: Mutant) -> bool:
 def run_case(
     name: str, arch: str, n: int, c: int, h: int, w: int, k: int, r: int, s: int, stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1, dtype: torch.dtype = U8,
-    out: torch.dtype = S8, residual: torch.dtype | None = None,
+    out: torch.dtype = S8, residual: torch.dtype | None = None, parts: int = 1,
 ) -> Callable[[str], Any]:  # fmt: skip
     """A function that runs PTX text on one convolution; it gives the Result, or a word for what is wrong."""
     torch.manual_seed(c + k)
@@ -144,24 +177,27 @@ def run_case(
     expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out)
 
     def run(ptx: str) -> Any:
-        case = emulated.Case(x, weight, constants, res, shape, out)
+        case = emulated.Case(x, weight, constants, res, shape, out, 0, WORKSPACE if parts > 1 else 0)
+        tile = next((part for part in name.split("_") if re.fullmatch(r"\d+x\d+", part)), "")
         plan = _cuda.plan_conv2d_int8(
-            FEW if "128x128" in name else MANY, case.x, dtype == S8, n, h, w, c, case.weight, k, r, s, *stride, *padding,
-            *dilation, groups, *case.epilogue(0.37, lo),
+            SMS, case.x, dtype == S8, n, h, w, c, case.weight, k, r, s, *stride, *padding, *dilation, groups,
+            *case.epilogue(0.37, lo), *case.schedule(tile, parts),
         )  # fmt: skip
-        assert plan["kernel"].startswith(name.rsplit("_", 2)[0]), plan["kernel"]
+        assert plan["kernel"] == name, plan["kernel"]
         try:
             result = emulate(
                 load.__wrapped__(ptx),
                 plan["grid"],
                 plan["block"],
                 [plan["params"]],
+                shared=emulated.shared_of(plan, arch),
                 memory=case.memory,
                 max_instructions=300_000,
             )
         except EmulatorError as error:
             return type(error).__name__
-        return result if torch.equal(case.output(), expected) else "wrong result"
+        right = torch.equal(case.output(), expected) and case.workspace_is_zero()
+        return result if right else "wrong result"
 
     return run
 
@@ -229,7 +265,7 @@ def test_mutants_are_caught(name):
     equal = [str(m) for m, verdict in found if not verdict and explained(name, m)]
     print(f"{name}: {len(found)} mutants, {len(missed)} missed, {len(equal)} equal", *missed, *equal, sep="\n  ")
     assert len(missed) <= 0.05 * (len(found) - len(equal)), "\n".join(missed)
-    assert len(equal) <= 0.12 * len(found), "\n".join(equal)
+    assert len(equal) <= max(6, 0.12 * len(found)), "\n".join(equal)
 
 
 def test_nearly_all_mutants_are_caught():

@@ -80,11 +80,23 @@ def _conv_fake(
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int) -> bool:
-    """Check that the packed weight belongs to these sizes; whether it is depthwise."""
-    depthwise = is_depthwise(c, k, groups)
+def _check_channels(c: int, k: int, groups: int) -> None:
     if c < 1 or groups < 1 or c % groups or k % groups:
         raise ArgumentError("x", f"{c} input and {k} output channels", f"multiples of groups={groups}")
+
+
+def _check_shape(weight: Tensor, expected: tuple[int, ...]) -> None:
+    """Of a GPU's weight, whose kernel takes its sizes from the others."""
+    if tuple(weight.shape) != expected:
+        raise ArgumentError(
+            "weight", f"shape {tuple(weight.shape)}", f"{expected}, as the input and the constants have channels"
+        )
+
+
+def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int) -> bool:
+    """Check that the packed weight belongs to these sizes; whether it is depthwise."""
+    _check_channels(c, k, groups)
+    depthwise = is_depthwise(c, k, groups)
     expected: tuple[int, ...]
     if depthwise:
         columns, length = depthwise_columns((kernel_size[0], kernel_size[1]))
@@ -151,6 +163,8 @@ def _conv_cuda(
 
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     check_operands(x, weight, constants, residual, shape, out_dtype)
+    _check_channels(x.shape[1], shape[1], groups)
+    _check_shape(weight, (shape[1], *kernel_size, x.shape[1] // groups))
     return cuda.conv2d_int8(
         x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype
     )
@@ -213,6 +227,7 @@ def _linear_cuda(
     from cnncomp.ops import cuda
 
     check_operands(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype)
+    _check_shape(weight, (constants.shape[1], x.shape[-1]))
     return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype)
 
 

@@ -57,6 +57,26 @@ def _launch_arguments(x: Tensor) -> tuple[int, int, int]:
     return _index(x.device), torch.cuda.current_stream(x.device).cuda_stream, _multiprocessors(x.device)
 
 
+@functools.lru_cache(maxsize=8)
+def _workspace(device: torch.device, stream: int, capture: int) -> Tensor:
+    """Zeros that kernels of one stream may use in turn, and leave as zeros: room for sums that thread blocks share.
+
+    Calls that are captured into a graph have a workspace of their own, for the graph may be replayed on another stream. It is
+    made, and so zeroed, within the graph.
+    """
+    return torch.zeros(_module().WORKSPACE_BYTES // 4, dtype=torch.int32, device=device)
+
+
+def _workspace_arguments(device: torch.device, index: int, stream: int) -> tuple[int, int]:
+    """Address and bytes of a stream's workspace."""
+    space = _workspace(device, stream, _module().capture_id(index, stream))
+    return space.data_ptr(), space.nbytes
+
+
+#: The plan chooses the tile, and how many blocks share the reduction of one.
+_NO_WISH = ("", 0)
+
+
 def _epilogue_arguments(
     constants: Tensor, residual: Tensor | None, residual_scale: float, lo: float, out: Tensor
 ) -> tuple[int, int, int, float, float, int, int]:
@@ -77,7 +97,8 @@ def conv2d_int8(
     groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """int8 convolution on the GPU. No synchronisation; allocates only the output, so it may be captured.
+    """int8 convolution on the GPU. No synchronisation; allocates only the output, and once for each stream the workspace, so it
+    may be captured.
 
     Args:
         x: (N, C, H, W) uint8 or int8; channels_last, or it is copied.
@@ -108,9 +129,11 @@ def conv2d_int8(
     out = torch.empty((n, k, p, q), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     x, weight, constants = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), constants.contiguous()
     residual = contiguous(residual, torch.channels_last)
+    index, stream, multiprocessors = _launch_arguments(x)
     _module().conv2d_int8(
-        *_launch_arguments(x), x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
+        index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
         *stride, *padding, *dilation, groups, *_epilogue_arguments(constants, residual, residual_scale, lo, out),
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH,
     )  # fmt: skip
     return out
 
@@ -135,9 +158,11 @@ def linear_int8(
         return out
     x, weight, constants = x.contiguous(), weight.contiguous(), constants.contiguous()
     residual = contiguous(residual)
+    index, stream, multiprocessors = _launch_arguments(x)
     _module().linear_int8(
-        *_launch_arguments(x), x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,
+        index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,
         *_epilogue_arguments(constants, residual, residual_scale, lo, out),
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH,
     )  # fmt: skip
     return out
 

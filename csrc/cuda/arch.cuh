@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 namespace cnncomp::cuda {
 
@@ -13,26 +15,57 @@ namespace cnncomp::cuda {
 #define CNNCOMP_TURING 0
 #endif
 
+// Makes a value opaque, so that it is kept and not computed again in each turn of a loop.
+__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void pin(int64_t& v) { asm volatile("" : "+l"(v)); }
+__device__ __forceinline__ void pin(const int8_t*& v) { asm volatile("" : "+l"(v)); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Shared memory is addressed by 32-bit addresses; constants added to them end up in the instruction's own offset.
+// Shared memory is addressed by 32-bit addresses; kOffset is in the instruction and costs nothing.
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t src) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(src) : "memory");
+  return word;
+}
 
 __device__ __forceinline__ void store_shared(uint32_t dst, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(word) : "memory");
 }
 
-// 16 bytes from global to shared memory, zeros where `real` is false (src is not read then, but must be a valid pointer).
+// Adds to a word of global memory, and doesn't wait for it.
+__device__ __forceinline__ void add_global(int32_t* dst, int32_t value) {
+  asm volatile("red.global.add.s32 [%0], %1;" ::"l"(dst), "r"(value) : "memory");
+}
+
+// kBytes (4, 8 or 16) from global to shared memory: `real` of them, which is kBytes or 0, and zeros for the rest. src is not
+// read where real is 0, and may be anything then.
 // sm_80 and later: asynchronous, part of the current group; before: at once.
-__device__ __forceinline__ void copy_async_16(uint32_t dst, const void* src, bool real) {
+template <int kBytes, int kOffset = 0>
+__device__ __forceinline__ void copy_async(uint32_t dst, const int8_t* src, uint32_t real) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async copies");
 #if CNNCOMP_TURING
-  const uint4 v = real ? __ldg(static_cast<const uint4*>(src)) : make_uint4(0, 0, 0, 0);
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    const uint4 v = real ? __ldg(reinterpret_cast<const uint4*>(src)) : make_uint4(0, 0, 0, 0);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(dst + kOffset), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    const uint2 v = real ? __ldg(reinterpret_cast<const uint2*>(src)) : make_uint2(0, 0);
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(dst + kOffset), "r"(v.x), "r"(v.y) : "memory");
+  } else {
+    store_shared(dst + kOffset, real ? __ldg(reinterpret_cast<const uint32_t*>(src)) : 0);
+  }
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(real ? 16 : 0)
-               : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(real), "n"(kOffset)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0+%4], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes), "r"(real),
+                 "n"(kOffset)
+                 : "memory");
 #endif
 }
 
@@ -51,11 +84,42 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // Four 8 x 16-byte matrices; lane 8 * i + j gives the address of row j of matrix i.
+template <int kOffset>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
+               : "r"(row), "n"(kOffset)
                : "memory");
+}
+
+// f(0), f(1), ... f(kCount - 1), whose arguments are compile-time constants.
+template <typename F, int... kIndices>
+__device__ __forceinline__ void unroll(F&& f, std::integer_sequence<int, kIndices...>) {
+  (f(std::integral_constant<int, kIndices>{}), ...);
+}
+template <int kCount, typename F>
+__device__ __forceinline__ void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// The larger and the smaller of two; NaN if either is, as in torch.
+__device__ __forceinline__ float larger(float a, float b) {
+#if CNNCOMP_TURING
+  return a < b ? b : a != a ? a : b != b ? b : a;
+#else
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#endif
+}
+__device__ __forceinline__ float smaller(float a, float b) {
+#if CNNCOMP_TURING
+  return a > b ? b : a != a ? a : b != b ? b : a;
+#else
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#endif
 }
 
 #define CNNCOMP_MMA_16832(A)                                                                                      \

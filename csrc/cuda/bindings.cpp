@@ -52,6 +52,7 @@ py::dict as_dict(const cuda::Launch& launch) {
   d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
   d["block"] = launch.block;
   d["shared"] = launch.shared;
+  d["shared_turing"] = launch.shared_turing;
   d["params"] = py::bytes(launch.params.data(), launch.params.size());
   return d;
 }
@@ -84,6 +85,19 @@ cuda::Conv2d make_image(uintptr_t x, int x_dtype, int n, int h, int w, int c, ui
   return make_conv(x, x_dtype, n, h, w, c, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0f, 0.0f, out, x_dtype);
 }
 
+// The same with trailing arguments: workspace, its bytes, and the caller's wish.
+template <auto kMake, typename... Args>
+cuda::Conv2d with_workspace(Args... args, uintptr_t workspace, int64_t bytes, const std::string& tile, int parts) {
+  cuda::Conv2d conv = kMake(args...);
+  conv.workspace = {reinterpret_cast<void*>(workspace), bytes};
+  conv.wish = {tile, parts};
+  return conv;
+}
+template <auto kMake, typename... Args>
+auto add_workspace(cuda::Conv2d (*)(Args...)) {
+  return &with_workspace<kMake, Args...>;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -91,14 +105,15 @@ PYBIND11_MODULE(_cuda, m) {
   py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
   define(m, "conv2d_int8",
          "conv2d_int8(device, stream, multiprocessors, x, x_signed, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
-         "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype)",
-         &make_conv, &cuda::plan_conv2d_int8);
+         "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype, workspace, "
+         "workspace_bytes, tile, parts)",
+         add_workspace<&make_conv>(&make_conv), &cuda::plan_conv2d_int8);
   define(m, "linear_int8",
          "linear_int8(device, stream, multiprocessors, x, x_signed, m, c, weight, k, constants, residual, residual_dtype, "
-         "residual_scale, lo, out, out_dtype)",
-         &make_linear, &cuda::plan_conv2d_int8);
+         "residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts)",
+         add_workspace<&make_linear>(&make_linear), &cuda::plan_conv2d_int8);
   define(m, "conv2d_sparse24_int8",
-         "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ...), as conv2d_int8; weight: packed by "
+         "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as conv2d_int8; weight: packed by "
          "cnncomp.sparsity.pack_2to4; shared: bytes of shared memory of a multiprocessor. sm_80 and later.",
          &make_conv, &cuda::plan_conv2d_sparse24_int8);
   define(m, "conv2d_sparse24_f16",
@@ -116,13 +131,18 @@ PYBIND11_MODULE(_cuda, m) {
            "cnncomp.sparsity.vectors.to_units. sm_80 and later.",
            &make_conv, plan);
   define(m, "linear_sparse24_int8",
-         "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ...), as linear_int8 with the weight of "
+         "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
          &make_linear, &cuda::plan_conv2d_sparse24_int8);
   define(m, "to_units",
          "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
          "multiple of 16 bytes.",
          &make_image, &cuda::plan_to_units);
+  m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
+  m.def(
+      "capture_id",
+      [](int device, uintptr_t stream) { return cuda::capture_id(device, reinterpret_cast<void*>(stream)); },
+      "A number of the graph that the stream is captured into; 0 if it isn't captured.");
   m.def("supports", &cuda::supports, "Whether this build holds machine code for the device.");
   m.def("device_count", &cuda::device_count, "CUDA devices; 0 without a driver.");
   m.def("device_info", [](int device) {

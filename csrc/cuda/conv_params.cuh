@@ -2,11 +2,13 @@
 #pragma once
 
 #include "cuda/epilogue.cuh"
+#include "cuda/schedule.cuh"
 
 namespace cnncomp::cuda {
 
 struct ConvParams {
   EpilogueParams epilogue;
+  Schedule schedule;
   const int8_t* x;
   const int8_t* weight;
   int32_t n, h, w, c, p, q, r, s;
@@ -15,9 +17,10 @@ struct ConvParams {
   int32_t reduction;  // r * s * c_group
 };
 
-inline ConvParams conv_params(const Conv2d& c, const EpilogueParams& epilogue) {
+inline ConvParams conv_params(const Conv2d& c, const EpilogueParams& epilogue, const Schedule& schedule = {}) {
   const int32_t c_group = c.c / c.groups;
-  return {epilogue,   static_cast<const int8_t*>(c.x),
+  return {epilogue,   schedule,
+          static_cast<const int8_t*>(c.x),
           c.weight,   c.n,
           c.h,        c.w,
           c.c,        c.p(),

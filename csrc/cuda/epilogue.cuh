@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/arch.cuh"
 #include "cuda/launch.h"
 
 namespace cnncomp::cuda {
@@ -147,32 +148,53 @@ __device__ __forceinline__ void load_residual(float (&out)[kVec], const Epilogue
   for (int i = 0; i < kVec; ++i) out[i] = __int2float_rn((bytes[i] ^ flip) - flip);
 }
 
-template <typename Narrow, int kVec>
-__device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
-  if (e.out_dtype == DType::kFloat32) return store_floats(t, static_cast<float*>(e.out) + offset, real);
-  if constexpr (sizeof(Narrow) == 2) return store_halves(t, static_cast<Narrow*>(e.out) + offset, real);
-  uint8_t* dst = static_cast<uint8_t*>(e.out) + offset;
-  alignas(kVec) uint8_t bytes[kVec];
+// Rounds four values half to even, to neighbouring bytes; they are in the range of the 8-bit type already. 1.5 * 2^23 leaves no
+// bits for a fraction, so the sum is rounded and ends in the integer, at the rate of additions, not of conversions.
+__device__ __forceinline__ uint32_t round_to_bytes(float a, float b, float c, float d) {
+  auto rounded = [](float t) { return __float_as_uint(__fadd_rn(t, 12582912.0f)); };
+  return __byte_perm(__byte_perm(rounded(a), rounded(b), 0x0040), __byte_perm(rounded(c), rounded(d), 0x0040), 0x5410);
+}
+
+template <int kVec>
+__device__ __forceinline__ void store_bytes(const float (&t)[kVec], uint8_t* dst, int real) {
+  if constexpr (kVec % 4 == 0) {
+    alignas(kVec) uint32_t words[kVec / 4];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) bytes[i] = static_cast<uint8_t>(__float2int_rn(t[i]));  // half to even; in range already
-  if (real == kVec) {
+    for (int i = 0; i < kVec / 4; ++i) words[i] = round_to_bytes(t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]);
     using W = typename Word<kVec>::type;
-    *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(bytes);
+    if (real == kVec) {
+      *reinterpret_cast<W*>(dst) = *reinterpret_cast<const W*>(words);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+      if (i < -real) dst[i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
   } else {
 #pragma unroll
     for (int i = 0; i < kVec; ++i)
-      if (i < -real) dst[i] = bytes[i];
+      if (i < -real || real == kVec) dst[i] = static_cast<uint8_t>(round_to_bytes(t[i], 0.0f, 0.0f, 0.0f));
   }
 }
 
-// Scales, clamps, rounds and stores `acc`, channels `channel`... of `group` at output pixel `pixel`.
-// Comparisons instead of fminf and fmaxf: NaN stays NaN, as in torch.
+template <typename Narrow, int kVec>
+__device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
+  if (e.out_dtype == DType::kFloat32)
+    store_floats(t, static_cast<float*>(e.out) + offset, real);
+  else if constexpr (sizeof(Narrow) == 2)
+    store_halves(t, static_cast<Narrow*>(e.out) + offset, real);
+  else
+    store_bytes(t, static_cast<uint8_t*>(e.out) + offset, real);
+}
+
+// Where a channel's value of a pixel lies in out and residual.
+__device__ __forceinline__ int64_t offset_of(const EpilogueParams& p, int64_t pixel, int group, int channel) {
+  return pixel * p.k + group * p.limit + channel;
+}
+
+// Scales, clamps, rounds and stores `acc` at `offset`; `real` of real_channels, not 0.
 template <int kVec, typename Narrow = uint8_t, typename Sum>
-__device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
-                                       int64_t pixel, int group, int channel) {
-  const int real = real_channels<kVec>(p, channel);
-  if (real == 0) return;
-  const int64_t offset = pixel * p.k + group * p.limit + channel;
+__device__ __forceinline__ void finish_at(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                          int64_t offset, int real) {
   float t[kVec], residual[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(to_float(acc[i]), c.scale[i]), c.bias[i]);
@@ -183,10 +205,17 @@ __device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelCons
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    t[i] = t[i] < p.e.lo ? p.e.lo : t[i];
-    t[i] = t[i] > c.hi[i] ? c.hi[i] : t[i];
+    t[i] = smaller(larger(t[i], p.e.lo), c.hi[i]);
   }
   store<Narrow>(t, p.e, offset, real);
+}
+
+// The same of channels `channel`... of `group` at output pixel `pixel`.
+template <int kVec, typename Narrow = uint8_t, typename Sum>
+__device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                       int64_t pixel, int group, int channel) {
+  const int real = real_channels<kVec>(p, channel);
+  if (real != 0) finish_at<kVec, Narrow>(acc, c, p, offset_of(p, pixel, group, channel), real);
 }
 
 }  // namespace cnncomp::cuda

@@ -71,7 +71,7 @@ struct GatheredLoader {
 #pragma unroll
     for (int i = 0; i < Tile::kCopies; ++i) {
       const int at = (threadIdx.x + i * Tile::kThreads) * 16;
-      copy_async_16(stage + at, step + at, true);
+      copy_async<16>(stage + at, step + at, 16);
     }
     pixels.copy(stage + Tile::kValueBytes);
     step += Tile::kStepBytes;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void gathered_main_loop(Sparse24Sums<Tile, Sum>& acc,
 #pragma unroll
       for (int j = 0; j < Tile::kTilesP; ++j) {
         uint32_t b[4];
-        load_matrices(b, ((rows + at) ^ (half * 64)) + j * 8 * Tile::kStep);
+        load_matrices<0>(b, ((rows + at) ^ (half * 64)) + j * 8 * Tile::kStep);
 #pragma unroll
         for (int i = 0; i < Tile::kTilesC; ++i) {
           multiply_left<kOperand>(acc.value[i][j], a[0][i], b[0], b[1]);

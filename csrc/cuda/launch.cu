@@ -32,10 +32,16 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-std::string describe(const Launch& l, int device) {
+uint32_t shared_of(const Launch& launch, int device) {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  return major < 8 ? launch.shared_turing : launch.shared;
+}
+
+std::string describe(const Launch& l, int device, uint32_t shared) {
   return l.kernel + " on device " + std::to_string(device) + ", grid (" + std::to_string(l.grid[0]) + ", " +
-         std::to_string(l.grid[1]) + ", " + std::to_string(l.grid[2]) + "), " + std::to_string(l.block) + " threads, " + std::to_string(l.shared) +
-         " bytes of dynamic shared memory";
+         std::to_string(l.grid[1]) + ", " + std::to_string(l.grid[2]) + "), " + std::to_string(l.block) + " threads, " +
+         std::to_string(shared) + " bytes of shared memory";
 }
 
 constexpr uint32_t kSharedByDefault = 48 << 10;
@@ -48,15 +54,25 @@ void run(const Launch& launch, int device, void* stream) {
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
   // The error comes back from the call itself; an older one of somebody else stays theirs.
   cudaError_t error = cudaSuccess;
-  if (launch.shared > kSharedByDefault)  // no work on a stream: allowed while one is captured
+  const uint32_t shared = shared_of(launch, device);
+  if (shared > kSharedByDefault)  // no work on a stream: allowed while one is captured
     error = cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(launch.shared));
+                                 static_cast<int>(shared));
   if (error == cudaSuccess)
-    error = cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, launch.shared,
+    error = cudaLaunchKernel(launch.function, grid, dim3(launch.block), &params, shared,
                              static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // ours, and reported: don't let the next caller find it
-  check(error, describe(launch, device));
+  check(error, describe(launch, device, shared));
+}
+
+uint64_t capture_id(int device, void* stream) {
+  if (stream == nullptr) return 0;  // can't be captured, nor asked while another stream is
+  DeviceGuard guard(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 bool supports(int device) {

@@ -29,6 +29,22 @@ struct Epilogue {
   float lo;
 };
 
+// Zeros that a kernel may use and leaves as zeros: room for the sums of blocks that share a tile's reduction. Kernels that run at
+// the same time must not have the same.
+struct Workspace {
+  void* data;
+  int64_t bytes;
+};
+
+// What all layers of well-known networks can use on the largest GPU.
+constexpr int64_t kWorkspaceBytes = int64_t{12} << 20;
+
+// What a caller who has measured wants; what is empty or 0 is chosen by a rule.
+struct Wish {
+  std::string tile;   // "128x64"
+  int32_t parts = 0;  // blocks that share a tile's reduction, if there is workspace and reduction enough
+};
+
 // A convolution of NHWC images with weights (k, r, s, c / groups). A linear layer is one with 1 x 1 images.
 struct Conv2d {
   const void* x;
@@ -39,6 +55,8 @@ struct Conv2d {
   int32_t n, h, w, c, k, r, s;
   int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t groups;
+  Workspace workspace;  // null: no reduction is shared between blocks
+  Wish wish;
 
   int32_t p() const { return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1; }
   int32_t q() const { return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1; }
@@ -53,7 +71,8 @@ struct Launch {
   const void* function = nullptr;
   uint32_t grid[3] = {1, 1, 1};
   uint32_t block = 0;
-  uint32_t shared = 0;  // bytes of dynamic shared memory
+  uint32_t shared = 0;         // bytes of dynamic shared memory
+  uint32_t shared_turing = 0;  // the same on sm_75
   std::vector<char> params;
 
   template <typename Params>
@@ -77,11 +96,17 @@ struct DeviceInfo {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Picks kernel and tile; `multiprocessors` of the device decide how large a tile still fills it.
+// Picks kernel, tile and parts (plan.h); `multiprocessors` of the device decide how large a tile still fills it.
 // Throws std::invalid_argument for sizes beyond the grid's limits.
 Launch plan_conv2d_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_gemm_int8(const Conv2d& conv, int multiprocessors);
 Launch plan_depthwise_int8(const Conv2d& conv);
+
+// Kernels for some layers only, where they are faster, and whether they can run a layer.
+Launch plan_conv2d_runs_int8(const Conv2d& conv, int multiprocessors);
+Launch plan_depthwise3x3_int8(const Conv2d& conv, int multiprocessors);
+bool conv2d_runs_fits(const Conv2d& conv);
+bool depthwise3x3_fits(const Conv2d& conv);
 
 // With weights packed by cnncomp/sparsity/two_four.py, for sm_80 and later. shared: bytes of a multiprocessor.
 Launch plan_conv2d_sparse24_int8(const Conv2d& conv, int multiprocessors, int shared);
@@ -100,6 +125,9 @@ Launch plan_to_units(const Conv2d& conv);
 
 // Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
 void run(const Launch& launch, int device, void* stream);
+
+// A number of the graph that the stream is captured into; 0 if it isn't captured. Throws CudaError.
+uint64_t capture_id(int device, void* stream);
 
 // Whether this build holds machine code for the device.
 bool supports(int device);

@@ -121,7 +121,7 @@ struct PixelLoader {
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
       const bool real = inside[i] >> r & inside[i] >> (16 + s) & 1;
-      copy_async_16(place + i * Tile::kRowStep * Tile::kStep, real ? tap + offset[i] : x, real);
+      copy_async<16>(place + i * Tile::kRowStep * Tile::kStep, tap + offset[i], real ? 16 : 0);
     }
   }
 
@@ -146,7 +146,7 @@ __device__ __forceinline__ void load_weights(const Sparse24Params& p, const int8
     if (kChunks % Tile::kThreads != 0 && chunk >= kChunks) break;
     const int slice = min(chunk / (kStepBytes / 16), slices - 1), within = chunk % (kStepBytes / 16);
     const int64_t at = (static_cast<int64_t>(slice) * p.steps + step) * kStepBytes + within * 16;
-    copy_async_16(tile + chunk * 16, first + at, true);
+    copy_async<16>(tile + chunk * 16, first + at, 16);
   }
 }
 
@@ -205,7 +205,7 @@ __device__ __forceinline__ void multiply_half(Sparse24Sums<Tile, Sum>& acc, uint
 #pragma unroll
   for (int j = 0; j < Tile::kTilesP; ++j) {
     uint32_t b[4];
-    load_matrices(b, (pixels ^ (kHalf * 64)) + j * 8 * Tile::kStep);
+    load_matrices<0>(b, (pixels ^ (kHalf * 64)) + j * 8 * Tile::kStep);
 #pragma unroll
     for (int i = 0; i < Tile::kTilesC; ++i) multiply_sparse<kOperand, kHalf>(acc.value[i][j], a[i], b, e[i]);
   }

@@ -85,7 +85,8 @@ uint8_t* Machine::global_write(const Warp& w, uint64_t address, uint32_t size, i
   return r.host + at;
 }
 
-// Atomics may meet; with a plain access of another block they race like any other.
+// Atomics may meet; with a plain access of another block they race like any other. Of the blocks whose atomics meet, one that the
+// last doesn't know of is remembered: the last is the one that will read, having counted itself so.
 uint8_t* Machine::global_atomic(uint64_t address, uint32_t size, int lane) {
   Region& r = region(address, size, lane);
   const uint64_t at = address - r.base;
@@ -99,7 +100,7 @@ uint8_t* Machine::global_atomic(uint64_t address, uint32_t size, int lane) {
       const bool plain = by && !(writer & kAtomic) && by != me && !known[by - 1];
       const bool read = reader && reader != me && (reader == kMany || !known[reader - 1]);
       if (plain || read) fail(kRace, "an atomic meets a plain access of another block, and nothing orders them", lane);
-      r.writer[at + k] = me | kAtomic;
+      if (!by || by == me || known[by - 1]) r.writer[at + k] = me | kAtomic;
     }
   }
   ++progress;
