@@ -68,13 +68,13 @@ inline __attribute__((always_inline)) typename S::Int round_scattered(const type
   return e.out_dtype == kS8 ? S::template pack<true>(v[0], v[1], v[2], v[3]) : S::template pack<false>(v[0], v[1], v[2], v[3]);
 }
 
-template <class S, int T, Residual RESIDUAL, bool BYTES>
+template <class S, int T, Residual RESIDUAL, Store STORE>
 void scattered_tile_as(const SparseInt8Tile& a) {
   constexpr int kPart = 16 * sizeof(int32_t);  // from the pixels of 128 bits to the next, in memory
   auto* sums = reinterpret_cast<uint8_t*>(a.sums);
   for (int64_t k = a.k_begin; k < a.k_end; k++, sums += 4 * T * S::kBytes) {
     const int32_t begin = a.row_ptr[k], end = a.row_ptr[k + 1];
-    if (!BYTES && !a.first_block && begin == end) continue;
+    if (STORE == kStoreSums && !a.first_block && begin == end) continue;
     typename S::Int acc[T][4];
 #pragma GCC unroll 8
     for (int i = 0; i < 4 * T; i++) {
@@ -82,7 +82,7 @@ void scattered_tile_as(const SparseInt8Tile& a) {
       acc[i / 4][i % 4] = a.first_block ? S::set(a.init[k]) : S::load_lanes(from, kPart);
     }
     add_scattered<S, T>(a, begin, end, acc);
-    if constexpr (BYTES) {
+    if constexpr (STORE == kStoreBytes) {
       const int64_t at = (k - a.k_begin) * a.byte_stride;
 #pragma GCC unroll 2
       for (int t = 0; t < T; t++) {
@@ -99,7 +99,7 @@ void scattered_tile_as(const SparseInt8Tile& a) {
 
 template <class S, int T>
 void sum_scattered(const SparseInt8Tile& a) {
-  tile_as(a, [&]<Residual RESIDUAL, bool BYTES>() { scattered_tile_as<S, T, RESIDUAL, BYTES>(a); });
+  tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { scattered_tile_as<S, T, RESIDUAL, STORE>(a); });
 }
 
 // Tiles of up to MAX vectors.

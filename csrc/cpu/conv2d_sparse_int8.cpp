@@ -41,8 +41,8 @@ struct Plan {
 };
 
 struct Scratch {
-  AlignedArray<uint8_t> planes, bytes, residual;
-  AlignedArray<int32_t> sums, turned;
+  AlignedArray<uint8_t> planes, addend_planes, bytes, residual;
+  AlignedArray<int32_t> sums, addend, turned;
   std::vector<const uint8_t*> pointers;
   std::vector<SparseInt8Segment> segments;
   std::vector<uint8_t> spare;
@@ -65,8 +65,8 @@ void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
 }
 
 // Tiles of one size, such that what a tile reads of a block of input channels stays in the first-level cache, but not so small
-// that the weights are read more often than that is worth.
-void choose_tile(const SparseInt8Kernels& kernels, Plan& plan) {
+// that the weights are read more often than that is worth. Of at most `limit` vectors.
+void choose_tile(const SparseInt8Kernels& kernels, int64_t limit, Plan& plan) {
   constexpr int64_t kCache = 28 << 10;
   const int64_t fits = kCache / (kQuad * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
   constexpr int64_t kLeast = 112;  // pixels; measured on a Zen 4 core over ResNet-50's layers
@@ -76,7 +76,7 @@ void choose_tile(const SparseInt8Kernels& kernels, Plan& plan) {
   const int64_t most =
       quads ? std::clamp<int64_t>(fits / kernels.lanes, least, kernels.max_tile) : kScatteredInt8MaxTile;
   const int64_t vectors = ceil_div(plan.pixels, lanes);
-  plan.tile_vectors = ceil_div(vectors, ceil_div(vectors, most));
+  plan.tile_vectors = ceil_div(vectors, ceil_div(vectors, std::min(most, limit)));
   plan.tile = plan.tile_vectors * lanes;
   plan.tiles = ceil_div(plan.pixels, plan.tile);
   plan.plane_length = ceil_div(plan.tile + plan.rows.span * plan.pitch, kBlock) * kBlock;
@@ -146,7 +146,8 @@ bool fits_bytes(const Conv2dSparseInt8Args& a, const Plan& plan) {
   return true;
 }
 
-void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan) {
+void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, Plan& plan,
+               int64_t limit = kSparseInt8MaxTile) {
   plan.group_c = a.c / a.groups;
   plan.group_k = a.k / a.groups;
   plan.element = a.weights.scattered ? 1 : kQuad;
@@ -155,7 +156,7 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   plan.blocks = ceil_div(plan.quads, a.weights.block);
   plan.block_planes = a.weights.scattered ? ceil_div(plan.block_quads, kBlock) * kBlock : plan.block_quads;
   choose_layout(a, kernels.lanes * kQuad / plan.element, plan);
-  choose_tile(kernels, plan);
+  choose_tile(kernels, limit, plan);
   make_offsets(a, plan);
   guard_rows(a, plan);
   make_constants(a, kernels, plan);
@@ -189,19 +190,39 @@ void point(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t grid, int64_
   }
 }
 
+// What a task is: a tile of a grid, a group, a range of its output channels.
+struct Task {
+  int64_t grid, begin, end, group, k_begin, k_end;
+
+  Task(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t task) {
+    const int64_t k_range = task % plan.k_ranges, tile = task / plan.k_ranges % plan.tiles;
+    group = task / plan.k_ranges / plan.tiles % a.groups;
+    grid = task / plan.k_ranges / plan.tiles / a.groups;
+    begin = tile * plan.tile;
+    end = std::min(plan.pixels, begin + plan.tile);
+    const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+    const auto boundary = [&](int64_t i) {
+      if (i == plan.k_ranges) return plan.group_k;
+      return k_range_begin(row_ptr, plan.blocks, plan.group_k, i, plan.k_ranges) / kBlock * kBlock;
+    };
+    k_begin = boundary(k_range);
+    k_end = boundary(k_range + 1);
+  }
+};
+
 // Copies all that a tile reads of a group: for each block of input channels (planes, elements of a block, plane_length).
-const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t grid,
-                           int64_t begin, int64_t group, Scratch& scratch) {
+const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels,
+                           const Task& part, Scratch& scratch, AlignedArray<uint8_t>& array) {
   const auto gather = a.weights.scattered ? kernels.scattered_gather : kernels.gather;
   const int64_t block_bytes = plan.block_bytes();
-  uint8_t* const planes = scratch.planes.get(plan.blocks * block_bytes);
+  uint8_t* const planes = array.get(plan.blocks * block_bytes);
   scratch.pointers.resize(plan.plane_length);
   for (int64_t i = 0; i < plan.planes(); i++) {
     const int64_t row_start = plan.rows.start[i / plan.columns.planes()];
-    point(a, plan, grid, begin, row_start, plan.columns.start[i % plan.columns.planes()], scratch.pointers.data());
+    point(a, plan, part.grid, part.begin, row_start, plan.columns.start[i % plan.columns.planes()], scratch.pointers.data());
     for (int64_t b = 0; b < plan.blocks; b++) {
       const int64_t quad = b * plan.block_quads;
-      gather({scratch.pointers.data(), plan.plane_length, group * plan.group_c + quad * plan.element,
+      gather({scratch.pointers.data(), plan.plane_length, part.group * plan.group_c + quad * plan.element,
               std::min(plan.block_quads, plan.quads - quad), a.x_signed,
               planes + b * block_bytes + i * plan.block_planes * plan.quad_stride(), plan.quad_stride()});
     }
@@ -246,7 +267,7 @@ struct Turns {
     residual = out;
     uint8_t* const spare = scratch.spare.data();
     out.rows = make_rows(plan, scratch, reinterpret_cast<uint8_t*>(t.epilogue.out), a.k, spare, scratch.out_rows);
-    if (a.residual == nullptr) return;
+    if (a.residual == nullptr || a.residual_dtype == kF32) return;
     residual.planes = scratch.residual.get(kSparseInt8Channels * out.stride);
     // Rows that are only read.
     const auto from = reinterpret_cast<uint8_t*>(const_cast<char*>(t.epilogue.residual));
@@ -254,55 +275,56 @@ struct Turns {
   }
 };
 
-// What a task is: a tile of a grid, a group, a range of its output channels.
-struct Task {
-  int64_t grid, begin, end, group, k_begin, k_end;
-
-  Task(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t task) {
-    const int64_t k_range = task % plan.k_ranges, tile = task / plan.k_ranges % plan.tiles;
-    group = task / plan.k_ranges / plan.tiles % a.groups;
-    grid = task / plan.k_ranges / plan.tiles / a.groups;
-    begin = tile * plan.tile;
-    end = std::min(plan.pixels, begin + plan.tile);
-    const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
-    const auto boundary = [&](int64_t i) {
-      if (i == plan.k_ranges) return plan.group_k;
-      return k_range_begin(row_ptr, plan.blocks, plan.group_k, i, plan.k_ranges) / kBlock * kBlock;
-    };
-    k_begin = boundary(k_range);
-    k_end = boundary(k_range + 1);
-  }
+// A convolution whose outputs, floats, another one adds to its own: they are seen a tile at a time.
+struct Addend {
+  const Conv2dSparseInt8Args& a;
+  const Plan& plan;
 };
 
-// The tile's sums, or with `turns` outputs, of the channels [t.k_begin, t.k_end).
-void run_blocks(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, const uint8_t* planes,
-                int64_t group, const Turns* turns, SparseInt8Tile& t) {
-  const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
-  const auto tile = (a.weights.scattered ? kernels.scattered_tile : kernels.tile)[plan.tile_vectors - 1];
-  for (int64_t b = 0; b < plan.blocks; b++) {
-    t.x = planes + b * plan.block_bytes();
-    t.row_ptr = row_ptr + b * plan.group_k;
-    t.first_block = b == 0;
-    t.bytes = turns != nullptr && b + 1 == plan.blocks ? turns->out.planes : nullptr;
-    tile(t);
-  }
-}
-
-void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t task) {
-  static thread_local Scratch scratch;
-  const Task part(a, plan, task);
-  if (part.k_begin == part.k_end) return;
-  const uint8_t* const planes = copy_planes(a, plan, kernels, part.grid, part.begin, part.group, scratch);
-  make_segments(plan, part.grid, part.begin, part.end, scratch.segments);
+SparseInt8Tile make_tile(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, int64_t group,
+                         AlignedArray<int32_t>& sums) {
   SparseInt8Tile t{};
   t.values = a.weights.values;
   t.index = a.weights.index;
   t.offset = plan.offset.data();
-  t.init = plan.constants.init(part.group);
+  t.init = plan.constants.init(group);
   // They stay in cache while the blocks of input channels go by.
-  t.sums = scratch.sums.get(kSparseInt8Channels * plan.tile);
+  t.sums = sums.get(kSparseInt8Channels * plan.tile);
   t.byte_stride = ceil_div(plan.tile, 4 * kernels.lanes) * 4 * kernels.lanes;
-  t.epilogue = plan.constants.epilogue(a, 0, part.group, 0);
+  t.epilogue = plan.constants.epilogue(a, 0, group, 0);
+  return t;
+}
+
+// The tile's sums of the channels [t.k_begin, t.k_end), or outputs: floats, or with `turns` bytes.
+void run_blocks(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels, const uint8_t* planes,
+                int64_t group, bool floats, const Turns* turns, SparseInt8Tile& t) {
+  const int32_t* const row_ptr = a.weights.row_ptr + group * plan.blocks * plan.group_k;
+  const auto tile = (a.weights.scattered ? kernels.scattered_tile : kernels.tile)[plan.tile_vectors - 1];
+  for (int64_t b = 0; b < plan.blocks; b++) {
+    const bool last = b + 1 == plan.blocks;
+    t.x = planes + b * plan.block_bytes();
+    t.row_ptr = row_ptr + b * plan.group_k;
+    t.first_block = b == 0;
+    t.floats = floats && last;
+    t.bytes = turns != nullptr && last ? turns->out.planes : nullptr;
+    tile(t);
+  }
+}
+
+void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const Addend* addend, const SparseInt8Kernels& kernels,
+              int64_t task) {
+  static thread_local Scratch scratch;
+  const Task part(a, plan, task);
+  if (part.k_begin == part.k_end) return;
+  const uint8_t* const planes = copy_planes(a, plan, kernels, part, scratch, scratch.planes);
+  make_segments(plan, part.grid, part.begin, part.end, scratch.segments);
+  SparseInt8Tile t = make_tile(a, plan, kernels, part.group, scratch.sums), added{};
+  const uint8_t* addend_planes = nullptr;
+  if (addend != nullptr) {
+    addend_planes = copy_planes(addend->a, addend->plan, kernels, part, scratch, scratch.addend_planes);
+    added = make_tile(addend->a, addend->plan, kernels, part.group, scratch.addend);
+    t.addend = reinterpret_cast<const float*>(added.sums);
+  }
   std::optional<Turns> turns;
   if (plan.constants.bytes()) turns.emplace(a, plan, t, scratch);
   SparseInt8Finish f{t.sums, plan.tile, 0, 0, nullptr, scratch.segments.data(), 0, t.epilogue};
@@ -311,12 +333,15 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
     t.k_begin = f.channel = k;
     t.k_end = std::min(k + kSparseInt8Channels, part.k_end);
     const int64_t channels = f.channels = t.k_end - k;
-    if (turns && a.residual != nullptr) {
+    if (addend != nullptr) {
+      added.k_begin = k, added.k_end = t.k_end;
+      run_blocks(addend->a, addend->plan, kernels, addend_planes, part.group, true, nullptr, added);
+    } else if (turns && a.residual != nullptr) {
       turns->residual.channel = k, turns->residual.channels = channels;
       kernels.rows_to_planes(turns->residual);
       t.residual = turns->residual.planes;
     }
-    run_blocks(a, plan, kernels, planes, part.group, turns ? &*turns : nullptr, t);
+    run_blocks(a, plan, kernels, planes, part.group, false, turns ? &*turns : nullptr, t);
     if (turns) {
       turns->out.channel = k, turns->out.channels = channels;
       kernels.planes_to_rows(turns->out);
@@ -327,6 +352,33 @@ void run_task(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8K
   }
 }
 
+void run_plan(const Conv2dSparseInt8Args& a, const Plan& plan, const Addend* addend, const SparseInt8Kernels& kernels) {
+  parallel_for(a.num_threads, plan.grids * a.groups * plan.tiles * plan.k_ranges,
+               [&](int64_t task) { run_task(a, plan, addend, kernels, task); });
+}
+
+// Whether `first`, whose outputs are the residual of `a`, can be added tile by tile as floats.
+bool can_add(const Conv2dSparseInt8Args& first, const Conv2dSparseInt8Args& a) {
+  if (first.weights.scattered || a.weights.scattered || first.groups != 1 || a.groups != 1) return false;
+  if (first.out_dtype != kF32 || first.residual != nullptr || first.n != a.n || first.k != a.k) return false;
+  if (a.residual_dtype != kF32 || a.out_dtype == kF32 || a.k % kBlock != 0) return false;
+  const float least = a.out_dtype == kS8 ? -128.0f : 0.0f, most = a.out_dtype == kS8 ? 127.0f : 255.0f;
+  if (!(a.lo >= least)) return false;
+  return std::all_of(a.constants + 2 * a.k, a.constants + 3 * a.k, [&](float hi) { return hi <= most; });
+}
+
+// The same pixels in tiles of one size; false where there are none.
+bool plan_together(const Conv2dSparseInt8Args& first, const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels,
+                   Plan& first_plan, Plan& plan) {
+  make_plan(first, kernels, first_plan);
+  make_plan(a, kernels, plan);
+  const int64_t vectors = std::min(first_plan.tile_vectors, plan.tile_vectors);
+  if (first_plan.tile_vectors > vectors) make_plan(first, kernels, first_plan, vectors);
+  if (plan.tile_vectors > vectors) make_plan(a, kernels, plan, vectors);
+  return first_plan.p == plan.p && first_plan.q == plan.q && first_plan.pitch == plan.pitch &&
+         first_plan.one_grid == plan.one_grid && first_plan.tile == plan.tile;
+}
+
 }  // namespace
 
 void conv2d_sparse_int8(const Conv2dSparseInt8Args& args) {
@@ -335,9 +387,22 @@ void conv2d_sparse_int8(const Conv2dSparseInt8Args& args) {
   if (args.n == 0 || args.k == 0) return;
   const SparseInt8Kernels& kernels = int8_kernels().sparse;
   make_plan(args, kernels, plan);
-  const Plan& p = plan;  // the one of this thread, for all threads
-  parallel_for(args.num_threads, p.grids * args.groups * p.tiles * p.k_ranges,
-               [&](int64_t task) { run_task(args, p, kernels, task); });
+  run_plan(args, plan, nullptr, kernels);  // the plan of this thread, for all threads
+}
+
+void conv2d_sparse_int8_sum(const Conv2dSparseInt8Args& first, const Conv2dSparseInt8Args& args) {
+  static thread_local Plan first_plan, plan;
+  check_sparse_conv("conv2d_sparse_int8", first);
+  check_sparse_conv("conv2d_sparse_int8", args);
+  const SparseInt8Kernels& kernels = int8_kernels().sparse;
+  if (args.n == 0 || args.k == 0 || !can_add(first, args) || !plan_together(first, args, kernels, first_plan, plan)) {
+    conv2d_sparse_int8(first);
+    conv2d_sparse_int8(args);
+    return;
+  }
+  plan.constants.set_bytes(args, true);
+  const Addend addend{first, first_plan};
+  run_plan(args, plan, &addend, kernels);
 }
 
 }  // namespace cnncomp
