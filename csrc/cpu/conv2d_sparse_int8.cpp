@@ -18,11 +18,18 @@ namespace {
 constexpr int64_t kQuad = 4;      // weights that meet a lane
 constexpr int64_t kRowRead = 16;  // bytes that are read from a row at a time
 
+// What a plane of columns is: another one, some pixels on; or by itself, itself.
+struct Shifted {
+  int64_t plane, pixels;
+};
+
 // Output pixels are counted on grids whose rows are `pitch` apart, so that a tap is one offset for all of them. Pixels in
 // columns q and up are computed for nothing. Where no tap shifts anything, all images are one grid without such columns.
 struct Plan {
   int64_t p, q, pitch;
   Axis rows, columns;
+  std::vector<Shifted> shifted;  // for each plane of columns
+  int64_t most_shifted;
   bool one_grid;
   int64_t grids, pixels;  // pixels of each grid
   int64_t tile_vectors, tile, tiles, plane_length;
@@ -49,6 +56,24 @@ struct Scratch {
   std::vector<uint8_t*> out_rows, residual_rows;
 };
 
+// Planes of columns that are a multiple of the stride apart differ by so many pixels, if a row of the grid has room for them
+// behind its last output.
+void find_shifted(const Conv2dSparseInt8Args& a, Plan& plan) {
+  plan.shifted.clear();
+  plan.most_shifted = 0;
+  const std::vector<int64_t>& start = plan.columns.start;
+  for (int64_t i = 0; i < plan.columns.planes(); i++) {
+    Shifted found{i, 0};
+    for (int64_t j = 0; j < i && found.plane == i; j++) {
+      const int64_t apart = start[i] - start[j];
+      if (plan.shifted[j].plane == j && apart % a.stride_w == 0 && apart / a.stride_w <= plan.pitch - plan.q)
+        found = {j, apart / a.stride_w};
+    }
+    plan.shifted.push_back(found);
+    plan.most_shifted = std::max(plan.most_shifted, found.pixels);
+  }
+}
+
 // Loads that split no cache line are twice as fast: a plane for each tap of a row, and rows that begin at whole vectors, or
 // else a plane for each row of taps, too.
 void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
@@ -62,6 +87,7 @@ void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
   plan.pitch = plan.one_grid ? plan.q : aligned;
   plan.grids = plan.one_grid ? 1 : a.n;
   plan.pixels = plan.one_grid ? a.n * plan.p * plan.q : (plan.p - 1) * plan.pitch + plan.q;
+  find_shifted(a, plan);
 }
 
 // Tiles of one size, such that what a tile reads of a block of input channels stays in the first-level cache, but not so small
@@ -79,7 +105,7 @@ void choose_tile(const SparseInt8Kernels& kernels, int64_t limit, Plan& plan) {
   plan.tile_vectors = ceil_div(vectors, ceil_div(vectors, std::min(most, limit)));
   plan.tile = plan.tile_vectors * lanes;
   plan.tiles = ceil_div(plan.pixels, plan.tile);
-  plan.plane_length = ceil_div(plan.tile + plan.rows.span * plan.pitch, kBlock) * kBlock;
+  plan.plane_length = ceil_div(plan.tile + plan.rows.span * plan.pitch + plan.most_shifted, kBlock) * kBlock;
 }
 
 void make_offsets(const Conv2dSparseInt8Args& a, Plan& plan) {
@@ -210,6 +236,15 @@ struct Task {
   }
 };
 
+// Plane i of all elements of a block, from the one that it is shifted from.
+void shift_planes(const Plan& plan, int64_t i, const Shifted& shifted, uint8_t* block) {
+  const int64_t stride = plan.quad_stride(), from = i - i % plan.columns.planes() + shifted.plane;
+  const int64_t bytes = (plan.tile + plan.rows.span * plan.pitch) * plan.element;
+  uint8_t* to = block + i * plan.block_planes * stride;
+  const uint8_t* x = block + from * plan.block_planes * stride + shifted.pixels * plan.element;
+  for (int64_t quad = 0; quad < plan.block_quads; quad++, to += stride, x += stride) std::memcpy(to, x, bytes);
+}
+
 // Copies all that a tile reads of a group: for each block of input channels (planes, elements of a block, plane_length).
 const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels,
                            const Task& part, Scratch& scratch, AlignedArray<uint8_t>& array) {
@@ -218,6 +253,11 @@ const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, cons
   uint8_t* const planes = array.get(plan.blocks * block_bytes);
   scratch.pointers.resize(plan.plane_length);
   for (int64_t i = 0; i < plan.planes(); i++) {
+    const Shifted& shifted = plan.shifted[i % plan.columns.planes()];
+    if (shifted.pixels != 0) {
+      for (int64_t b = 0; b < plan.blocks; b++) shift_planes(plan, i, shifted, planes + b * block_bytes);
+      continue;
+    }
     const int64_t row_start = plan.rows.start[i / plan.columns.planes()];
     point(a, plan, part.grid, part.begin, row_start, plan.columns.start[i % plan.columns.planes()], scratch.pointers.data());
     for (int64_t b = 0; b < plan.blocks; b++) {
