@@ -37,14 +37,15 @@ struct Plan {
   int64_t element;                  // channels next to each other in a plane: a quad, or 1
   int64_t quads, block_quads;       // elements of a group, of a block
   int64_t block_planes;             // elements of a block that there is room for
+  int64_t plane_stride, element_stride;  // bytes
+  bool steps;                       // whether the planes lie in the order of the indices, so that no offsets are needed
   std::vector<int32_t> offset;      // bytes into the planes of a block, by index
   std::vector<uint8_t> zeros, tail; // rows outside the image; the last rows of the input, which may be read past their end
   int64_t tail_begin;               // offset in the input of the first row that is read from `tail`
   Int8Constants constants;
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
-  int64_t quad_stride() const { return plane_length * element; }   // bytes
-  int64_t block_bytes() const { return planes() * block_planes * quad_stride(); }
+  int64_t block_bytes() const { return planes() * block_planes * plane_length * element; }
 };
 
 struct Scratch {
@@ -108,19 +109,25 @@ void choose_tile(const SparseInt8Kernels& kernels, int64_t limit, Plan& plan) {
   plan.plane_length = ceil_div(plan.tile + plan.rows.span * plan.pitch + plan.most_shifted, kBlock) * kBlock;
 }
 
+// Within a block: (elements, planes, plane_length) where each tap has a plane of its own, else the planes of one kind lie
+// together: (planes, elements, plane_length).
 void make_offsets(const Conv2dSparseInt8Args& a, Plan& plan) {
   if (plan.block_bytes() > INT32_MAX) {
     throw std::invalid_argument("conv2d_sparse_int8: a block of " + std::to_string(plan.block_quads) +
                                 " (quads of) channels is too large for this image");
   }
   plan.offset.clear();
-  // The planes of one kind lie together: (planes, elements of the block, plane_length).
+  const int64_t plane_bytes = plan.plane_length * plan.element;
+  plan.steps = plan.rows.span == 0 && plan.planes() == a.r * a.s;
+  plan.plane_stride = plan.steps ? plane_bytes : plan.block_planes * plane_bytes;
+  plan.element_stride = plan.steps ? plan.planes() * plane_bytes : plane_bytes;
+  if (plan.steps) return;
   for (int64_t quad = 0; quad < plan.block_quads; quad++) {
     for (int64_t r = 0; r < a.r; r++) {
       for (int64_t s = 0; s < a.s; s++) {
         const int64_t plane = plan.rows.plane[r] * plan.columns.planes() + plan.columns.plane[s];
-        const int64_t at = (plane * plan.block_planes + quad) * plan.plane_length + plan.rows.shift[r] * plan.pitch;
-        plan.offset.push_back(static_cast<int32_t>(at * plan.element));
+        const int64_t pixels = plan.rows.shift[r] * plan.pitch;
+        plan.offset.push_back(static_cast<int32_t>(plane * plan.plane_stride + quad * plan.element_stride + pixels * plan.element));
       }
     }
   }
@@ -238,14 +245,14 @@ struct Task {
 
 // Plane i of all elements of a block, from the one that it is shifted from.
 void shift_planes(const Plan& plan, int64_t i, const Shifted& shifted, uint8_t* block) {
-  const int64_t stride = plan.quad_stride(), from = i - i % plan.columns.planes() + shifted.plane;
+  const int64_t stride = plan.element_stride, from = i - i % plan.columns.planes() + shifted.plane;
   const int64_t bytes = (plan.tile + plan.rows.span * plan.pitch) * plan.element;
-  uint8_t* to = block + i * plan.block_planes * stride;
-  const uint8_t* x = block + from * plan.block_planes * stride + shifted.pixels * plan.element;
+  uint8_t* to = block + i * plan.plane_stride;
+  const uint8_t* x = block + from * plan.plane_stride + shifted.pixels * plan.element;
   for (int64_t quad = 0; quad < plan.block_quads; quad++, to += stride, x += stride) std::memcpy(to, x, bytes);
 }
 
-// Copies all that a tile reads of a group: for each block of input channels (planes, elements of a block, plane_length).
+// Copies all that a tile reads of a group, one block of input channels after the other.
 const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, const SparseInt8Kernels& kernels,
                            const Task& part, Scratch& scratch, AlignedArray<uint8_t>& array) {
   const auto gather = a.weights.scattered ? kernels.scattered_gather : kernels.gather;
@@ -264,7 +271,7 @@ const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, cons
       const int64_t quad = b * plan.block_quads;
       gather({scratch.pointers.data(), plan.plane_length, part.group * plan.group_c + quad * plan.element,
               std::min(plan.block_quads, plan.quads - quad), a.x_signed,
-              planes + b * block_bytes + i * plan.block_planes * plan.quad_stride(), plan.quad_stride()});
+              planes + b * block_bytes + i * plan.plane_stride, plan.element_stride});
     }
   }
   return planes;
@@ -326,6 +333,7 @@ SparseInt8Tile make_tile(const Conv2dSparseInt8Args& a, const Plan& plan, const 
   SparseInt8Tile t{};
   t.values = a.weights.values;
   t.index = a.weights.index;
+  t.step = plan.steps ? plan.plane_stride : 0;
   t.offset = plan.offset.data();
   t.init = plan.constants.init(group);
   // They stay in cache while the blocks of input channels go by.

@@ -48,14 +48,21 @@ void gather_quads(const SparseInt8Gather& a) {
   }
 }
 
+// STEPS: whether a.step says where an index is. That is a load less, and loads are what these kernels wait for.
+template <bool STEPS>
+inline __attribute__((always_inline)) const uint8_t* input_at(const SparseInt8Tile& a, uint16_t index) {
+  if constexpr (STEPS) return a.x + index * a.step;
+  return a.x + a.offset[index];
+}
+
 // acc += the non-zeros [begin, end). A short tile has too few sums to fill the latency of the dot product: there, every
 // second non-zero goes to a set of sums of its own. With AVX-512 that pays up to four vectors (Zen 4); at seven it costs 8 %.
-template <class S, int T>
+template <class S, int T, bool STEPS>
 inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, int32_t begin, int32_t end,
                                                      typename S::Int (&acc)[T]) {
   const auto add = [&](int32_t i, typename S::Int(&to)[T]) __attribute__((always_inline)) {
     const auto w = S::weight(S::broadcast(reinterpret_cast<const uint8_t*>(a.values) + 4 * static_cast<int64_t>(i)));
-    const uint8_t* const x = a.x + a.offset[a.index[i]];
+    const uint8_t* const x = input_at<STEPS>(a, a.index[i]);
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) to[t] = S::dot(to[t], S::input(S::load(x + t * S::kBytes)), w);
   };
@@ -142,7 +149,7 @@ inline __attribute__((always_inline)) void store_floats(const Int8Epilogue& e, i
     S::store_float(to + t * S::kLanes, clamp<S>(scale_and_shift<S>(acc[t], scale, bias), lo, hi));
 }
 
-template <class S, int T, Residual RESIDUAL, Store STORE>
+template <class S, int T, bool STEPS, Residual RESIDUAL, Store STORE>
 void sparse_tile_as(const SparseInt8Tile& a) {
   int32_t* sums = a.sums;
   for (int64_t k = a.k_begin; k < a.k_end; k++, sums += T * S::kLanes) {
@@ -157,7 +164,7 @@ void sparse_tile_as(const SparseInt8Tile& a) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; t++) acc[t] = S::load(sums + t * S::kLanes);
     }
-    add_quads<S, T>(a, begin, end, acc);
+    add_quads<S, T, STEPS>(a, begin, end, acc);
     if constexpr (STORE == kStoreBytes) {
       store_channel<S, RESIDUAL, T>(a, k, acc);
     } else if constexpr (STORE == kStoreFloats) {
@@ -178,11 +185,16 @@ void tile_as(const SparseInt8Tile& a, Tile tile) {
   return tile.template operator()<kResidualS8, kStoreBytes>();
 }
 
+template <class S, int T, bool STEPS>
+void sparse_tile_by(const SparseInt8Tile& a) {
+  if (a.floats) return sparse_tile_as<S, T, STEPS, kNoResidual, kStoreFloats>(a);
+  if (a.bytes != nullptr && a.addend != nullptr) return sparse_tile_as<S, T, STEPS, kResidualF32, kStoreBytes>(a);
+  tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { sparse_tile_as<S, T, STEPS, RESIDUAL, STORE>(a); });
+}
+
 template <class S, int T>
 void sparse_tile(const SparseInt8Tile& a) {
-  if (a.floats) return sparse_tile_as<S, T, kNoResidual, kStoreFloats>(a);
-  if (a.bytes != nullptr && a.addend != nullptr) return sparse_tile_as<S, T, kResidualF32, kStoreBytes>(a);
-  tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { sparse_tile_as<S, T, RESIDUAL, STORE>(a); });
+  return a.step != 0 ? sparse_tile_by<S, T, true>(a) : sparse_tile_by<S, T, false>(a);
 }
 
 // v: in each 128 bits, sixteen rows of a 16x16 matrix of bytes; they become its columns. Zipping rows i and i + 8 turns the

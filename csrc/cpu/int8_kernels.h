@@ -92,7 +92,8 @@ struct SparseInt8Tile {
   const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
   int64_t k_begin, k_end;
   const uint8_t* x;       // of this block
-  const int32_t* offset;  // bytes from x, for each index
+  int64_t step;           // index * step bytes from x is what a weight meets; or, where that is 0, ...
+  const int32_t* offset;  // ... as many as is said here for each index
   const int32_t* init;    // of channel 0: what the sums start from
   int32_t* sums;          // (k_end - k_begin, tile): over the blocks so far
   bool first_block;
