@@ -270,5 +270,9 @@ class Program:
     def bind(self, step: int, which: int, slot: int, offset: int) -> None:
         """Let an operand lie ``offset`` bytes into a slot."""
 
+    def leave(self, step: int) -> None:
+        """Let a call of ``conv2d_sparse_int8`` be done by the next step, another one whose residual it gives, and which alone
+        reads it: where it can, that keeps the residual in the caches and writes it nowhere."""
+
     def run(self, first: int, last: int, slots: list[int]) -> None:
         """Repeat steps [first, last) with these addresses as slots. Releases the GIL."""

@@ -145,6 +145,7 @@ class _Recorder(fx.Interpreter):
         constants = [*gm.buffers(), *gm.parameters()]
         self.constants = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in constants if t.nbytes]
         self.pointers: list[tuple[int, int, _Buffer, int]] = []  # step, which, buffer, bytes from its begin
+        self.last_node: fx.Node | None = None  # the one of the last step, if it had no other
 
     def run_node(self, n: fx.Node) -> Any:
         self.position += 1
@@ -156,10 +157,7 @@ class _Recorder(fx.Interpreter):
         self.values[n] = value
         self.keep.append(value)
         self._hold(n, value)
-        for used in n.all_input_nodes:
-            for t in tree_leaves(self.values[used]):
-                if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
-                    buffer.dies = self.position
+        self._read(n)
         if n.op != "output":
             self._release(n.all_input_nodes)
         return value
@@ -203,9 +201,32 @@ class _Recorder(fx.Interpreter):
             self._lay_over(value, *n.all_input_nodes)
         if self.items and self.items[-1].node is None and self.items[-1].last == begin:
             self.items[-1].last = len(self.program)
+            if len(self.program) == begin + 1:
+                self._join(n)
         else:
             self.items.append(_Item(begin, len(self.program)))
+        self.last_node = n if len(self.program) == begin + 1 else None
         return value
+
+    def _join(self, n: fx.Node) -> None:
+        """Let the layer before, if all that it gives is this one's residual, be computed along with it."""
+        before, step = self.last_node, len(self.program) - 1
+        if before is None or list(before.users) != [n]:
+            return
+        if any(getattr(self.fetch_attr(str(m.target)), "kernel", None) != "conv2d_sparse_int8" for m in (before, n)):
+            return
+        x, *_, residual, _ = self.program.addresses(step)
+        if self.program.addresses(step - 1)[-1] != residual or self.find(x) is self.find(residual):
+            return
+        self.program.leave(step - 1)
+        self._read(before)
+
+    def _read(self, n: fx.Node) -> None:
+        """Note that the inputs of a node are read at this position."""
+        for used in n.all_input_nodes:
+            for t in tree_leaves(self.values[used]):
+                if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
+                    buffer.dies = self.position
 
     def _lay_over(self, value: Tensor, x: fx.Node, residual: fx.Node) -> None:
         """Note that the output of a layer may lie where its residual is: what is read is in the caches already."""

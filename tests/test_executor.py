@@ -71,6 +71,49 @@ def test_outputs_over_residuals_that_nobody_reads_again(later: bool) -> None:
     assert round(images) == (3 if later else 2)  # between b and c there are b's output, and x with c's or without
 
 
+class TwoBranches(nn.Module):
+    """A block of a residual network whose shortcut has a convolution of its own, read once more later or not."""
+
+    def __init__(self, later: bool) -> None:
+        super().__init__()
+        self.later = later
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, 2, 1), nn.Conv2d(24, 64, 1)
+        self.shortcut, self.pool, self.d = nn.Conv2d(16, 64, 1, 2), nn.MaxPool2d(3, 1, 1), nn.Conv2d(64, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.a(x)))
+        y, z = self.c(torch.relu(self.b(x))), self.shortcut(x)
+        out = self.d(torch.relu(y + z))
+        return out * torch.sigmoid(z).mean() if self.later else out
+
+
+@pytest.mark.parametrize(("later", "joined"), [(False, True), (True, False)])
+def test_two_int8_convolutions_are_added_in_one_step(
+    later: bool, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    class Watched(Program):
+        def leave(self, step: int) -> None:
+            left.append(step)
+            super().leave(step)
+
+    monkeypatch.setattr("cnncomp.executor.Program", Watched)
+    torch.manual_seed(0)
+    net = TwoBranches(later).eval()
+    with torch.no_grad():
+        for layer in (net.b, net.c, net.shortcut):
+            k, c, *_ = layer.weight.shape
+            layer.weight.mul_((torch.rand(k, c // 4, 1, 1) >= 0.8).repeat_interleave(4, 1))
+    cnncomp.quantize(net, [torch.randn(4, 3, 22, 26)], progress=False)
+    x = torch.randn(3, 3, 22, 26)
+    model = recorded(cnncomp.convert(net, x, measure=False, cache=False), x)
+    for _ in range(3):
+        x = torch.randn_like(x)
+        assert torch.equal(model(x), model.network(x))
+    assert bool(left) == joined  # a batch may be recorded more than once
+
+
 @pytest.mark.parametrize("name", ["conv2d_sparse", "dense.direct"])
 def test_kernels_write_over_their_residuals(name: str) -> None:
     torch.manual_seed(0)

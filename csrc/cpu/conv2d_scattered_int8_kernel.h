@@ -27,14 +27,14 @@ void gather_channels(const SparseInt8Gather& a) {
 }
 
 // acc += the groups of four non-zeros [begin, end).
-template <class S, int T>
+template <class S, int T, bool STEPS>
 inline __attribute__((always_inline)) void add_scattered(const SparseInt8Tile& a, int32_t begin, int32_t end,
                                                          typename S::Int (&acc)[T][4]) {
   for (int64_t i = begin; i < end; i++) {
     const auto w = S::weight(S::broadcast(reinterpret_cast<const uint8_t*>(a.values) + 4 * i));
     const uint16_t* const index = a.index + 4 * i;
-    const uint8_t *const x0 = a.x + a.offset[index[0]], *const x1 = a.x + a.offset[index[1]];
-    const uint8_t *const x2 = a.x + a.offset[index[2]], *const x3 = a.x + a.offset[index[3]];
+    const uint8_t *const x0 = input_at<STEPS>(a, index[0]), *const x1 = input_at<STEPS>(a, index[1]);
+    const uint8_t *const x2 = input_at<STEPS>(a, index[2]), *const x3 = input_at<STEPS>(a, index[3]);
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++) {
       const int at = t * S::kBytes;
@@ -68,21 +68,21 @@ inline __attribute__((always_inline)) typename S::Int round_scattered(const type
   return e.out_dtype == kS8 ? S::template pack<true>(v[0], v[1], v[2], v[3]) : S::template pack<false>(v[0], v[1], v[2], v[3]);
 }
 
-template <class S, int T, Residual RESIDUAL, bool BYTES>
+template <class S, int T, bool STEPS, Residual RESIDUAL, Store STORE>
 void scattered_tile_as(const SparseInt8Tile& a) {
   constexpr int kPart = 16 * sizeof(int32_t);  // from the pixels of 128 bits to the next, in memory
   auto* sums = reinterpret_cast<uint8_t*>(a.sums);
   for (int64_t k = a.k_begin; k < a.k_end; k++, sums += 4 * T * S::kBytes) {
     const int32_t begin = a.row_ptr[k], end = a.row_ptr[k + 1];
-    if (!BYTES && !a.first_block && begin == end) continue;
+    if (STORE == kStoreSums && !a.first_block && begin == end) continue;
     typename S::Int acc[T][4];
 #pragma GCC unroll 8
     for (int i = 0; i < 4 * T; i++) {
       uint8_t* const from = sums + i / 4 * 4 * S::kBytes + i % 4 * 16;
       acc[i / 4][i % 4] = a.first_block ? S::set(a.init[k]) : S::load_lanes(from, kPart);
     }
-    add_scattered<S, T>(a, begin, end, acc);
-    if constexpr (BYTES) {
+    add_scattered<S, T, STEPS>(a, begin, end, acc);
+    if constexpr (STORE == kStoreBytes) {
       const int64_t at = (k - a.k_begin) * a.byte_stride;
 #pragma GCC unroll 2
       for (int t = 0; t < T; t++) {
@@ -99,7 +99,8 @@ void scattered_tile_as(const SparseInt8Tile& a) {
 
 template <class S, int T>
 void sum_scattered(const SparseInt8Tile& a) {
-  tile_as(a, [&]<Residual RESIDUAL, bool BYTES>() { scattered_tile_as<S, T, RESIDUAL, BYTES>(a); });
+  if (a.step != 0) return tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { scattered_tile_as<S, T, true, RESIDUAL, STORE>(a); });
+  tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { scattered_tile_as<S, T, false, RESIDUAL, STORE>(a); });
 }
 
 // Tiles of up to MAX vectors.

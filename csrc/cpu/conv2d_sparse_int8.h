@@ -32,4 +32,8 @@ struct Conv2dSparseInt8Args {
 // Throws std::invalid_argument for sizes that give no convolution.
 void conv2d_sparse_int8(const Conv2dSparseInt8Args& args);
 
+// Both in turn, the first of which writes the other's residual. Where they can go together, tile by tile, the first one's
+// outputs are not written.
+void conv2d_sparse_int8_sum(const Conv2dSparseInt8Args& first, const Conv2dSparseInt8Args& args);
+
 }  // namespace cnncomp

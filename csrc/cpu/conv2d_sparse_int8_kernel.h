@@ -10,6 +10,9 @@
 namespace cnncomp {
 namespace {
 
+// What a tile leaves.
+enum Store : int { kStoreSums, kStoreFloats, kStoreBytes };
+
 // v: in each 128 bits, four rows of a 4x4 matrix of 32-bit elements; they become its columns.
 template <class S>
 inline void transpose4(typename S::Int (&v)[4]) {
@@ -45,14 +48,21 @@ void gather_quads(const SparseInt8Gather& a) {
   }
 }
 
+// STEPS: whether a.step says where an index is. That is a load less, and loads are what these kernels wait for.
+template <bool STEPS>
+inline __attribute__((always_inline)) const uint8_t* input_at(const SparseInt8Tile& a, uint16_t index) {
+  if constexpr (STEPS) return a.x + index * a.step;
+  return a.x + a.offset[index];
+}
+
 // acc += the non-zeros [begin, end). A short tile has too few sums to fill the latency of the dot product: there, every
 // second non-zero goes to a set of sums of its own. With AVX-512 that pays up to four vectors (Zen 4); at seven it costs 8 %.
-template <class S, int T>
+template <class S, int T, bool STEPS>
 inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, int32_t begin, int32_t end,
                                                      typename S::Int (&acc)[T]) {
   const auto add = [&](int32_t i, typename S::Int(&to)[T]) __attribute__((always_inline)) {
     const auto w = S::weight(S::broadcast(reinterpret_cast<const uint8_t*>(a.values) + 4 * static_cast<int64_t>(i)));
-    const uint8_t* const x = a.x + a.offset[a.index[i]];
+    const uint8_t* const x = input_at<STEPS>(a, a.index[i]);
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) to[t] = S::dot(to[t], S::input(S::load(x + t * S::kBytes)), w);
   };
@@ -72,10 +82,11 @@ inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, in
 }
 
 // Four vectors of a channel's sums, from `first` on, as output bytes. Rounding keeps the order of numbers, so that clamping
-// the rounded ones to rounded bounds is the same as the epilogue's clamp before it, and bytes are four to a lane.
+// the rounded ones to rounded bounds is the same as the epilogue's clamp before it, and bytes are four to a lane. With a
+// residual of floats what is rounded need not fit an int32: it is clamped before. residual: of pixel 0.
 template <class S, Residual RESIDUAL, int T>
 inline __attribute__((always_inline)) typename S::Int round_sums(const typename S::Int (&acc)[T], int first,
-                                                                 const uint8_t* residual, const Int8Epilogue& e, int64_t k) {
+                                                                 const char* residual, const Int8Epilogue& e, int64_t k) {
   const auto scale = S::set_float(e.scale[k]), bias = S::set_float(e.bias[k]), step = S::set_float(e.residual_scale);
   typename S::Int v[4];
 #pragma GCC unroll 4
@@ -86,10 +97,8 @@ inline __attribute__((always_inline)) typename S::Int round_sums(const typename 
       continue;
     }
     auto sum = scale_and_shift<S>(acc[t], scale, bias);
-    if constexpr (RESIDUAL != kNoResidual) {
-      const uint8_t* const p = residual + t * S::kLanes;
-      sum = S::add(sum, S::mul(S::to_float(RESIDUAL == kResidualS8 ? S::load_s8(p) : S::load_u8(p)), step));
-    }
+    if constexpr (RESIDUAL != kNoResidual) sum = S::add(sum, S::mul(load_residual<S, RESIDUAL>(residual, t), step));
+    if constexpr (RESIDUAL == kResidualF32) sum = clamp<S>(sum, S::set_float(e.lo), S::set_float(e.hi[k]));
     v[i] = S::round(sum);
   }
   return S::in_order(e.out_dtype == kS8 ? S::template pack<true>(v[0], v[1], v[2], v[3])
@@ -112,19 +121,40 @@ template <class S, Residual RESIDUAL, int T>
 inline __attribute__((always_inline)) void store_channel(const SparseInt8Tile& a, int64_t k,
                                                          const typename S::Int (&acc)[T]) {
   const int64_t at = (k - a.k_begin) * a.byte_stride;
+  const char* residual = nullptr;
+  if constexpr (RESIDUAL == kResidualF32) {
+    residual = reinterpret_cast<const char*>(a.addend + (k - a.k_begin) * T * S::kLanes);
+  } else if constexpr (RESIDUAL != kNoResidual) {
+    residual = reinterpret_cast<const char*>(a.residual + at);
+  }
 #pragma GCC unroll 4
   for (int t = 0; t < T; t += 4) {
-    const uint8_t* const residual = RESIDUAL == kNoResidual ? nullptr : a.residual + at;
-    store_clamped<S>(a, k, round_sums<S, RESIDUAL, T>(acc, t, residual, a.epilogue, k), at + t * S::kLanes);
+    const auto bytes = round_sums<S, RESIDUAL, T>(acc, t, residual, a.epilogue, k);
+    if constexpr (RESIDUAL == kResidualF32) {
+      S::store(a.bytes + at + t * S::kLanes, bytes);
+    } else {
+      store_clamped<S>(a, k, bytes, at + t * S::kLanes);
+    }
   }
 }
 
-template <class S, int T, Residual RESIDUAL, bool BYTES>
+// A channel's sums as float outputs without a residual.
+template <class S, int T>
+inline __attribute__((always_inline)) void store_floats(const Int8Epilogue& e, int64_t k, const typename S::Int (&acc)[T],
+                                                        float* to) {
+  const auto scale = S::set_float(e.scale[k]), bias = S::set_float(e.bias[k]);
+  const auto lo = S::set_float(e.lo), hi = S::set_float(e.hi[k]);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t++)
+    S::store_float(to + t * S::kLanes, clamp<S>(scale_and_shift<S>(acc[t], scale, bias), lo, hi));
+}
+
+template <class S, int T, bool STEPS, Residual RESIDUAL, Store STORE>
 void sparse_tile_as(const SparseInt8Tile& a) {
   int32_t* sums = a.sums;
   for (int64_t k = a.k_begin; k < a.k_end; k++, sums += T * S::kLanes) {
     const int32_t begin = a.row_ptr[k], end = a.row_ptr[k + 1];
-    if (!BYTES && !a.first_block && begin == end) continue;
+    if (STORE == kStoreSums && !a.first_block && begin == end) continue;
     typename S::Int acc[T];
     if (a.first_block) {
       const auto init = S::set(a.init[k]);
@@ -134,9 +164,11 @@ void sparse_tile_as(const SparseInt8Tile& a) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; t++) acc[t] = S::load(sums + t * S::kLanes);
     }
-    add_quads<S, T>(a, begin, end, acc);
-    if constexpr (BYTES) {
+    add_quads<S, T, STEPS>(a, begin, end, acc);
+    if constexpr (STORE == kStoreBytes) {
       store_channel<S, RESIDUAL, T>(a, k, acc);
+    } else if constexpr (STORE == kStoreFloats) {
+      store_floats<S, T>(a.epilogue, k, acc, reinterpret_cast<float*>(sums));
     } else {
 #pragma GCC unroll 16
       for (int t = 0; t < T; t++) S::store(sums + t * S::kLanes, acc[t]);
@@ -144,18 +176,25 @@ void sparse_tile_as(const SparseInt8Tile& a) {
   }
 }
 
-// tile<RESIDUAL, BYTES>(), as what `a` asks for.
+// tile<RESIDUAL, STORE>(), as what `a` asks for; floats have no part in it.
 template <class Tile>
 void tile_as(const SparseInt8Tile& a, Tile tile) {
-  if (a.bytes == nullptr) return tile.template operator()<kNoResidual, false>();
-  if (a.residual == nullptr) return tile.template operator()<kNoResidual, true>();
-  if (a.epilogue.residual_dtype == kU8) return tile.template operator()<kResidualU8, true>();
-  return tile.template operator()<kResidualS8, true>();
+  if (a.bytes == nullptr) return tile.template operator()<kNoResidual, kStoreSums>();
+  if (a.residual == nullptr) return tile.template operator()<kNoResidual, kStoreBytes>();
+  if (a.epilogue.residual_dtype == kU8) return tile.template operator()<kResidualU8, kStoreBytes>();
+  return tile.template operator()<kResidualS8, kStoreBytes>();
+}
+
+template <class S, int T, bool STEPS>
+void sparse_tile_by(const SparseInt8Tile& a) {
+  if (a.floats) return sparse_tile_as<S, T, STEPS, kNoResidual, kStoreFloats>(a);
+  if (a.bytes != nullptr && a.addend != nullptr) return sparse_tile_as<S, T, STEPS, kResidualF32, kStoreBytes>(a);
+  tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { sparse_tile_as<S, T, STEPS, RESIDUAL, STORE>(a); });
 }
 
 template <class S, int T>
 void sparse_tile(const SparseInt8Tile& a) {
-  tile_as(a, [&]<Residual RESIDUAL, bool BYTES>() { sparse_tile_as<S, T, RESIDUAL, BYTES>(a); });
+  return a.step != 0 ? sparse_tile_by<S, T, true>(a) : sparse_tile_by<S, T, false>(a);
 }
 
 // v: in each 128 bits, sixteen rows of a 16x16 matrix of bytes; they become its columns. Zipping rows i and i + 8 turns the

@@ -1,6 +1,9 @@
 // Python functions of the int8 kernels. Addresses come as integers; 0 stands for an operand that is not there.
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <utility>
+
 #include "bindings.h"
 #include "conv2d_int8.h"
 #include "conv2d_sparse_int8.h"
@@ -38,9 +41,18 @@ void conv2d_sparse(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, 
                    uintptr_t out, int out_dtype, int num_threads, bool scattered) {
   const SparseInt8Weights weights{at<const int8_t>(values), at<const uint16_t>(index), at<const int32_t>(row_ptr), block,
                                   scattered};
-  conv2d_sparse_int8({at<const uint8_t>(x), x_signed, n, h, w, c, weights, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h,
-                      dil_w, groups, at<const float>(constants), at<const char>(residual), dtype(residual_dtype),
-                      residual_scale, lo, at<char>(out), dtype(out_dtype), num_threads});
+  const Conv2dSparseInt8Args args{at<const uint8_t>(x), x_signed, n, h, w, c, weights, k, r, s, stride_h, stride_w, pad_h,
+                                  pad_w, dil_h, dil_w, groups, at<const float>(constants), at<const char>(residual),
+                                  dtype(residual_dtype), residual_scale, lo, at<char>(out), dtype(out_dtype), num_threads};
+  static thread_local std::optional<Conv2dSparseInt8Args> left;  // by the step before this one
+  if (Program::leaving()) {
+    left = args;
+  } else if (left && left->out == args.residual) {
+    const Conv2dSparseInt8Args first = *std::exchange(left, std::nullopt);
+    conv2d_sparse_int8_sum(first, args);
+  } else {
+    conv2d_sparse_int8(args);
+  }
 }
 
 void to_8bit(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, uintptr_t out, bool out_signed,

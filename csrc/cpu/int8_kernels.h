@@ -92,13 +92,16 @@ struct SparseInt8Tile {
   const int32_t* row_ptr;  // of this block: row k is [row_ptr[k], row_ptr[k + 1])
   int64_t k_begin, k_end;
   const uint8_t* x;       // of this block
-  const int32_t* offset;  // bytes from x, for each index
+  int64_t step;           // index * step bytes from x is what a weight meets; or, where that is 0, ...
+  const int32_t* offset;  // ... as many as is said here for each index
   const int32_t* init;    // of channel 0: what the sums start from
   int32_t* sums;          // (k_end - k_begin, tile): over the blocks so far
   bool first_block;
-  // With the last block the tile may go on to 8-bit outputs, unless `bytes` is null.
+  // With the last block the tile may go on: to floats in the place of sums, or, unless `bytes` is null, to 8-bit outputs.
+  bool floats;              // the outputs, but for a residual
   uint8_t* bytes;           // (k_end - k_begin, byte_stride): the outputs, pixel by pixel
-  const uint8_t* residual;  // like bytes, or null
+  const uint8_t* residual;  // like bytes, or null; or else ...
+  const float* addend;      // ... a residual of floats that is laid out like sums, or null; lo and hi are 8-bit numbers then
   int64_t byte_stride;      // the tile's pixels, rounded up to whole vectors of bytes
   Int8Epilogue epilogue;    // its constants are those of channel 0
 };

@@ -21,6 +21,17 @@ void Program::bind(int64_t step, int64_t which, int32_t slot, int64_t offset) {
   s.address.at(which) = static_cast<uintptr_t>(offset);
 }
 
+void Program::leave(int64_t step) {
+  if (step < 0 || step + 1 >= size()) throw std::out_of_range("Program: no step to leave work to");
+  if (steps_[step].kernel != steps_[step + 1].kernel) throw std::invalid_argument("Program: steps of different kernels");
+  steps_[step].leaves = true;
+}
+
+bool& Program::leaving() {
+  static thread_local bool leaving = false;
+  return leaving;
+}
+
 void Program::run(int64_t first, int64_t last, const std::vector<uintptr_t>& slots) const {
   if (first < 0 || last > size()) throw std::out_of_range("Program: no such step");
   constexpr size_t kMaxOperands = 16;
@@ -31,7 +42,10 @@ void Program::run(int64_t first, int64_t last, const std::vector<uintptr_t>& slo
     for (size_t j = 0; j < s.address.size(); j++) {
       address[j] = s.slot[j] == kNoSlot ? s.address[j] : slots.at(s.slot[j]) + s.address[j];
     }
+    // The next step is there, so that nothing is left at the end.
+    leaving() = s.leaves && i + 1 < last;
     s.call(address);
+    leaving() = false;
   }
 }
 

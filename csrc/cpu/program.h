@@ -21,12 +21,18 @@ class Program {
   void truncate(int64_t size);
   const std::vector<uintptr_t>& addresses(int64_t step) const { return steps_.at(step).address; }
   void bind(int64_t step, int64_t which, int32_t slot, int64_t offset);
+  // Lets a step leave its work to the next one, which reads what it gives and nobody else does. Both are calls of one kernel,
+  // that looks at leaving().
+  void leave(int64_t step);
+  // Whether the kernel that is called on this thread need only note its arguments, for the next call.
+  static bool& leaving();
   // Steps [first, last). Safe on several threads at once.
   void run(int64_t first, int64_t last, const std::vector<uintptr_t>& slots) const;
 
   template <class... A>
   void add(void (*kernel)(A...), A... args) {
     Step step;
+    step.kernel = reinterpret_cast<void (*)()>(kernel);
     ((std::is_same_v<A, uintptr_t> ? step.address.push_back(static_cast<uintptr_t>(args)) : void()), ...);
     step.slot.assign(step.address.size(), kNoSlot);
     step.call = [kernel, values = std::make_tuple(args...)](const uintptr_t* address) {
@@ -41,6 +47,8 @@ class Program {
     std::vector<uintptr_t> address;  // of each operand, or its offset in a slot
     std::vector<int32_t> slot;
     std::function<void(const uintptr_t*)> call;
+    void (*kernel)() = nullptr;
+    bool leaves = false;
   };
 
   // How many of the first `count` types are addresses.
