@@ -164,7 +164,7 @@ struct VectorsLoader {
 #pragma unroll
     for (int i = 0; i < Tile::kPieces * 64 / Tile::kThreads; ++i) {
       const int chunk16 = threadIdx.x + i * Tile::kThreads, mine = chunk16 / 64;
-      if (mine < left) copy_async_16(at + chunk16 * 16, piece + mine * Tile::kPieceBytes + chunk16 % 64 * 16, true);
+      if (mine < left) copy_async<16>(at + chunk16 * 16, piece + mine * Tile::kPieceBytes + chunk16 % 64 * 16, 16);
     }
     // A thread's first row is a multiple of the rows that swizzle differently, or its bits of the turn are free.
     static_assert(Tile::kCopies % (Tile::kElement == 2 ? 8 : 4) == 0, "turns are those of the first thread's rows");
