@@ -124,7 +124,7 @@ def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype) -> float:
     x, out = (torch.zeros(n * image.h * image.w * image.c, dtype=dtype) for n in (image.n, round_up(image.n, UNIT)))
     plan = _cuda.plan_to_units(memory.pointer(x), code, *image, memory.pointer(out))
     launch = Launch(math.prod(plan["grid"]), plan["block"], 0, moved, input_bytes=x.nbytes)
-    key = (emulated._digest(), plan["kernel"], image, BLOCKS, L1)
+    key = (emulated.digest(emulated.source_of(plan["kernel"])), plan["kernel"], image, BLOCKS, L1)
     return float(model(*counted(key, lambda: _run(plan, "80", memory, launch)), gpu)["us"])
 
 
