@@ -126,7 +126,7 @@ class Race:
                     right.append(worker)
             self._time([Entry(w, self.batch) for w in right], self.rounds, f"{network}: timing")
             if scaling:
-                self._time(self._batches(right), max(self.rounds // 3, 1), f"{network}: larger batches", least=2)
+                self._time(self._batches(right), max(self.rounds // 2, 2), f"{network}: larger batches", least=2)
 
     def _batches(self, workers: Sequence[Worker]) -> list[Entry]:
         """cnncomp's at other batches than that of the main table."""

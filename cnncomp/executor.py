@@ -24,6 +24,7 @@ from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
 from cnncomp.graph import operations as op
 from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
+from cnncomp.nn.base import JOINED_KERNEL
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
 MAX_ARENAS = 4
@@ -213,7 +214,7 @@ class _Recorder(fx.Interpreter):
         before, step = self.last_node, len(self.program) - 1
         if before is None or list(before.users) != [n]:
             return
-        if any(getattr(self.fetch_attr(str(m.target)), "kernel", None) != "conv2d_sparse_int8" for m in (before, n)):
+        if any(getattr(self.fetch_attr(str(m.target)), "kernel", None) != JOINED_KERNEL for m in (before, n)):
             return
         x, *_, residual, _ = self.program.addresses(step)
         if self.program.addresses(step - 1)[-1] != residual or self.find(x) is self.find(residual):

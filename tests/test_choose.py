@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+import cnncomp
 from cnncomp.dispatch.choose import MARGIN, NEAR, Chooser
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.graph import trace
@@ -107,6 +108,34 @@ def test_the_network_decides_between_own_kernels_and_torchs(monkeypatch: pytest.
         kernels = {p.kernel for p in plan.layers.values()}
         assert kernels == {kernel, "conv2d_sparse"} and plan.network_ms["converted"] == 1e3 * min(own, 1.0)
         assert {getattr(m, "kernel", kernel) for m in planner.module.children()} == kernels
+
+
+class Sum(nn.Module):
+    """Two convolutions that are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = convs(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        return self.b(x) + self.c(x)
+
+
+@pytest.mark.parametrize(("seconds", "joined"), [(NEAR - 0.01, True), (NEAR + 0.01, False)])
+def test_layers_that_run_in_one_are_tried_on_the_kernel_for_it(seconds: float, joined: bool) -> None:
+    net = mask_weights(Sum(), 0.8).eval()
+    net = cnncomp.quantize(net, [X], progress=False)
+    found = NetworkPlanner(trace(net, (X,)), (X,), torch.device("cpu")).choosers[0]
+    for layer, options in zip(found.layers.values(), found.options.values(), strict=True):
+        known = {"conv2d_scattered_int8": 1.0, "conv2d_sparse_int8": 1.01 if layer.info.name == "b" else seconds}
+        for option in options:
+            option.seconds = known.get(option.candidate.kernel, 9.0)
+    alone = {node: min(options, key=lambda o: o.seconds) for node, options in found.options.items()}
+    assert {o.candidate.kernel for o in alone.values()} == {"conv2d_scattered_int8"}
+    tried = {found.layers[n].info.name: o.candidate.kernel for n, o in found.with_own_kernels(alone).items()}
+    both = "conv2d_sparse_int8" if joined else "conv2d_scattered_int8"
+    assert tried == {"a": "conv2d_scattered_int8", "b": both, "c": both}
 
 
 def test_measured_time_of_a_pool() -> None:

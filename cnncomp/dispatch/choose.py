@@ -14,6 +14,7 @@ from cnncomp.dispatch.timing import interleaved
 from cnncomp.graph.chain import output_specs, passes_8bit
 from cnncomp.graph.nodes import module_at
 from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
+from cnncomp.nn.base import JOINED_KERNEL
 from cnncomp.recordings import kernels_of
 
 #: A compressed kernel has to take at most this much of the best dense one's time. What is closer turns with the noise and with
@@ -22,7 +23,8 @@ MARGIN = 0.9
 
 #: The same, with the conversions of the layer's inputs counted.
 WITH_CONVERSIONS = 0.97
-#: A dense kernel of ours that alone takes up to this much of the time of torch's is tried in its place: the network decides.
+#: A kernel that costs less in a network than alone is tried if alone it takes up to this much of the best one's time: the
+#: network decides.
 NEAR = 1.15
 #: Where dense and compressed are closer than this, they are timed again, longer.
 CLOSE = 0.75
@@ -234,8 +236,9 @@ class Chooser:
                 allowed[node].remove(best[node])
 
     def with_own_kernels(self, assignment: Assignment) -> Assignment:
-        """An assignment with dense kernels of ours where it has torch's and they alone take about as long, in the same formats:
-        in a network, ours need no Python and no new memory."""
+        """An assignment with kernels that cost less in a network than alone, where alone they take about as long, in the same
+        formats: dense ones of ours in place of torch's, as they need no Python and no new memory, and those that run two layers
+        in one."""
 
         def near(node: fx.Node, option: Option) -> Option:
             if option.layer.own_kernels:
@@ -248,7 +251,20 @@ class Chooser:
             ]
             return min((o for o in found if o.seconds <= limit), key=_seconds, default=option)
 
-        return {node: near(node, option) for node, option in assignment.items()}
+        ours = {node: near(node, option) for node, option in assignment.items()}
+        return ours | self._joined(ours)
+
+    def _joined(self, assignment: Assignment) -> Assignment:
+        """The layers of an assignment that could run in one with another, on the kernel for it."""
+        found: Assignment = {}
+        for node in assignment:
+            pair = [node, *(n for n in node.args[1:2] if isinstance(n, fx.Node))]
+            if len(pair) < 2 or pair[1] not in assignment or list(pair[1].users) != [node]:
+                continue
+            options = {n: o for n in pair for o in self.options[n] if o.candidate.kernel == JOINED_KERNEL}
+            if len(options) == 2 and all(o.seconds <= NEAR * assignment[n].seconds for n, o in options.items()):
+                found |= options
+        return found
 
     def best_dense(self, node: fx.Node) -> float:
         """Seconds of the fastest dense option."""

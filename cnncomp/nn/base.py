@@ -156,6 +156,8 @@ class LayerInfo:
 
 #: Kernels that need no residual after they have written the output in its place.
 IN_PLACE_KERNELS = frozenset(("conv2d_sparse", "dense.direct"))
+#: The kernel of two layers of a recorded network that run in one where the second adds what the first gives.
+JOINED_KERNEL = "conv2d_sparse_int8"
 
 
 class ConvertedLayer(nn.Module):
