@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 import cnncomp
-from cnncomp.dispatch.choose import MARGIN, NEAR, Chooser
+from cnncomp.dispatch.choose import MARGIN, NEAR, NEAR_IN_PAIRS, Chooser
 from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.graph import trace
 from tests.helpers import mask_weights
@@ -122,7 +122,7 @@ class Sum(nn.Module):
         return self.b(x) + self.c(x)
 
 
-@pytest.mark.parametrize(("seconds", "joined"), [(NEAR - 0.01, True), (NEAR + 0.01, False)])
+@pytest.mark.parametrize(("seconds", "joined"), [(NEAR_IN_PAIRS - 0.01, True), (NEAR_IN_PAIRS + 0.01, False)])
 def test_layers_that_run_in_one_are_tried_on_the_kernel_for_it(seconds: float, joined: bool) -> None:
     net = mask_weights(Sum(), 0.8).eval()
     net = cnncomp.quantize(net, [X], progress=False)

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
 from cnncomp.dispatch.timing import interleaved
-from cnncomp.graph.chain import output_specs, passes_8bit
-from cnncomp.graph.nodes import module_at
+from cnncomp.graph.chain import output_specs, passes_8bit, source
+from cnncomp.graph.nodes import input_node, module_at
 from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 from cnncomp.nn.base import JOINED_KERNEL
 from cnncomp.recordings import kernels_of
@@ -26,6 +26,8 @@ WITH_CONVERSIONS = 0.97
 #: A kernel that costs less in a network than alone is tried if alone it takes up to this much of the best one's time: the
 #: network decides.
 NEAR = 1.15
+#: The same for two layers that run in one: what lies between them is then not written, up to a half of their time.
+NEAR_IN_PAIRS = 1.5
 #: Where dense and compressed are closer than this, they are timed again, longer.
 CLOSE = 0.75
 
@@ -93,27 +95,29 @@ class Chooser:
         specs = self._specs(all_8bit)
         for node, options in self.options.items():
             if len(options) > 1:
-                self._time(node, options, specs.get(node), budget_s=0.2)
+                self._time(node, options, specs, budget_s=0.2)
                 dense = min((o for o in options if o.candidate.dense), key=_seconds)
                 rival = min((o for o in options if not o.candidate.dense), key=_seconds, default=None)
                 if rival is not None and CLOSE < dense.seconds / rival.seconds < 1 / CLOSE:
-                    self._time(node, options, specs.get(node), budget_s=0.6)
+                    self._time(node, options, specs, budget_s=0.6)
             else:
                 options[0].seconds = 0.0  # nothing to choose
             progress(self.layers[node].info.name)
 
-    def _time(self, node: fx.Node, options: list[Option], spec: QuantSpec | None, budget_s: float) -> None:
-        """Measure options in turn. Those that take the same format share one copy of the inputs: each with its own would
-        find it cold in the caches."""
+    def _time(self, node: fx.Node, options: list[Option], specs: dict[fx.Node, QuantSpec], budget_s: float) -> None:
+        """Measure options in turn, with 8-bit outputs and residuals where ``specs`` says so. Those that take the same format
+        share one copy of the inputs: each with its own would find it cold in the caches."""
         x, *rest = self.inputs[node]
+        added = specs.get(source(self.gm, input_node(node, 1))) if rest else None
         inputs: dict[str, tuple[Tensor, ...]] = {}
         for option in options:
             takes = option.candidate.takes
             if takes not in inputs:
-                others = [to_format(r, NHWC if takes == Q8 else takes, None) for r in rest]
+                as_added = takes if takes != Q8 else NHWC if added is None else Q8
+                others = [to_format(r, as_added, added) for r in rest]
                 inputs[takes] = (to_format(x, takes, option.layer.info.input), *others)
             if isinstance(option.layer, (QuantConv2d, QuantLinear)):
-                option.layer.set_output(spec)
+                option.layer.set_output(specs.get(node), 1.0 if added is None else added.scale)
         fns: dict[str, Callable[[], object]] = {}
         for option in options:
             given = inputs[option.candidate.takes]
@@ -262,7 +266,9 @@ class Chooser:
             if len(pair) < 2 or pair[1] not in assignment or list(pair[1].users) != [node]:
                 continue
             options = {n: o for n in pair for o in self.options[n] if o.candidate.kernel == JOINED_KERNEL}
-            if len(options) == 2 and all(o.seconds <= NEAR * assignment[n].seconds for n, o in options.items()):
+            if len(options) == 2 and all(
+                o.seconds <= NEAR_IN_PAIRS * assignment[n].seconds for n, o in options.items()
+            ):
                 found |= options
         return found
 
