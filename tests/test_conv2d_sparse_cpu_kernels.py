@@ -245,6 +245,17 @@ def test_bits_do_not_depend_on_threads(isa: str, conv: Conv) -> None:
         assert torch.equal(check_conv(conv, num_threads), one), num_threads
 
 
+@pytest.mark.parametrize("width", range(120, 168, 8))
+def test_tiles_that_end_between_rows_write_nothing_there(isa: str, width: int) -> None:
+    """The columns between two rows may be more than a vector; the outputs lie over the residuals, which are read later."""
+    conv = Conv(c=2, k=3, h=9, w=width, kernel=(1, 5), padding=(0, 8), dilation=(1, 4), residual=True, sparsity=0.3)
+    x, w, b, z = conv.tensors()
+    assert z is not None
+    out = z.clone()
+    conv.run(x, pack(w, 1, conv.block), b, out, out)
+    assert_within(out, *conv.reference(x, w, b, z), conv)
+
+
 def test_unequal_rows_over_threads(isa: str) -> None:
     """All non-zeros in the last output channels: ranges of channels may be empty."""
     conv = Conv(c=16, k=12, h=6, w=6, block=16, kernel=(1, 1), padding=(0, 0))

@@ -188,7 +188,8 @@ inline __attribute__((always_inline)) void end_row(const SparseTile& a, int64_t 
     acc.store(a.partial + (k - a.k_begin) * acc.kFloats);
     return;
   }
-  if (a.num_segments == 1 && a.segments[0].tile_begin == 0) {  // not so where a tile begins between two rows
+  // Not so where a tile begins between two rows, or ends a vector and more behind one.
+  if (a.num_segments == 1 && a.segments[0].tile_begin == 0 && a.segments[0].length > acc.kUsed - Last::kLanes) {
     finish_row(a, a.segments[0].out_begin + k * a.out_stride_k, a.segments[0].length, acc);
     return;
   }
