@@ -115,16 +115,20 @@ def test_launch_of_linear_blocks():
         torch.ops.cnncomp.linear_blocks_int8(x, packed[:-1], constants, *rest)
 
 
-def test_layers_of_blocks_on_a_cpu_are_the_dense_ones():
-    geometry, spec = Geometry(32, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
-    weight = masked_blocks(torch.randint(-127, 128, (24, 32, 3, 3), dtype=INT8), 64, 16, 1, 0.5)
+@pytest.mark.parametrize(
+    "conv, linear, channels, block",
+    [(BlocksQuantConv2d, BlocksQuantLinear, 32, (64, 16)), (VectorsQuantConv2d, VectorsQuantLinear, 30, (32, 4))],
+)
+def test_gathering_layers_on_a_cpu_are_the_dense_ones(conv, linear, channels, block):
+    geometry, spec = Geometry(channels, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
+    weight = masked_blocks(torch.randint(-127, 128, (24, channels, 3, 3), dtype=INT8), *block, 1, 0.5)
     args = (torch.rand(24) / 1000 + 1e-4, torch.randn(24), spec, Clamp(0.0))
-    x = torch.rand(2, 32, 5, 6)
-    sparse, dense = BlocksQuantConv2d(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
+    x = torch.rand(2, channels, 5, 6)
+    sparse, dense = conv(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
     assert torch.equal(sparse(x), dense(x)) and torch.equal(sparse.weight_int8(), weight)
     flat = torch.randint(-127, 128, (24, 80), dtype=INT8)
-    sparse, dense = BlocksQuantLinear(flat, *args), QuantLinear(flat, *args)
-    again = BlocksQuantLinear.build(sparse.config(), sparse.tensors())
+    sparse, dense = linear(flat, *args), QuantLinear(flat, *args)
+    again = linear.build(sparse.config(), sparse.tensors())
     x = torch.rand(3, 80)
     assert torch.equal(sparse(x), dense(x)) and torch.equal(again(x), dense(x))
 
@@ -175,20 +179,6 @@ def test_launch_of_linear_vectors():
     assert torch.equal(torch.ops.cnncomp.linear_vectors_int8(x, packed, constants, *rest), expected)
     with pytest.raises(ArgumentError, match="whole pieces of 1056"):
         torch.ops.cnncomp.linear_vectors_int8(x, packed[:-1], constants, *rest)
-
-
-def test_layers_of_vectors_on_a_cpu_are_the_dense_ones():
-    geometry, spec = Geometry(30, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
-    weight = masked_blocks(torch.randint(-127, 128, (24, 30, 3, 3), dtype=INT8), 32, 4, 1, 0.5)
-    args = (torch.rand(24) / 1000 + 1e-4, torch.randn(24), spec, Clamp(0.0))
-    x = torch.rand(2, 30, 5, 6)
-    sparse, dense = VectorsQuantConv2d(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
-    assert torch.equal(sparse(x), dense(x)) and torch.equal(sparse.weight_int8(), weight)
-    flat = torch.randint(-127, 128, (24, 80), dtype=INT8)
-    sparse, dense = VectorsQuantLinear(flat, *args), QuantLinear(flat, *args)
-    again = VectorsQuantLinear.build(sparse.config(), sparse.tensors())
-    x = torch.rand(3, 80)
-    assert torch.equal(sparse(x), dense(x)) and torch.equal(again(x), dense(x))
 
 
 def test_why_a_layer_has_no_runs():

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError
-from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
-from cnncomp.sparsity.weights import CHUNK_BYTES, DTYPES, MOST_TAPS, SLICE, check_weight, round_up
+from cnncomp.sparsity.blocks import PackedBlocks, unpack_blocks
+from cnncomp.sparsity.places import check_pieces, fill_pieces, gathered_blocks, positions_of
+from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, round_up
 
 BLOCKS = 8  # of a step
 VALUE_BYTES = BLOCKS * SLICE * CHUNK_BYTES
@@ -46,23 +47,11 @@ def pack_gathered(weight: Tensor, groups: int = 1) -> Tensor:
     Raises:
         DtypeError, ArgumentError: as :func:`cnncomp.sparsity.weights.check_weight`; a larger kernel.
     """
-    check_weight(weight, groups, DTYPES)
-    r, s = weight.shape[2:]
-    if max(r, s) > MOST_TAPS:
-        raise ArgumentError("weight", f"a kernel of {r} x {s}", f"at most {MOST_TAPS} rows and columns of taps")
-    blocks = pack_blocks(weight, SLICE, CHUNK_BYTES // weight.itemsize, groups)
-    counts = blocks.block_ptr.long().diff()
-    first = torch.zeros(len(counts) + 1, dtype=torch.int64, device=weight.device)
-    first[1:] = (-(-counts // BLOCKS)).cumsum(0)
-    slices = torch.repeat_interleave(torch.arange(len(counts), device=weight.device), counts)
-    at = torch.arange(len(slices), device=weight.device) - blocks.block_ptr[slices] + first[slices] * BLOCKS
+    blocks = gathered_blocks(weight, SLICE, CHUNK_BYTES // weight.itemsize, groups)
+    first = F.pad((-(-blocks.block_ptr.long().diff() // BLOCKS)).cumsum(0), (1, 0))
     steps = int(first[-1])
-    places = torch.full((steps * BLOCKS,), -1, dtype=torch.int32, device=weight.device)
-    chunk, tap = blocks.positions // (r * s), blocks.positions % (r * s)
-    places[at] = chunk * 256 + tap // s * 16 + tap % s
-    values = weight.new_zeros(steps * BLOCKS, *blocks.values.shape[1:])
-    values[at] = blocks.values
-    table = torch.zeros(table_bytes(len(counts)) // 4, dtype=torch.int32, device=weight.device)
+    values, places = fill_pieces(blocks, first, steps, BLOCKS, weight.shape[2:])
+    table = torch.zeros(table_bytes(len(first) - 1) // 4, dtype=torch.int32, device=weight.device)
     table[: len(first)] = first
     body = torch.cat([_to_registers(values), places.view(torch.int8).reshape(steps, 4 * BLOCKS)], 1)
     return torch.cat([table.view(torch.int8), body.flatten()])
@@ -84,15 +73,13 @@ def _from_registers(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def unpack_gathered(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups: int = 1) -> Tensor:
     """The inverse of :func:`pack_gathered`: the weight of ``shape`` (K, C/G, R, S) and ``dtype``."""
-    k, _, r, s = shape
-    slices = groups * -(-(k // groups) // SLICE)
+    slices = groups * -(-(shape[0] // groups) // SLICE)
     first = packed[: 4 * (slices + 1)].view(torch.int32).long()
     steps = packed[table_bytes(slices) :].reshape(-1, STEP_BYTES)
     values = _from_registers(steps[:, :VALUE_BYTES], dtype)
     places = steps[:, VALUE_BYTES:].flatten().view(torch.int32)
     kept = (places >= 0).nonzero().flatten()
-    places = places[kept]
-    positions = ((places >> 8) * r + (places >> 4 & 15)) * s + (places & 15)
+    positions = positions_of(places[kept], shape[2:])
     ends = torch.searchsorted(kept, first * BLOCKS)
     return unpack_blocks(PackedBlocks(values[kept], positions, ends.to(torch.int32)), shape, groups)
 
@@ -100,6 +87,4 @@ def unpack_gathered(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, gr
 def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups: int) -> None:
     """Raise :class:`ArgumentError` unless a buffer can be the packed weight of ``shape``; its content is not looked at."""
     start = table_bytes(groups * -(-(shape[0] // groups) // SLICE))
-    if packed.dim() != 1 or len(packed) < start or (len(packed) - start) % STEP_BYTES:
-        wanted = f"one dimension of {start} bytes and whole steps of {STEP_BYTES} for {tuple(shape)}, {groups} groups"
-        raise ArgumentError("weight", f"packed shape {tuple(packed.shape)}", wanted)
+    check_pieces(packed, start, STEP_BYTES, "steps", shape, groups)

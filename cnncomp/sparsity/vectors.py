@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError
-from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
-from cnncomp.sparsity.weights import CHUNK_BYTES, DTYPES, MOST_TAPS, check_weight, round_up
+from cnncomp.sparsity.blocks import PackedBlocks, unpack_blocks
+from cnncomp.sparsity.places import check_pieces, fill_pieces, gathered_blocks, positions_of
+from cnncomp.sparsity.weights import CHUNK_BYTES, round_up
 
 RUN = 32  # output channels
 UNIT = 8  # images whose pixels lie next to each other
@@ -66,27 +66,16 @@ def pack_vectors(weight: Tensor, groups: int = 1) -> Tensor:
     Raises:
         DtypeError, ArgumentError: as :func:`cnncomp.sparsity.weights.check_weight`; a larger kernel.
     """
-    check_weight(weight, groups, DTYPES)
-    r, s = weight.shape[2:]
-    if max(r, s) > MOST_TAPS:
-        raise ArgumentError("weight", f"a kernel of {r} x {s}", f"at most {MOST_TAPS} rows and columns of taps")
-    rows, device = depth(weight.dtype), weight.device
-    blocks = pack_blocks(weight, RUN, columns(weight.dtype), groups)
-    counts = blocks.block_ptr.long().diff()
-    runs, pieces = len(counts), -(-counts // rows)
+    rows = depth(weight.dtype)
+    blocks = gathered_blocks(weight, RUN, columns(weight.dtype), groups)
+    pieces = -(-blocks.block_ptr.long().diff() // rows)
     order = pieces.argsort(descending=True, stable=True)
     first = F.pad(pieces[order].cumsum(0), (1, 0))
     start = torch.empty_like(pieces)
     start[order] = first[:-1]
-    total = int(first[-1])
-    run = torch.repeat_interleave(torch.arange(runs, device=device), counts)
-    at = torch.arange(len(run), device=device) - blocks.block_ptr[run] + start[run] * rows
-    places = torch.full((total * rows,), -1, dtype=torch.int32, device=device)
-    channel, tap = blocks.positions // (r * s), blocks.positions % (r * s)
-    places[at] = channel * 256 + tap // s * 16 + tap % s
-    values = weight.new_zeros(total * rows, *blocks.values.shape[1:])
-    values[at] = blocks.values
-    table = torch.zeros(table_bytes(runs) // 4, dtype=torch.int32, device=device)
+    total, runs = int(first[-1]), len(pieces)
+    values, places = fill_pieces(blocks, start, total, rows, weight.shape[2:])
+    table = torch.zeros(table_bytes(runs) // 4, dtype=torch.int32, device=weight.device)
     table[: runs + 1], table[runs + 1 : 2 * runs + 1] = first, order
     body = torch.cat([_to_registers(values, rows), places.view(torch.int8).reshape(total, 4 * rows)], 1)
     return torch.cat([table.view(torch.int8), body.flatten()])
@@ -110,8 +99,7 @@ def _from_registers(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def unpack_vectors(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups: int = 1) -> Tensor:
     """The inverse of :func:`pack_vectors`: the weight of ``shape`` (K, C/G, R, S) and ``dtype``."""
-    k, _, r, s = shape
-    rows, runs = depth(dtype), groups * -(-(k // groups) // RUN)
+    rows, runs = depth(dtype), groups * -(-(shape[0] // groups) // RUN)
     table = packed[: 4 * (2 * runs + 1)].view(torch.int32).long()
     first, order = table[: runs + 1], table[runs + 1 :]
     pieces = packed[table_bytes(runs) :].reshape(-1, piece_bytes(dtype))
@@ -121,17 +109,16 @@ def unpack_vectors(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, gro
     run = torch.where(places >= 0, run, runs)  # what is filled up comes last
     ascending = run.argsort(stable=True)[: int((places >= 0).sum())]
     run, places = run[ascending], places[ascending]
-    positions = ((places >> 8) * r + (places >> 4 & 15)) * s + (places & 15)
     ends = torch.searchsorted(run, torch.arange(runs + 1, device=run.device))
-    return unpack_blocks(PackedBlocks(values[ascending], positions, ends.to(torch.int32)), shape, groups)
+    return unpack_blocks(
+        PackedBlocks(values[ascending], positions_of(places, shape[2:]), ends.to(torch.int32)), shape, groups
+    )
 
 
 def check_packed(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups: int) -> None:
     """Raise :class:`ArgumentError` unless a buffer can be the packed weight of ``shape``; its content is not looked at."""
-    start, piece = table_bytes(groups * -(-(shape[0] // groups) // RUN)), piece_bytes(dtype)
-    if packed.dim() != 1 or len(packed) < start or (len(packed) - start) % piece:
-        wanted = f"one dimension of {start} bytes and whole pieces of {piece} for {tuple(shape)}, {groups} groups"
-        raise ArgumentError("weight", f"packed shape {tuple(packed.shape)}", wanted)
+    start = table_bytes(groups * -(-(shape[0] // groups) // RUN))
+    check_pieces(packed, start, piece_bytes(dtype), "pieces", shape, groups)
 
 
 def to_units(x: Tensor, groups: int = 1) -> Tensor:
