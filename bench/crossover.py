@@ -46,11 +46,11 @@ class Pattern:
 
 
 _FLOAT = tuple(c.kernel for c in CONV_CANDIDATES if c.dense and c.kernel != DEPTHWISE_KERNEL)
-_INT8 = (*_FLOAT, "conv2d_int8", "conv2d_sparse_int8", "conv2d_scattered_int8")
+_INT8 = (*_FLOAT, "conv2d_int8")
 PATTERNS = (
     Pattern("fp32, unstructured", 1, False, (*_FLOAT, "conv2d_sparse")),
-    Pattern("int8, unstructured", 1, True, _INT8),
-    Pattern("int8, 1x4", 4, True, _INT8),
+    Pattern("int8, unstructured", 1, True, (*_INT8, "conv2d_scattered_int8")),
+    Pattern("int8, 1x4", 4, True, (*_INT8, "conv2d_sparse_int8")),
 )
 
 
