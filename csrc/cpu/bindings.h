@@ -5,6 +5,23 @@
 
 #include <cstdint>
 
+#include "program.h"
+
+// Python sees a pitch as the number that it is.
+template <int kOperand>
+struct pybind11::detail::type_caster<cnncomp::Pitch<kOperand>> {
+  PYBIND11_TYPE_CASTER(cnncomp::Pitch<kOperand>, const_name("int"));
+  bool load(handle source, bool convert) {
+    make_caster<int64_t> number;
+    if (!number.load(source, convert)) return false;
+    value.floats = static_cast<int64_t>(number);
+    return true;
+  }
+  static handle cast(const cnncomp::Pitch<kOperand>& pitch, return_value_policy, handle) {
+    return PyLong_FromLongLong(pitch.floats);
+  }
+};
+
 namespace cnncomp {
 
 template <class T>
