@@ -15,6 +15,23 @@ def set_isa(name: str) -> None:
 def set_openmp(gomp_parallel: int, omp_in_parallel: int, omp_get_thread_num: int) -> None:
     """Run on the OpenMP runtime with these entry points. Until then the kernels use the calling thread alone."""
 
+def activate(
+    x: int,
+    rows: int,
+    length: int,
+    activation: int,
+    out: int,
+    num_threads: int,
+    x_pitch: int = ...,
+    out_pitch: int = ...,
+) -> None:
+    """Activation number ``activation`` of ``x`` (rows, length) to ``out``."""
+
+def scale_rows(
+    x: int, rows: int, length: int, scale: int, out: int, num_threads: int, x_pitch: int = ..., out_pitch: int = ...
+) -> None:
+    """``x`` (rows, length) times ``scale`` (rows) to ``out``."""
+
 def conv2d_int8(
     x: int,
     x_signed: bool,

@@ -24,7 +24,7 @@ from cnncomp._arena import ALIGN, Buffer, Pointer, merged, place, widen
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
 from cnncomp.graph import operations as op
-from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
+from cnncomp.nn import KERNEL_MODULES, Activation, ConvertedLayer, ScaleChannels
 from cnncomp.nn.base import JOINED_KERNEL
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
@@ -167,7 +167,7 @@ class _Recorder(fx.Interpreter):
         """The node's value if it is all kernels of ours, which are then recorded."""
         layer = self.fetch_attr(str(n.target))
         ours = isinstance(layer, ConvertedLayer) and layer.own_kernels
-        if not ours and not isinstance(layer, (MeanPool2d, QuantMaxPool2d)):
+        if not ours and not isinstance(layer, KERNEL_MODULES):
             return None
         begin, pointers, kept = len(self.program), len(self.pointers), len(self.buffers)
         self.program.record(True)
@@ -181,7 +181,9 @@ class _Recorder(fx.Interpreter):
         finally:
             self.program.record(False)
         if ours and layer.writes_over_residual and len(n.all_input_nodes) == 2:
-            self._lay_over(value, *n.all_input_nodes)
+            self._lay_over(value, n.all_input_nodes[1], -2)
+        elif isinstance(layer, (Activation, ScaleChannels)):
+            self._lay_over(value, n.all_input_nodes[0], 0)
         if self.items and self.items[-1].node is None and self.items[-1].last == begin:
             self.items[-1].last = len(self.program)
             if len(self.program) == begin + 1:
@@ -211,14 +213,21 @@ class _Recorder(fx.Interpreter):
                 if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
                     buffer.dies = self.position
 
-    def _lay_over(self, value: Tensor, x: fx.Node, residual: fx.Node) -> None:
-        """Note that the output of a layer may lie where its residual is: what is read is in the caches already."""
-        out, read, over = (self.find(t.data_ptr()) for t in (value, self.values[x], self.values[residual]))
-        if out is None or over is None or over is read or value.nbytes != over.end - over.begin:
+    def _lay_over(self, value: Tensor, over: fx.Node, operand: int) -> None:
+        """Note that the output of the last step may lie where one of its operands is, all of a node's value, if the others
+        lie elsewhere: what is read is in the caches already."""
+        out, given = (self.find(t.data_ptr()) for t in (value, self.values[over]))
+        if out is None or given is None or value.nbytes != given.end - given.begin:
             return
-        *_, seen, written = self.program.addresses(len(self.program) - 1)  # as the kernel got them: no copies
-        if (seen, written) == (over.begin, value.data_ptr()) == (over.begin, out.begin):
-            out.over = over
+        addresses = self.program.addresses(len(self.program) - 1)
+        seen, others = addresses[operand], [a for i, a in enumerate(addresses[:-1]) if i != operand % len(addresses)]
+        if any(a and self.find(a) is given for a in others):
+            return
+        if (seen, addresses[-1]) == (
+            given.begin,
+            out.begin,
+        ) and value.data_ptr() == out.begin:  # as they are: no copies
+            out.over = given
 
     def _is_view(self, n: fx.Node, value: Any) -> bool:
         """Whether ``n`` only looks in another way at its input, a tensor of ours: then it does so every time."""

@@ -17,7 +17,7 @@ import cnncomp
 from cnncomp import _cpu
 from cnncomp._arena import Buffer, Pointer, widen
 from cnncomp._cpu import Program
-from cnncomp.nn import DenseConv2d, MeanPool2d, QuantMaxPool2d, SparseConv2d
+from cnncomp.nn import Activation, DenseConv2d, MeanPool2d, QuantMaxPool2d, ScaleChannels, SparseConv2d
 from cnncomp.nn.base import Clamp, Geometry
 from tests.fp32_kernels import ISAS, Guarded
 from tests.helpers import mask_weights
@@ -102,7 +102,7 @@ SIZES = st.sampled_from([1, 3, 4, 7, 10, 14, 15, 28])
 CASES = st.builds(
     Case,
     isa=st.sampled_from(ISAS),
-    kind=st.sampled_from(["sparse", "dense.direct", "dense.depthwise", "mean", "max"]),
+    kind=st.sampled_from(["sparse", "dense.direct", "dense.depthwise", "mean", "max", "silu", "scale"]),
     threads=st.sampled_from([1, 2]),
     n=st.integers(1, 3),
     c=st.integers(2, 40),
@@ -120,6 +120,8 @@ CASES = st.builds(
 def layer_of(a: Case) -> nn.Module:
     if a.kind in ("mean", "max"):
         return MeanPool2d() if a.kind == "mean" else QuantMaxPool2d(3, a.stride, 1)
+    if a.kind in ("silu", "scale"):
+        return Activation("silu") if a.kind == "silu" else ScaleChannels()
     groups = a.c if a.kind == "dense.depthwise" else 1
     conv = nn.Conv2d(a.c, a.c if groups > 1 else a.k, a.size, a.stride, a.size // 2, groups=groups).requires_grad_(
         False
@@ -144,6 +146,8 @@ def test_gaps_change_no_bit(case: Case) -> None:
     inputs = [x]
     if case.residual and isinstance(layer, (SparseConv2d, DenseConv2d)):
         inputs.append(torch.randn(layer.geometry.output_shape(x.shape)))
+    if case.kind == "scale":
+        inputs.append(torch.randn(case.n, case.c, 1, 1))
     with running(case.isa, case.threads):
         check(lambda: layer(*inputs), inputs, case.extra, case.at_end)
 
