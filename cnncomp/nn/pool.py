@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -14,21 +16,26 @@ def _ours(x: Tensor) -> bool:
 class QuantMaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 8-bit images in 8 bit: max-pool changes no value, so scale and zero point stay.
 
-    Float images run in torch, but those in NCHW on a CPU. Ceil mode and returned indices are for float images only.
+    Float images run in torch, but those in NCHW on a CPU. Returned indices, and ceil mode on a GPU, are for float images only.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.ceil_mode or self.return_indices:
-            return super().forward(input)
-        if input.is_floating_point() and not (_ours(input) and input.is_contiguous()):
+        if self.return_indices or (input.is_floating_point() and not (_ours(input) and input.is_contiguous())):
             return super().forward(input)
 
         def pair(v: int | tuple[int, ...]) -> list[int]:
             return [v, v] if isinstance(v, int) else list(v)
 
         stride = self.kernel_size if self.stride is None else self.stride
-        op = torch.ops.cnncomp.max_pool2d if input.is_floating_point() else torch.ops.cnncomp.max_pool2d_int8
-        return op(input, pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
+        window = (pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
+        if input.is_floating_point():
+            return torch.ops.cnncomp.max_pool2d(input, *window, self.ceil_mode)
+        return super().forward(input) if self.ceil_mode else torch.ops.cnncomp.max_pool2d_int8(input, *window)
+
+    @classmethod
+    def applies(cls, pool: nn.Module) -> TypeGuard[nn.MaxPool2d]:
+        """Whether a module of torch's does the same."""
+        return type(pool) is nn.MaxPool2d and not pool.return_indices
 
     @classmethod
     def from_float(cls, pool: nn.MaxPool2d) -> QuantMaxPool2d:
