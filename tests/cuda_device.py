@@ -35,7 +35,7 @@ CONV_NAMES = (
     "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual residual_dtype "
     "residual_scale lo out out_dtype"
 )
-WORKSPACE_NAMES = " workspace workspace_bytes tile parts"
+WORKSPACE_NAMES = " workspace workspace_bytes tile parts activation out_factor"
 
 
 def out_size(a: dict[str, Any]) -> tuple[int, int]:

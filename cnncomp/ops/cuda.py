@@ -73,6 +73,9 @@ def _workspace_arguments(device: torch.device, index: int, stream: int) -> tuple
     return space.data_ptr(), space.nbytes
 
 
+#: Codes of the epilogue's activations; none but the clamp.
+_ACTIVATION_CODE = {"": 0, "silu": 1, "hardswish": 2}
+
 #: The plan chooses the tile, and how many blocks share the reduction of one.
 _NO_WISH = ("", 0)
 
@@ -96,6 +99,8 @@ def conv2d_int8(
     dilation: Sequence[int],
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """int8 convolution on the GPU. No synchronisation; allocates only the output, and once for each stream the workspace, so it
     may be captured.
@@ -104,12 +109,14 @@ def conv2d_int8(
         x: (N, C, H, W) uint8 or int8; channels_last, or it is copied.
         weight: (K, R, S, C/G) int8.
         constants: (3, K) float32: scale, bias, hi.
-        residual: Shape of the output, uint8, int8 or float32; or None.
+        residual: Shape of the output, uint8, int8, float32, float16 or bfloat16; or None.
         residual_scale: Factor of the residual.
         lo: Lower clamp.
         stride, padding, dilation: (vertical, horizontal).
         groups: G.
-        out_dtype: uint8, int8 or float32.
+        out_dtype: uint8, int8, float32, float16 or bfloat16.
+        activation: "silu", "hardswish" or "".
+        out_factor: Behind the activation, before the clamp.
 
     Returns:
         (N, K, P, Q) of ``out_dtype``, channels_last.
@@ -121,7 +128,7 @@ def conv2d_int8(
         from cnncomp.kernels.conv2d_int8 import conv2d_int8 as launch
 
         args = (x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype)
-        return launch(*args)
+        return launch(*args, activation, out_factor)
     n, c, h, w = x.shape
     k, r, s, _ = weight.shape
     p = conv_out_size(h, r, stride[0], padding[0], dilation[0])
@@ -133,7 +140,7 @@ def conv2d_int8(
     _module().conv2d_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
         *stride, *padding, *dilation, groups, *_epilogue_arguments(constants, residual, residual_scale, lo, out),
-        *_workspace_arguments(x.device, index, stream), *_NO_WISH,
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
@@ -146,12 +153,15 @@ def linear_int8(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """int8 linear on the GPU: ``x`` (..., C), ``weight`` (K, C), output (..., K); otherwise as :func:`conv2d_int8`."""
     if backend(x.device) == "triton":
         from cnncomp.kernels.gemm_int8 import linear_int8 as launch
 
-        return launch(x, weight, constants, residual, residual_scale, lo, out_dtype)
+        args = (x, weight, constants, residual, residual_scale, lo, out_dtype)
+        return launch(*args, activation, out_factor)
     c, k = x.shape[-1], weight.shape[0]
     out = torch.empty((*x.shape[:-1], k), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
@@ -162,7 +172,7 @@ def linear_int8(
     _module().linear_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,
         *_epilogue_arguments(constants, residual, residual_scale, lo, out),
-        *_workspace_arguments(x.device, index, stream), *_NO_WISH,
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
