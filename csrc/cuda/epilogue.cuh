@@ -235,22 +235,26 @@ __device__ __forceinline__ void finish_whole(float (&t)[kVec], const float (&hi)
   });
 }
 
-// The same of `real` channels, of real_channels. Those of no whole vector go one by one, in a loop that takes the first each time:
-// there are many copies of this code in a kernel.
+// values[i] without an address: registers have none.
+template <int kVec>
+__device__ __forceinline__ float element(const float (&values)[kVec], int i) {
+  float found = values[0];
+#pragma unroll
+  for (int j = 1; j < kVec; ++j) found = i == j ? values[j] : found;
+  return found;
+}
+
+// The same of `real` channels, of real_channels. Those of no whole vector go one by one, in a loop, for there are many copies of
+// this code in a kernel.
 template <typename Narrow, int kVec>
 __device__ __forceinline__ void finish_any(float (&t)[kVec], const ChannelConstants<kVec>& c, const Epilogue& e, int64_t offset,
                                            int real) {
   if (kVec > 1 && real == kVec) return finish_whole<Narrow>(t, c.hi, e, offset);
-  float hi[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) hi[i] = c.hi[i];
 #pragma unroll 1
   for (int i = 0; i < -real; ++i) {
-    float first[1] = {t[0]};
-    const float limit[1] = {hi[0]};
-    finish_whole<Narrow>(first, limit, e, offset + i);
-#pragma unroll
-    for (int j = 0; j + 1 < kVec; ++j) t[j] = t[j + 1], hi[j] = hi[j + 1];
+    float one[1] = {element(t, i)};
+    const float hi[1] = {element(c.hi, i)};
+    finish_whole<Narrow>(one, hi, e, offset + i);
   }
 }
 
