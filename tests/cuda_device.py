@@ -96,6 +96,31 @@ class EmulatedModule:
         emulated.run_planned(_cuda.plan_to_units(*placed), "80", memory)
         target[:] = memory.fetch(placed[-1], target)
 
+    def quantize(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n pixels c channels_last inv_scale out out_dtype"
+        a = dict(zip(names.split(), arguments, strict=True))
+        count = a["n"] * a["pixels"] * a["c"]
+        self._between(_cuda.plan_quantize, a, count * (4 if a["x_dtype"] == 2 else 2), count)
+
+    def max_pool2d_int8(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n h w c r s stride_h stride_w pad_h pad_w dil_h dil_w out"
+        a = dict(zip(names.split(), arguments, strict=True))
+        channels = a["n"] * a["c"]
+        self._between(_cuda.plan_max_pool2d_int8, a, channels * a["h"] * a["w"], channels * math.prod(out_size(a)))
+
+    def mean_pool2d(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n h w c out"
+        a = dict(zip(names.split(), arguments, strict=True))
+        channels = a["n"] * a["c"]
+        self._between(_cuda.plan_mean_pool2d, a, 4 * channels * a["h"] * a["w"], 4 * channels)
+
+    def _between(self, plan: Any, a: dict[str, Any], x: int, out: int) -> None:
+        """``x``, ``out``: bytes."""
+        memory, target = GlobalMemory(), host_bytes(a["out"], out)
+        placed = a | {"x": memory.allocate(host_bytes(a["x"], x)), "out": memory.allocate(target)}
+        emulated.run_planned(plan(*placed.values()), "80", memory)
+        target[:] = memory.fetch(placed["out"], target)
+
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
         names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"
         a = dict(zip((names + WORKSPACE_NAMES).split(), arguments, strict=True))

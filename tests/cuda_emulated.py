@@ -35,6 +35,9 @@ FLAGS_OF = {
     "conv2d_vectors_int8": ("_s8",),
     "conv2d_vectors_f16": ("_bf16",),
     "to_units": (),
+    "quantize": ("_planes",),
+    "max_pool2d_int8": ("_s8",),
+    "mean_pool2d": (),
 }
 KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}

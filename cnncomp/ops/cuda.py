@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cnncomp.errors import DeviceError
 from cnncomp.kernels import available
-from cnncomp.ops.library import contiguous, conv_out_size
+from cnncomp.ops import reference
+from cnncomp.ops.library import contiguous, conv_out_shape, conv_out_size
 from cnncomp.ops.packing import PackedSparse
 from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
 
@@ -174,6 +175,60 @@ def linear_int8(
         *_epilogue_arguments(constants, residual, residual_scale, lo, out),
         *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
+    return out
+
+
+def quantize(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
+    """``x`` of any shape, float32, float16 or bfloat16, in 8 bit (:func:`cnncomp.ops.reference.quantize`), images as
+    channels_last."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    if backend(x.device) == "triton":
+        return reference.quantize(x, inv_scale, dtype).contiguous(memory_format=layout)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+    if out.numel() == 0:
+        return out
+    planes = x.dim() == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    if planes:
+        n, c, pixels = *x.shape[:2], x.shape[2] * x.shape[3]
+    else:
+        x = x.contiguous(memory_format=layout)
+        n, c, pixels = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3]) if x.dim() == 4 else (1, 1, x.numel())
+    index, stream, _ = _launch_arguments(x)
+    source = (x.data_ptr(), _DTYPE_CODE[x.dtype], n, pixels, c, not planes)
+    _module().quantize(index, stream, *source, inv_scale, out.data_ptr(), _DTYPE_CODE[dtype])
+    return out
+
+
+def max_pool2d_int8(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Max-pool of 8-bit ``x`` (N, C, H, W): (N, C, P, Q), channels_last."""
+    if backend(x.device) == "triton":
+        return reference.max_pool2d_int8(x, kernel_size, stride, padding, dilation)
+    n, k, p, q = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
+    out = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous(memory_format=torch.channels_last)
+    index, stream, _ = _launch_arguments(x)
+    _module().max_pool2d_int8(
+        index, stream, x.data_ptr(), _DTYPE_CODE[x.dtype], n, x.shape[2], x.shape[3], k, *kernel_size, *stride, *padding,
+        *dilation, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def mean_pool2d(x: Tensor) -> Tensor:
+    """The mean of each channel of float32 ``x`` (N, C, H, W): (N, C, 1, 1). Of channels_last, each channel is summed in
+    the order of its pixels, and times 1 / pixels; others are torch's."""
+    n, c, h, w = x.shape
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if backend(x.device) == "triton" or not last:
+        return torch.nn.functional.adaptive_avg_pool2d(x, 1)
+    out = torch.empty((n, c, 1, 1), dtype=x.dtype, device=x.device)
+    if out.numel():
+        index, stream, _ = _launch_arguments(x)
+        _module().mean_pool2d(index, stream, x.data_ptr(), _DTYPE_CODE[x.dtype], n, h, w, c, out.data_ptr())
     return out
 
 

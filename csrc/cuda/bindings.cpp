@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/between_layers.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -48,12 +49,14 @@ cuda::Conv2d make_conv(uintptr_t x, int x_dtype, int n, int h, int w, int c, uin
 // What a function's inputs are. The plans of kernels for halves, and to_units, look at types themselves.
 enum class Inputs { kBytes, kOthers };
 
+void check_inputs(const char*, Inputs, const cuda::Quantize&) {}
 void check_inputs(const char* name, Inputs inputs, const cuda::Conv2d& c) {
   if (inputs == Inputs::kBytes && cuda::size_of(c.x_dtype) != 1)
     throw std::invalid_argument(std::string(name) + ": x: got dtype code " + std::to_string(static_cast<int>(c.x_dtype)) +
                                 ", expected 0 (uint8) or 1 (int8)");
 }
 
+bool empty(const cuda::Quantize& q) { return q.n == 0 || q.pixels == 0 || q.c == 0; }
 bool empty(const cuda::Conv2d& c) { return c.n == 0 || c.h <= 0 || c.w <= 0 || c.p() <= 0 || c.q() <= 0; }
 
 py::dict as_dict(const cuda::Launch& launch) {
@@ -67,21 +70,21 @@ py::dict as_dict(const cuda::Launch& launch) {
   return d;
 }
 
-// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d
-// and one that plans it for a device of which it knows some numbers.
-template <typename... Args, typename... About>
-void define(py::module_& m, const char* name, const char* doc, Inputs inputs, cuda::Conv2d (*make)(Args...),
-            cuda::Launch (*plan)(const cuda::Conv2d&, About...)) {
+// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d or
+// another request, and one that plans it for a device of which it knows some numbers.
+template <typename Request, typename... Args, typename... About>
+void define(py::module_& m, const char* name, const char* doc, Inputs inputs, Request (*make)(Args...),
+            cuda::Launch (*plan)(const Request&, About...)) {
   auto checked = [name, inputs, make](Args... args) {
-    const cuda::Conv2d conv = make(args...);
-    check_inputs(name, inputs, conv);
-    return conv;
+    const Request request = make(args...);
+    check_inputs(name, inputs, request);
+    return request;
   };
   m.def(
       name,
       [checked, plan](int device, uintptr_t stream, About... about, Args... args) {
-        const cuda::Conv2d conv = checked(args...);
-        if (!empty(conv)) cuda::run(plan(conv, about...), device, reinterpret_cast<void*>(stream));
+        const Request request = checked(args...);
+        if (!empty(request)) cuda::run(plan(request, about...), device, reinterpret_cast<void*>(stream));
       },
       doc, py::call_guard<py::gil_scoped_release>());
   m.def((std::string("plan_") + name).c_str(),
@@ -100,7 +103,20 @@ cuda::Conv2d make_image(uintptr_t x, int x_dtype, int n, int h, int w, int c, ui
   return make_conv(x, x_dtype, n, h, w, c, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0f, 0.0f, out, x_dtype);
 }
 
-// The same with trailing arguments: workspace, its bytes, the caller's wish, activation (0 none, 1 SiLU, 2 hardswish), and the factor
+cuda::Conv2d make_pool(uintptr_t x, int x_dtype, int n, int h, int w, int c, int r, int s, int stride_h, int stride_w, int pad_h,
+                       int pad_w, int dil_h, int dil_w, uintptr_t out) {
+  return make_conv(x, x_dtype, n, h, w, c, 0, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, c, 0, 0, 0, 0.0f, 0.0f, out,
+                   x_dtype);
+}
+
+cuda::Quantize make_quantize(uintptr_t x, int x_dtype, int n, int pixels, int c, bool channels_last, float inv_scale, uintptr_t out,
+                             int out_dtype) {
+  if (n < 0 || pixels < 0 || c < 0) throw std::invalid_argument("quantize: a negative size");
+  return {reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), dtype_of(x_dtype), dtype_of(out_dtype), n, pixels, c,
+          channels_last, inv_scale};
+}
+
+// A layer with trailing arguments: workspace, its bytes, the caller's wish, activation (0 none, 1 SiLU, 2 hardswish), and the factor
 // behind it.
 template <auto kMake, typename... Args>
 cuda::Conv2d with_options(Args... args, uintptr_t workspace, int64_t bytes, const std::string& tile, int parts, int activation,
@@ -157,6 +173,16 @@ PYBIND11_MODULE(_cuda, m) {
          "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
          "multiple of 16 bytes.",
          Inputs::kOthers, &make_image, &cuda::plan_to_units);
+  define(m, "max_pool2d_int8",
+         "max_pool2d_int8(device, stream, x, x_dtype, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, out): of 8-bit "
+         "NHWC images.",
+         Inputs::kBytes, &make_pool, &cuda::plan_max_pool2d_int8);
+  define(m, "mean_pool2d", "mean_pool2d(device, stream, x, x_dtype, n, h, w, c, out): over all pixels of float32 NHWC images.",
+         Inputs::kOthers, &make_image, &cuda::plan_mean_pool2d);
+  define(m, "quantize",
+         "quantize(device, stream, x, x_dtype, n, pixels, c, channels_last, inv_scale, out, out_dtype): floats (n, pixels, c), or "
+         "(n, c, pixels) without channels_last, to 8-bit (n, pixels, c).",
+         Inputs::kOthers, &make_quantize, &cuda::plan_quantize);
   m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
   m.def(
       "capture_id",

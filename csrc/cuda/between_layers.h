@@ -1,0 +1,23 @@
+// What lies between int8 layers, as the host sees it: quantising floats, pools. Plain C++, like launch.h.
+#pragma once
+
+#include "cuda/launch.h"
+
+namespace cnncomp::cuda {
+
+// Max-pool of bytes and mean over all pixels of float32, of NHWC images: sizes, x and epilogue.out are looked at, of Conv2d.
+Launch plan_max_pool2d_int8(const Conv2d& pool);
+Launch plan_mean_pool2d(const Conv2d& pool);
+
+// Floats (n, pixels, c), or planes (n, c, pixels), to 8-bit (n, pixels, c).
+struct Quantize {
+  const void* x;
+  void* out;
+  DType x_dtype, out_dtype;
+  int32_t n, pixels, c;
+  bool channels_last;
+  float inv_scale;
+};
+Launch plan_quantize(const Quantize& quantize);
+
+}  // namespace cnncomp::cuda
