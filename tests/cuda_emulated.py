@@ -38,6 +38,8 @@ FLAGS_OF = {
     "quantize": ("_planes",),
     "max_pool2d_int8": ("_s8",),
     "mean_pool2d": (),
+    "mean_shift_int8": ("_s8",),
+    "mean_shift_depthwise_int8": ("_s8",),
 }
 KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}

@@ -71,7 +71,7 @@ def _spec_numbers(spec: QuantSpec | None) -> tuple[float, int]:
 class _QuantLayer(ConvertedLayer):
     """State and constants that the int8 conv and linear share.
 
-    ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme), on a CPU only.
+    ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme).
 
     ``output``: how the result is quantised, None for float32. ``residual_scale``: one step of an 8-bit residual (1 for a
     float one). The buffer ``steps`` holds these and ``input`` as numbers, so that a state dict is all of a layer's state.

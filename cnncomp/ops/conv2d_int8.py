@@ -1,6 +1,6 @@
 """``cnncomp::conv2d_int8`` and ``cnncomp::linear_int8``: 8-bit activations, int8 weights, the one fused epilogue.
 
-``constants`` has the rows scale, bias and hi, and a fourth, shift, for mean-shift weights, which only the CPU kernels run.
+``constants`` has the rows scale, bias and hi, and a fourth, shift, for mean-shift weights.
 ``activation`` is "silu", "hardswish" or "" for none but the clamp; with one, scale, bias and residual give its input in real
 units, and ``out_factor``, 1 / the step of the output, comes behind it, before the clamp. float16 and bfloat16, as output and
 residual, and activations are the GPU kernels'; on a CPU they are steps behind the float32 kernel, with the same bits.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.errors import ArgumentError
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
@@ -62,8 +62,6 @@ def check_operands(
     check_dtype("constants", constants, torch.float32)
     if constants.dim() != 2 or constants.shape[0] not in (3, 4):
         raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K), or (4, K) for mean-shift weights")
-    if constants.shape[0] == 4 and x.device.type == "cuda":
-        raise DeviceError("constants", "mean-shift weights on a GPU", "a CPU: the GPU kernels have no mean shift")
     types = (*DTYPE_CODE, *halves)
     if out_dtype not in types:
         raise ArgumentError("out_dtype", out_dtype, " or ".join(map(str, types)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +90,68 @@ def _epilogue_arguments(
     return constants.data_ptr(), pointer, code, residual_scale, lo, out.data_ptr(), _DTYPE_CODE[out.dtype]
 
 
+def _mean_shift(
+    x: Tensor,
+    shift: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``shift`` (K,) times the sum of ``x`` under each output's window: (N, K, P, Q) float32, channels_last."""
+    n, c, h, w = x.shape
+    k, (r, s) = len(shift), kernel_size
+    if backend(x.device) == "triton":
+        ones = torch.ones((groups, c // groups, r, s), dtype=torch.float64, device=x.device)
+        where = (None, list(stride), list(padding), list(dilation), groups)
+        window = torch.nn.functional.conv2d(x.double(), ones, *where).float().repeat_interleave(k // groups, 1)
+        return (shift.view(-1, 1, 1) * window).contiguous(memory_format=torch.channels_last)
+    shape = conv_out_shape(x, k, kernel_size, stride, padding, dilation)
+    out = torch.empty(shape, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    x, shift = x.contiguous(memory_format=torch.channels_last), shift.contiguous()
+    index, start, _ = _launch_arguments(x)
+    _module().mean_shift_int8(
+        index, start, x.data_ptr(), _DTYPE_CODE[x.dtype], n, h, w, c, k, r, s, *stride, *padding, *dilation, groups,
+        shift.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _shifted(
+    run: Callable[..., Tensor],
+    mean_shift: Callable[[Tensor], Tensor],
+    geometry: tuple[Any, ...],
+    constants: Tensor,
+    channels: tuple[int, ...],
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+    activation: str,
+    out_factor: float,
+) -> Tensor:
+    """A layer with mean-shift weights: what the shift adds goes through the kernel as a float residual. A residual of the
+    layer's own comes behind that, so then the kernel gives floats and the last steps are torch's.
+
+    Args:
+        run: The layer, from its constants on.
+        mean_shift: What ``shift`` (K,) adds.
+        geometry: The layer's arguments between ``lo`` and ``out_dtype``.
+        channels: The shape in which a row of ``constants`` broadcasts to the output.
+    """
+    plain, addend = constants[:3], mean_shift(constants[3])
+    if residual is None:
+        return run(plain, addend, 1.0, lo, *geometry, out_dtype, activation, out_factor)
+    unclamped = plain.clone()
+    unclamped[2] = math.inf
+    t = run(unclamped, addend, 1.0, -math.inf, *geometry, torch.float32)
+    t = t + residual.float() * torch.tensor(residual_scale, dtype=torch.float32)
+    return reference.finish(t, lo, plain[2].view(channels), out_dtype, activation, out_factor)
+
+
 def conv2d_int8(
     x: Tensor,
     weight: Tensor,
@@ -109,7 +173,7 @@ def conv2d_int8(
     Args:
         x: (N, C, H, W) uint8 or int8; channels_last, or it is copied.
         weight: (K, R, S, C/G) int8.
-        constants: (3, K) float32: scale, bias, hi.
+        constants: (3, K) float32: scale, bias, hi; (4, K) with a shift, for mean-shift weights.
         residual: Shape of the output, uint8, int8, float32, float16 or bfloat16; or None.
         residual_scale: Factor of the residual.
         lo: Lower clamp.
@@ -125,6 +189,13 @@ def conv2d_int8(
     Raises:
         DeviceError: no kernel for this device.
     """
+    if constants.shape[0] == 4:
+        geometry = (stride, padding, dilation, groups)
+        return _shifted(
+            functools.partial(conv2d_int8, x, weight),
+            lambda shift: _mean_shift(x, shift, (weight.shape[1], weight.shape[2]), *geometry),
+            geometry, constants, (-1, 1, 1), residual, residual_scale, lo, out_dtype, activation, out_factor,
+        )  # fmt: skip
     if backend(x.device) == "triton":
         from cnncomp.kernels.conv2d_int8 import conv2d_int8 as launch
 
@@ -158,6 +229,13 @@ def linear_int8(
     out_factor: float = 1.0,
 ) -> Tensor:
     """int8 linear on the GPU: ``x`` (..., C), ``weight`` (K, C), output (..., K); otherwise as :func:`conv2d_int8`."""
+    if constants.shape[0] == 4:
+        one = ((1, 1), (0, 0), (1, 1), 1)
+        return _shifted(
+            functools.partial(linear_int8, x, weight),
+            lambda shift: _mean_shift(x.reshape(-1, x.shape[-1], 1, 1), shift, (1, 1), *one).reshape(*x.shape[:-1], -1),
+            (), constants, (-1,), residual, residual_scale, lo, out_dtype, activation, out_factor,
+        )  # fmt: skip
     if backend(x.device) == "triton":
         from cnncomp.kernels.gemm_int8 import linear_int8 as launch
 

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/between_layers.h"
+#include "cuda/passes.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -109,6 +109,12 @@ cuda::Conv2d make_pool(uintptr_t x, int x_dtype, int n, int h, int w, int c, int
                    x_dtype);
 }
 
+cuda::Conv2d make_mean_shift(uintptr_t x, int x_dtype, int n, int h, int w, int c, int k, int r, int s, int stride_h, int stride_w,
+                             int pad_h, int pad_w, int dil_h, int dil_w, int groups, uintptr_t shift, uintptr_t out) {
+  return make_conv(x, x_dtype, n, h, w, c, 0, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, shift, 0, 0, 0.0f,
+                   0.0f, out, 2);
+}
+
 cuda::Quantize make_quantize(uintptr_t x, int x_dtype, int n, int pixels, int c, bool channels_last, float inv_scale, uintptr_t out,
                              int out_dtype) {
   if (n < 0 || pixels < 0 || c < 0) throw std::invalid_argument("quantize: a negative size");
@@ -177,6 +183,10 @@ PYBIND11_MODULE(_cuda, m) {
          "max_pool2d_int8(device, stream, x, x_dtype, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, out): of 8-bit "
          "NHWC images.",
          Inputs::kBytes, &make_pool, &cuda::plan_max_pool2d_int8);
+  define(m, "mean_shift_int8",
+         "mean_shift_int8(device, stream, x, x_dtype, n, h, w, c, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, "
+         "shift, out): shift[k] times the sum of the inputs under each output's window, float32 like the output.",
+         Inputs::kBytes, &make_mean_shift, &cuda::plan_mean_shift_int8);
   define(m, "mean_pool2d", "mean_pool2d(device, stream, x, x_dtype, n, h, w, c, out): over all pixels of float32 NHWC images.",
          Inputs::kOthers, &make_image, &cuda::plan_mean_pool2d);
   define(m, "quantize",

@@ -1,6 +1,6 @@
 // Max-pool of 8-bit NHWC images. A thread computes kVec neighbouring channels of an output pixel.
 
-#include "cuda/between_layers.h"
+#include "cuda/passes.h"
 #include "cuda/conv_params.cuh"
 
 namespace cnncomp::cuda {

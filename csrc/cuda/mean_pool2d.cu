@@ -1,6 +1,6 @@
 // Mean over all pixels of float32 NHWC images: each channel summed in the order of its pixels, times 1 / pixels.
 
-#include "cuda/between_layers.h"
+#include "cuda/passes.h"
 #include "cuda/epilogue.cuh"
 
 namespace cnncomp::cuda {

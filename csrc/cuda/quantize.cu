@@ -1,7 +1,7 @@
 // Floats to 8 bit with zero point 0: x * inv_scale, clamped, rounded half to even; NaN becomes the lowest value. Images become NHWC
 // on the way.
 
-#include "cuda/between_layers.h"
+#include "cuda/passes.h"
 #include "cuda/epilogue.cuh"
 
 namespace cnncomp::cuda {

@@ -102,3 +102,65 @@ def test_nothing_and_what_is_refused():
         _cuda.plan_max_pool2d_int8(0, 0, 40000, 300, 300, 4, 1, 1, 1, 1, 0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="expected dtype code 2"):
         _cuda.plan_mean_pool2d(0, 3, 1, 2, 2, 4, 0)
+
+
+SHIFTED = {
+    "3x3": dict(shape=(2, 16, 6, 5), k=24, kernel=(3, 3), geometry=((1, 1), (1, 1), (1, 1), 1)),
+    "odd channels": dict(shape=(1, 7, 5, 6), k=9, kernel=(2, 3), geometry=((2, 1), (1, 2), (1, 2), 1)),
+    "groups": dict(shape=(1, 24, 5, 5), k=12, kernel=(3, 3), geometry=((2, 2), (1, 1), (1, 1), 2)),
+    "stem": dict(shape=(1, 3, 8, 8), k=20, kernel=(7, 7), geometry=((2, 2), (3, 3), (1, 1), 1)),
+    "depthwise": dict(shape=(2, 8, 5, 6), k=8, kernel=(3, 3), geometry=((1, 2), (1, 1), (1, 1), 8)),
+    "depth multiplier": dict(shape=(1, 3, 5, 4), k=6, kernel=(3, 2), geometry=((1, 1), (1, 0), (2, 1), 3)),
+    "many channels": dict(shape=(1, 160, 3, 3), k=70, kernel=(1, 1), geometry=((1, 1), (0, 0), (1, 1), 1)),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+@pytest.mark.parametrize("dtype", BYTES)
+def test_mean_shift_convolution(name, dtype):
+    case = SHIFTED[name]
+    torch.manual_seed(3)
+    n, c, h, w = case["shape"]
+    k, (r, s), geometry = case["k"], case["kernel"], case["geometry"]
+    low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
+    x = torch.randint(low, high, (n, c, h, w), dtype=dtype)
+    weight = torch.randint(-127, 128, (k, c // geometry[3], r, s), dtype=torch.int8)
+    packed = weight.permute(0, 2, 3, 1).contiguous()
+    scale = torch.rand(k) / weight[0].numel() ** 0.5 * 2e-2
+    constants = torch.stack([scale, torch.randn(k) * 20 + 60, torch.rand(k) * 100 + 120, torch.randn(k) * 3e-2])
+    shape = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape
+    for residual in (None, torch.randint(-128, 128, shape, dtype=torch.int8)):
+        for out_dtype, activation in ((torch.uint8, ""), (torch.float16, "silu")):
+            args = (constants, residual, 0.3, 0.0, *geometry, out_dtype, activation, 0.5)
+            with emulated_device():
+                got = cuda.conv2d_int8(x, packed, *args)
+            expected = reference.conv2d_int8(x, weight, *args)
+            assert_same(got, expected, (residual is None, out_dtype))
+            plain = reference.conv2d_int8(x, weight, constants[:3], *args[1:])
+            assert not torch.equal(expected, plain)
+
+
+def test_mean_shift_linear():
+    torch.manual_seed(4)
+    x, weight = (
+        torch.randint(-128, 128, (2, 3, 40), dtype=torch.int8),
+        torch.randint(-127, 128, (24, 40)).to(torch.int8),
+    )
+    constants = torch.stack(
+        [torch.rand(24) * 1e-3, torch.randn(24) * 9, torch.full((24,), 127.0), torch.randn(24) * 0.1]
+    )
+    for residual in (None, torch.randn(2, 3, 24)):
+        args = (constants, residual, 0.3, -128.0, torch.int8)
+        with emulated_device():
+            got = cuda.linear_int8(x, weight, *args)
+        assert_same(got, reference.linear_int8(x, weight, *args), residual is None)
+
+
+def test_mean_shift_where_triton_runs(monkeypatch):
+    """There, torch takes the sums."""
+    x, shift = torch.randint(0, 256, (2, 6, 5, 4), dtype=torch.uint8), torch.randn(9)
+    args = (x, shift, (3, 2), (2, 1), (1, 0), (1, 2), 3)
+    with emulated_device():
+        ours = cuda._mean_shift(*args)
+        monkeypatch.setattr(cuda, "backend", lambda device: "triton")
+        assert_same(cuda._mean_shift(*args), ours, "triton")

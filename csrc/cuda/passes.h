@@ -1,4 +1,4 @@
-// What lies between int8 layers, as the host sees it: quantising floats, pools. Plain C++, like launch.h.
+// Passes over activations beside the products, as the host sees them. Plain C++, like launch.h.
 #pragma once
 
 #include "cuda/launch.h"
@@ -19,5 +19,11 @@ struct Quantize {
   float inv_scale;
 };
 Launch plan_quantize(const Quantize& quantize);
+
+// shift[k] times the sum of the inputs under each output's window, float32 like the output: epilogue.constants are the shifts,
+// epilogue.out the result.
+Launch plan_mean_shift_int8(const Conv2d& conv);
+Launch plan_mean_shift_depthwise_int8(const Conv2d& conv);  // one input channel a group
+void set_mean_shift(Launch& launch, const Conv2d& conv, int64_t blocks, int threads);
 
 }  // namespace cnncomp::cuda
