@@ -9,8 +9,14 @@ from torch import Tensor, nn
 
 
 def _ours(x: Tensor) -> bool:
-    """Whether the float kernels can take ``x``: they are for a CPU and have no gradient."""
+    """Whether the float kernels of a CPU can take ``x``: they have no gradient."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether a GPU has a mean of its own for ``x``: NHWC, as int8 layers give it."""
+    ours = x.device.type == "cuda" and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
+    return ours and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class QuantMaxPool2d(nn.MaxPool2d):
@@ -50,7 +56,7 @@ class MeanPool2d(nn.AdaptiveAvgPool2d):
         super().__init__(1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.cnncomp.mean_pool2d(input) if _ours(input) else super().forward(input)
+        return torch.ops.cnncomp.mean_pool2d(input) if _ours(input) or _on_gpu(input) else super().forward(input)
 
     @classmethod
     def applies(cls, pool: nn.Module) -> bool:

@@ -60,5 +60,12 @@ def _mean_cpu(x: Tensor) -> Tensor:
     return out
 
 
+def _mean_cuda(x: Tensor) -> Tensor:
+    from cnncomp.ops import cuda
+
+    check_dtype("x", x, torch.float32)
+    return cuda.mean_pool2d(x)
+
+
 define("max_pool2d", MAX_SCHEMA, _max_fake, _max_cpu)
-define("mean_pool2d", MEAN_SCHEMA, _mean_fake, _mean_cpu)
+define("mean_pool2d", MEAN_SCHEMA, _mean_fake, _mean_cpu, _mean_cuda)
