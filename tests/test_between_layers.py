@@ -269,7 +269,9 @@ def test_images_one_behind_the_other() -> None:
     torch.manual_seed(0)
     images = [torch.randn(2, c, 5, 6) for c in (3, 1, 0, 7)]
     strided = torch.randn(2, 8, 5, 6)[:, ::2]
-    for given in (images, images[:1], [images[0], images[0]], [images[3], strided]):
+    last = [t.contiguous(memory_format=torch.channels_last) for t in images]
+    assert torch.ops.cnncomp.concat_channels(last).is_contiguous(memory_format=torch.channels_last)
+    for given in (images, last, images[:1], [images[0], images[0]], [images[3], strided]):
         assert torch.equal(torch.ops.cnncomp.concat_channels(given), torch.cat(given, 1))
         assert torch.equal(ConcatChannels()(*given), torch.cat(given, 1))
     for wrong in ([images[0], torch.randn(1, 3, 5, 6)], [images[0], torch.randn(2, 3, 5, 5)], [torch.randn(2, 3)]):

@@ -11,7 +11,9 @@ class ConcatChannels(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         ours = all(
-            t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad
-            for t in inputs
+            t.device.type == "cpu" and t.dtype == torch.float32 and t.dim() == 4 and not t.requires_grad for t in inputs
         )
-        return torch.ops.cnncomp.concat_channels(inputs) if ours else torch.cat(inputs, 1)
+        contiguous = all(t.is_contiguous() for t in inputs)
+        if ours and (contiguous or all(t.is_contiguous(memory_format=torch.channels_last) for t in inputs)):
+            return torch.ops.cnncomp.concat_channels(inputs)
+        return torch.cat(inputs, 1)

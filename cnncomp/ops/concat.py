@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
@@ -17,7 +18,15 @@ def _fake(tensors: Sequence[Tensor]) -> Tensor:
     ):
         raise ArgumentError("tensors", f"shapes {shapes}", "images (N, C, H, W) that differ in C only")
     n, _, h, w = tensors[0].shape
-    return tensors[0].new_empty((n, sum(t.shape[1] for t in tensors), h, w))
+    layout = torch.channels_last if _are_last(tensors) else torch.contiguous_format
+    first, shape = tensors[0], (n, sum(t.shape[1] for t in tensors), h, w)
+    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
+
+
+def _are_last(tensors: Sequence[Tensor]) -> bool:
+    """Whether all images are in channels_last, and not all contiguous."""
+    last = all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    return last and not all(t.is_contiguous() for t in tensors)
 
 
 def _cpu(tensors: Sequence[Tensor]) -> Tensor:
@@ -25,11 +34,15 @@ def _cpu(tensors: Sequence[Tensor]) -> Tensor:
 
     out = _fake(tensors)
     check_float32(tensors[0], **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
-    pitch, offset = out[:1].numel(), 0
+    n, channels, h, w = out.shape
+    last = _are_last(tensors)
+    rows, pixels, offset = (n * h * w, 1, 0) if last else (n, h * w, 0)
     for t in tensors:
-        t, length = t.contiguous(), t[:1].numel()
+        t = t if last else t.contiguous()
+        length = t.shape[1] * pixels
         if t.numel():
-            kernels.copy_rows(t.data_ptr(), t.shape[0], length, out.data_ptr() + 4 * offset, pitch, num_threads())
+            address = out.data_ptr() + 4 * offset
+            kernels.copy_rows(t.data_ptr(), rows, length, address, channels * pixels, num_threads())
         offset += length
     return out
 

@@ -1,6 +1,7 @@
 #include "activate.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "activate_kernel.h"
@@ -50,6 +51,10 @@ void affine_rows(const ActivateArgs& a, const AffineRows& map) {
     const int64_t c = i % map.channels;
     kernel(x, length, map.scale[c], map.shift != nullptr ? map.shift[c] : 0.0f, map.lo, map.hi, out);
   });
+}
+
+void copy_rows(const ActivateArgs& a) {
+  for_rows("copy_rows", a, [](int64_t, const float* x, int64_t length, float* out) { std::memcpy(out, x, length * sizeof(float)); });
 }
 
 }  // namespace cnncomp

@@ -1,4 +1,4 @@
-// Activations that are no clamp, and affine maps of channels, on fp32 images.
+// Activations that are no clamp, affine maps of channels, and copies, of fp32 images.
 #pragma once
 
 #include <cstdint>
@@ -29,5 +29,8 @@ struct AffineRows {
 };
 
 void affine_rows(const ActivateArgs& args, const AffineRows& affine);
+
+// out = x
+void copy_rows(const ActivateArgs& args);
 
 }  // namespace cnncomp

@@ -19,6 +19,11 @@ void affine(uintptr_t x, int64_t rows, int64_t length, uintptr_t scale, uintptr_
               {at<const float>(scale), at<const float>(shift), channels, lo, hi});
 }
 
+// Without pitches that a recorded network could change: rows need not be channels.
+void copy(uintptr_t x, int64_t rows, int64_t length, uintptr_t out, int64_t out_pitch, int num_threads) {
+  copy_rows({at<const float>(x), rows, length, at<float>(out), num_threads, 0, out_pitch});
+}
+
 }  // namespace
 
 void bind_activate(py::module_& module) {
@@ -28,6 +33,8 @@ void bind_activate(py::module_& module) {
   module.def("affine_rows", recorded(affine), arg("x"), arg("rows"), arg("length"), arg("scale"), arg("shift"), arg("channels"),
              arg("lo"), arg("hi"), arg("out"), arg("num_threads"), arg("x_pitch") = 0, arg("out_pitch") = 0,
              py::call_guard<py::gil_scoped_release>());
+  module.def("copy_rows", recorded(copy), arg("x"), arg("rows"), arg("length"), arg("out"), arg("out_pitch"),
+             arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace cnncomp

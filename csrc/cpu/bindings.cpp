@@ -26,7 +26,6 @@ PYBIND11_MODULE(_cpu, m) {
         "Run on the OpenMP runtime with these entry points (addresses).");
   bind_activate(m);
   bind_int8(m);
-  bind_concat(m);
   bind_conv2d_depthwise(m);
   bind_conv2d_sparse(m);
   bind_linear_dense(m);

@@ -31,7 +31,6 @@ T* at(uintptr_t address) {
 
 void bind_activate(pybind11::module_& m);
 void bind_int8(pybind11::module_& m);
-void bind_concat(pybind11::module_& m);
 void bind_conv2d_depthwise(pybind11::module_& m);
 void bind_conv2d_sparse(pybind11::module_& m);
 void bind_linear_dense(pybind11::module_& m);
