@@ -34,7 +34,10 @@ FLAGS_OF = {
     "conv2d_blocks_f16": ("_bf16",),
     "conv2d_vectors_int8": ("_s8",),
     "conv2d_vectors_f16": ("_bf16",),
+    "conv2d_vnm_int8": ("_s8",),
+    "conv2d_vnm_f16": ("_bf16",),
     "to_units": (),
+    "to_byte_units": (),
 }
 KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}

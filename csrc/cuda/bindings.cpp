@@ -130,6 +130,12 @@ PYBIND11_MODULE(_cuda, m) {
            "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
            "cnncomp.sparsity.vectors.to_units. sm_80 and later.",
            &make_conv, plan);
+  for (auto [name, plan] : {std::pair{"conv2d_vnm_int8", &cuda::plan_conv2d_vnm_int8},
+                            std::pair{"conv2d_vnm_f16", &cuda::plan_conv2d_vnm_f16}})
+    define(m, name,
+           "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vnm; x: laid out by "
+           "cnncomp.sparsity.vnm.to_units. sm_80 and later.",
+           &make_conv, plan);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
@@ -138,6 +144,10 @@ PYBIND11_MODULE(_cuda, m) {
          "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
          "multiple of 16 bytes.",
          &make_image, &cuda::plan_to_units);
+  define(m, "to_byte_units",
+         "to_byte_units(device, stream, x, x_dtype, n, h, w, c, out): 8-bit NHWC images into units of sixteen, for "
+         "conv2d_vnm_int8; c is a multiple of 16.",
+         &make_image, &cuda::plan_to_byte_units);
   m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
   m.def(
       "capture_id",
