@@ -237,7 +237,11 @@ def test_why_a_layer_is_not_vnm(m, reason):
     weight = masked_vnm(torch.randn(128, 32, 3, 3), 64, m)
     layer = DenseConv2d(Geometry(32, 128, (3, 3)), weight, None)
     layer.info.input = QuantSpec(0.02, torch.uint8)
-    assert next(c for c in table(layer) if c.kernel == "conv2d_vnm_int8").applies(layer) == reason
+    applies = next(c for c in table(layer) if c.kernel == "conv2d_vnm_int8").applies
+    assert applies(layer) == reason
+    stem = DenseConv2d(Geometry(3, 64, (3, 3)), masked_2to4(torch.randn(64, 3, 3, 3)), None)
+    stem.info.input = QuantSpec(0.02, torch.uint8)
+    assert "0% of the input channels" in str(applies(stem))
 
 
 def test_why_a_layer_has_no_runs():

@@ -36,7 +36,7 @@ from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
 from cnncomp.sparsity.two_four import first_violation
 from cnncomp.sparsity.vectors import QUAD, RUN
-from cnncomp.sparsity.vnm import find_m
+from cnncomp.sparsity.vnm import find_m, kept_columns
 from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, too_many_taps, why_not
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
@@ -194,10 +194,15 @@ def _has_empty_runs(layer: ConvertedLayer) -> str | None:
 
 
 def _is_vnm_quantized(layer: ConvertedLayer) -> str | None:
-    reason = _why_not_gathered(layer)
-    if reason is None and find_m(_weight4d(layer), _groups(layer)) is None:
-        reason = "not 64:2:M for any M of at least 8"
-    return reason
+    if reason := _why_not_gathered(layer):
+        return reason
+    weight, groups = _weight4d(layer), _groups(layer)
+    if (m := find_m(weight, groups)) is None:
+        return "not 64:2:M for any M of at least 8"
+    empty = 1 - kept_columns(weight, m, groups)
+    if empty >= MIN_SPARSITY:
+        return None
+    return f"{max(0.0, empty):.0%} of the input channels of 64 outputs are zero: V:2:M needs {MIN_SPARSITY:.0%}"
 
 
 def _groups(layer: ConvertedLayer) -> int:
