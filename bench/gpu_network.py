@@ -26,6 +26,7 @@ import cnncomp
 from cnncomp import data
 from cnncomp.demo.common import agreement, correct, forward
 from cnncomp.demo.digits import train
+from cnncomp.dispatch import modelled
 from cnncomp.dispatch import network as planning
 from cnncomp.dispatch.plan import LayerPlan, Plan
 from cnncomp.graph import trace
@@ -87,8 +88,11 @@ def pruned(model: nn.Module, split: data.Split, pattern: str, epochs: int) -> nn
 
 def planned(model: nn.Module, x: Tensor, format: str) -> tuple[nn.Module, Plan]:
     """An int8 network with the kernels of a GPU: those of ``format`` where a layer has the pattern, else what dispatch takes
-    without measurement. Its tensors stay on the CPU."""
-    with mock.patch.object(planning, "device_key", str):  # there is no such device to ask
+    without measurement on sm_80. Its tensors stay on the CPU."""
+    with (  # there is no such device to ask
+        mock.patch.object(planning, "device_key", str),
+        mock.patch.object(modelled, "arch_of", lambda device: "sm_80"),
+    ):
         planner = planning.NetworkPlanner(trace(model, (x,)), (x,), torch.device("cuda"))
         wanted = Plan("cuda", planner.key)
         for chooser in planner.choosers:

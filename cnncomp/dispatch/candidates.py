@@ -160,7 +160,7 @@ def _why_not_packed(layer: ConvertedLayer) -> str | None:
 
 def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
     reason = _why_not_packed(layer)
-    if reason is None and (where := first_violation(_weight4d(layer))):
+    if reason is None and (where := first_violation(weight4d(layer))):
         reason = f"not 2:4: {where}"
     return reason
 
@@ -168,7 +168,7 @@ def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
 def _has_empty_blocks(layer: ConvertedLayer) -> str | None:
     if reason := _why_not_packed(layer):
         return reason
-    empty = 1 - kept_fraction(_weight4d(layer), SLICE, CHUNK_BYTES, _groups(layer))
+    empty = 1 - kept_fraction(weight4d(layer), SLICE, CHUNK_BYTES, groups_of(layer))
     if empty >= MIN_SPARSITY:
         return None
     return f"{empty:.0%} of the {SLICE}x{CHUNK_BYTES} blocks are zero: their kernel needs {MIN_SPARSITY:.0%}"
@@ -187,7 +187,7 @@ def _why_not_gathered(layer: ConvertedLayer) -> str | None:
 def _has_empty_runs(layer: ConvertedLayer) -> str | None:
     if reason := _why_not_gathered(layer):
         return reason
-    empty = 1 - kept_fraction(_weight4d(layer), RUN, QUAD, _groups(layer))
+    empty = 1 - kept_fraction(weight4d(layer), RUN, QUAD, groups_of(layer))
     if empty >= MIN_SPARSITY:
         return None
     return f"{empty:.0%} of the runs of {RUN}x{QUAD} weights are zero: their kernel needs {MIN_SPARSITY:.0%}"
@@ -196,7 +196,7 @@ def _has_empty_runs(layer: ConvertedLayer) -> str | None:
 def _is_vnm_quantized(layer: ConvertedLayer) -> str | None:
     if reason := _why_not_gathered(layer):
         return reason
-    weight, groups = _weight4d(layer), _groups(layer)
+    weight, groups = weight4d(layer), groups_of(layer)
     if (m := find_m(weight, groups)) is None:
         return "not 64:2:M for any M of at least 8"
     empty = 1 - kept_columns(weight, m, groups)
@@ -205,11 +205,13 @@ def _is_vnm_quantized(layer: ConvertedLayer) -> str | None:
     return f"{max(0.0, empty):.0%} of the input channels of 64 outputs are zero: V:2:M needs {MIN_SPARSITY:.0%}"
 
 
-def _groups(layer: ConvertedLayer) -> int:
+def groups_of(layer: ConvertedLayer) -> int:
+    """Groups of a convolution; 1 of a linear layer."""
     return layer.geometry.groups if isinstance(layer, DenseConv2d) else 1
 
 
-def _weight4d(layer: ConvertedLayer) -> Tensor:
+def weight4d(layer: ConvertedLayer) -> Tensor:
+    """The weight (K, C/G, R, S) of a dense layer."""
     weight = _weight(layer)
     return weight if weight.dim() == 4 else weight[..., None, None]
 
