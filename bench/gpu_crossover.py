@@ -40,8 +40,7 @@ def ratio(shape: ConvShape, batch: int, gpu: Gpu, mask: Mask) -> float | None:
     dense, _ = run_layer(shape, batch, gpu.code, gpu)
     us = float(model(*run[0], gpu)["us"])
     if mask.format in GATHERED:
-        unit = GATHERED[mask.format].unit(torch.uint8)
-        us += units_pass(image_of(shape, batch, mask, torch.uint8), gpu, torch.uint8, unit)
+        us += units_pass(image_of(shape, batch, mask, torch.uint8), gpu, torch.uint8, mask.format)
     return float(model(*dense, gpu)["us"]) / us
 
 

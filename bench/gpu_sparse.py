@@ -38,7 +38,7 @@ from cnncomp import _cuda
 from cnncomp.ops.cuda_sparse import GATHERED
 from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm, vnm
 from cnncomp.sparsity.blocks import as_blocks
-from cnncomp.sparsity.vectors import RUN, UNIT, columns
+from cnncomp.sparsity.vectors import RUN, columns
 from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, round_up, too_many_taps, why_not
 from tests import cuda_emulated as emulated
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
@@ -141,15 +141,16 @@ def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) 
     return result, Launch(**{**vars(launch), "registers": registers_of(plan["kernel"], arch)})
 
 
-def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype, unit: int) -> float:
-    """Microseconds of the copy of activations into units of so many images: of its kernel, or, where the channels are no whole
-    pieces of 16 bytes and torch copies them, at the memory's speed."""
+def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype, format: str = "vectors") -> float:
+    """Microseconds of the copy of activations into units of images: of its kernel, or, where the channels are no whole pieces
+    of 16 bytes and torch copies them, at the memory's speed."""
+    unit = GATHERED[format].unit(dtype, image.n)
     each, moved = dtype.itemsize, 2 * image.elements() * dtype.itemsize
     if image.c * each % CHUNK_BYTES:
         return (moved / (CALIBRATION.dram * gpu.dram) + LAUNCH) * 1e6
     memory, code = GlobalMemory(), emulated.DTYPE_CODE[dtype]
     x, out = (torch.zeros(n * image.h * image.w * image.c, dtype=dtype) for n in (image.n, round_up(image.n, unit)))
-    copy = _cuda.plan_to_units if unit == UNIT else _cuda.plan_to_byte_units
+    copy = _cuda.plan_to_byte_units if format == "vnm" and each == 1 else _cuda.plan_to_units
     plan = copy(memory.pointer(x), code, *image, memory.pointer(out))
     launch = Launch(math.prod(plan["grid"]), plan["block"], 0, moved, input_bytes=x.nbytes)
     key = (emulated.digest(emulated.source_of(plan["kernel"])), plan["kernel"], image, BLOCKS, L1)
@@ -167,7 +168,7 @@ def run_sparse(
     if too_many_taps(g.kernel_size) if gathered else why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
         return None
     memory, image = GlobalMemory(), image_of(shape, batch, mask, kind)
-    images = round_up(image.n, gathered.unit(kind)) if gathered else image.n
+    images = round_up(image.n, gathered.unit(kind, image.n)) if gathered else image.n
     x = torch.zeros(image._replace(n=images).elements(), dtype=kind)
     weight = mask.packed((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight, shape.groups)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=kind)
@@ -228,7 +229,7 @@ def records(
             gathered, image = GATHERED.get(mask.format), image_of(shape, batch, mask, kind)
             about |= {
                 "us_varied": varied(counts, launch, gpu),
-                "pass_us": units_pass(image, gpu, kind, gathered.unit(kind)) if gathered else 0.0,
+                "pass_us": units_pass(image, gpu, kind, mask.format) if gathered else 0.0,
             }
             about["dense_us"] = dense_us(shape, batch, gpu, dtype)
             found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))

@@ -84,7 +84,7 @@ class EmulatedModule:
             steps = int(host_bytes(a["weight"], 4 * slices + 4).view(np.int32)[-1])
             weights = gathered.table_bytes(slices) + steps * gathered.STEP_BYTES
         plan = functools.partial(getattr(_cuda, f"plan_conv2d_{format}_{kind}"), multiprocessors, shared)
-        images = round_up(a["n"], runs_of.unit(dtype)) if runs_of else a["n"]
+        images = round_up(a["n"], runs_of.unit(dtype, a["n"])) if runs_of else a["n"]
         x = images * a["h"] * a["w"] * a["c"] * dtype.itemsize
         self._run(plan, a, x, weights, a["n"] * math.prod(out_size(a)))
 
@@ -92,7 +92,7 @@ class EmulatedModule:
         self._copy(_cuda.plan_to_units, vectors.UNIT, *image)
 
     def to_byte_units(self, device: int, stream: int, *image: int) -> None:
-        self._copy(_cuda.plan_to_byte_units, vnm.UNIT_BYTES, *image)
+        self._copy(_cuda.plan_to_byte_units, vnm.unit(torch.int8, image[2]), *image)
 
     def _copy(self, plan: Any, unit: int, x: int, x_dtype: int, n: int, h: int, w: int, c: int, out: int) -> None:
         pixel = h * w * c * (1 if x_dtype < 2 else 2)

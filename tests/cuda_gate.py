@@ -126,7 +126,7 @@ def dynamic_shared(name: str, arch: str) -> int:
         pixels, _, pieces, stages, element = map(int, numbers[:5])
         return stages * pieces * (1024 + 32 * pixels + 64 * element)
     if "_vnm_" in kernel:
-        pixels, _, pieces, stages, element = map(int, numbers[:5])
+        pixels, _, pieces, stages, _, element = map(int, numbers[:6])
         return stages * pieces * (2048 + 512 // element + 64 * pixels + 512 // element)
     if kernel.startswith("to_"):
         return 0

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cnncomp.ops import reference
 from cnncomp.sparsity.vnm import pack_vnm, to_units
 from tests import cuda_emulated as emulated
+from tests.ptx import MemoryFault
 from tests.test_cuda_kernels import OUT_DTYPES, RESIDUALS, assert_same, random_constants, random_tensor
 from tests.test_cuda_sparse24 import ARCHS
 from tests.test_cuda_vectors import HALVES
@@ -55,7 +56,8 @@ def check_conv(
         *device, case.x, emulated.DTYPE_CODE[dtype], n, h, w, len(units), case.weight, k, r, s,
         *stride, *padding, *dilation, groups, *case.epilogue(0.5, lo),
     )  # fmt: skip
-    assert f"_{TILES[device]}_" in plan["kernel"] or (device == SMALL and not half), plan["kernel"]
+    unit = "16" if dtype.itemsize == 1 and n > 8 else "8"
+    assert f"_{TILES[device]}_{unit}_" in plan["kernel"] or (device == SMALL and not half), plan["kernel"]
     result = emulated.run_planned(plan, arch, case.memory, ptx)
     assert_same(case.output(), expected, what | {"plan": plan["kernel"]})
     return result
@@ -141,9 +143,10 @@ def test_layer_of_zeros_is_its_bias(dtype):
     check_conv("80", 1, 16, 4, 4, 70, 3, 3, density=0.0, dtype=dtype)
 
 
+@pytest.mark.parametrize("n", [8, 16])
 @pytest.mark.parametrize("device, dtype", [(d, t) for d in TILES for t in (torch.uint8, torch.float16)][:-2])
-def test_shared_memory_has_no_bank_conflicts(device, dtype):
-    result = check_conv("80", n=16, c=64, h=6, w=6, k=64, r=3, s=3, padding=(1, 1), dtype=dtype, device=device)
+def test_shared_memory_has_no_bank_conflicts(device, dtype, n):
+    result = check_conv("80", n=n, c=64, h=6, w=6, k=64, r=3, s=3, padding=(1, 1), dtype=dtype, device=device)
     assert result.wavefronts == result.ideal_wavefronts > 0
 
 
@@ -157,7 +160,7 @@ def test_what_is_zero_is_not_multiplied(dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("n, c, h, w", [(16, 64, 4, 4), (70, 16, 1, 1), (3, 80, 5, 7), (33, 48, 2, 3)])
+@pytest.mark.parametrize("n, c, h, w", [(16, 64, 4, 4), (70, 16, 1, 1), (3, 80, 5, 7), (33, 48, 2, 3), (8, 32, 4, 4)])
 def test_copies_into_units_of_bytes(n, c, h, w, arch):
     x = torch.randint(0, 256, (n, c, h, w)).to(torch.uint8)
     expected = to_units(x)
@@ -167,7 +170,7 @@ def test_copies_into_units_of_bytes(n, c, h, w, arch):
     plan = _cuda.plan_to_byte_units(source, emulated.DTYPE_CODE[x.dtype], n, h, w, c, target)
     result = emulated.run_planned(plan, arch, memory)
     assert torch.equal(torch.from_numpy(memory.fetch(target, image)).reshape(expected.shape), expected)
-    if n % 16 == 0:
+    if n in (8, 16):
         assert result.sectors * 32 == 2 * x.nbytes
 
 
@@ -191,7 +194,17 @@ MUTANTS = {name: COMMON[name] for name in COMMON if name != "halves of the depth
     ),
     "bytes not turned": (AssertionError, r"prmt\.b32(\s+)(%\w+), (%\w+), (%\w+), (%\w+);", r"mov.b32\1\2, \3;"),
 }
-ONLY = {"matrices not turned": torch.float16, "bytes not turned": torch.uint8}
+MUTANTS["copy of eight bytes outside"] = (
+    (AssertionError, MemoryFault),
+    r"(cp\.async\.ca\.shared\.global \[[^\]]+\], \[%\w+\], 8), %\w+;",
+    r"\1, 8;",
+)
+IMAGES = {"copy of eight bytes outside": 7}
+ONLY = {
+    "copy of eight bytes outside": torch.uint8,
+    "matrices not turned": torch.float16,
+    "bytes not turned": torch.uint8,
+}
 
 
 CASES = [(t, name) for name in MUTANTS for t in (torch.uint8, torch.float16) if ONLY.get(name, t) == t]
@@ -203,7 +216,7 @@ def test_broken_kernel_is_caught(name, dtype):
     kernel = "conv2d_vnm_f16" if dtype == torch.float16 else "conv2d_vnm_int8"
     ptx, count = re.subn(pattern, replacement, emulated.ptx_of(kernel, "80"))
     assert count > 0
-    sizes = dict(n=9, c=128, h=5, w=5, k=16, r=3, s=3, padding=(1, 1), dtype=dtype)
+    sizes = dict(n=IMAGES.get(name, 9), c=128, h=5, w=5, k=16, r=3, s=3, padding=(1, 1), dtype=dtype)
     check_conv("80", **sizes)
     with pytest.raises(error):
         check_conv("80", **sizes, ptx=ptx)

@@ -90,10 +90,10 @@ def test_pixels_of_1x1_convolutions_are_images_and_the_copy_is_charged():
     pointwise = ConvShape("net", "layer", 1, 30, 7, 7, 64, 1, 1, 1, 0, 1, 1)
     assert gpu_sparse.image_of(pointwise, 2, mask, torch.uint8) == (98, 1, 1, 32)
     assert gpu_sparse.image_of(LAYER, 2, mask, torch.float16) == (2, 8, 8, 128)
-    small, large = (gpu_sparse.units_pass(gpu_sparse.Image(n, 56, 56, 64), gpu, torch.float16, 8) for n in (1, 64))
+    small, large = (gpu_sparse.units_pass(gpu_sparse.Image(n, 56, 56, 64), gpu, torch.float16) for n in (1, 64))
     least = 2 + 2 * 2 * 64 * 64 * 56 * 56 / 0.9 / 1.555e6
     assert 2 < small < 4 and least <= large < 1.3 * least
-    odd = gpu_sparse.units_pass(gpu_sparse.Image(64, 56, 56, 60), gpu, torch.float16, 8)
+    odd = gpu_sparse.units_pass(gpu_sparse.Image(64, 56, 56, 60), gpu, torch.float16)
     assert odd == pytest.approx(2 + (least - 2) * 60 / 64)
 
 

@@ -197,11 +197,12 @@ def test_the_m_of_a_weight_is_found(m, groups):
         vnm.check_m(dense, groups)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
-def test_units_of_channels(dtype):
-    x = torch.randint(1, 100, (19, 6, 3, 4)).to(dtype)
-    units, size = vnm.to_units(x), vnm.unit(dtype)
-    for image, channel, row, column in [(0, 0, 0, 0), (18, 5, 2, 3), (7, 5, 1, 2), (16, 3, 0, 1)]:
+@pytest.mark.parametrize("dtype, images, size", [(torch.uint8, 19, 16), (torch.int8, 7, 8), (torch.bfloat16, 19, 8)])
+def test_units_of_channels(dtype, images, size):
+    x = torch.randint(1, 100, (images, 6, 3, 4)).to(dtype)
+    units = vnm.to_units(x)
+    assert units.shape == (6, -(-images // size), 3, 4, size) and vnm.unit(dtype, images) == size
+    for image, channel, row, column in [(0, 0, 0, 0), (images - 1, 5, 2, 3), (6, 5, 1, 2), (images // 2, 3, 0, 1)]:
         assert units[channel, image // size, row, column, image % size] == x[image, channel, row, column]
     assert units.sum(dtype=torch.float64) == x.sum(dtype=torch.float64) and units.is_contiguous()
 

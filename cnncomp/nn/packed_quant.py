@@ -165,7 +165,7 @@ class VectorsQuantLinear(_Vectors, _PackedLinear):
 class VnmQuantConv2d(_Vnm, _PackedConv2d):
     """int8 convolution whose weights are 64:2:M (:mod:`cnncomp.sparsity.vnm`), on a GPU's sparse tensor cores.
 
-    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it. Batches of less than 16 are filled up.
+    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it. Batches are filled up to 8, or to whole 16.
 
     M is the one that packs the weights most tightly.
 

@@ -113,14 +113,14 @@ def _units(
         x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
     n, c, h, w = x.shape
     fmt = GATHERED[name]
-    columns, images = fmt.columns(x.dtype), fmt.unit(x.dtype)
+    columns, images = fmt.columns(x.dtype), fmt.unit(x.dtype, n)
     if c * x.itemsize % CHUNK_BYTES or c // groups % columns:
         units = fmt.to_units(x, groups)
     else:
         x = _aligned(x.contiguous(memory_format=torch.channels_last))
         units = x.new_empty((c // columns, -(-n // images), h, w, images, *[columns] * (columns > 1)))
         arguments = (x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, units.data_ptr())
-        copy = cuda._module().to_byte_units if images > vectors.UNIT else cuda._module().to_units
+        copy = cuda._module().to_byte_units if name == "vnm" and x.itemsize == 1 else cuda._module().to_units
         copy(*cuda._launch_arguments(x)[:2], *arguments)
     return units, (len(x), x.shape[2], x.shape[3], len(units) * columns)
 

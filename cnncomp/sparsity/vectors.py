@@ -38,8 +38,8 @@ def columns(dtype: torch.dtype) -> int:
     return QUAD if dtype.itemsize == 1 else 1
 
 
-def unit(dtype: torch.dtype) -> int:
-    """Images whose pixels lie next to each other."""
+def unit(dtype: torch.dtype, images: int) -> int:
+    """Images whose pixels lie next to each other, of so many."""
     return UNIT
 
 

@@ -11,7 +11,7 @@ lengths, the longest first, behind the same table as in :mod:`cnncomp.sparsity.v
 - an int32 for each of its input channels: ``channel * 256 + r * 16 + s``; -1 where it is filled up or has no non-zero. For 8
   bits the first channels of all fours come first, then the second ones, and so on: so they lie in shared memory.
 
-The kernels gather activations that lie channel by channel in units of 16 bytes (:func:`to_units`).
+The kernels gather activations that lie channel by channel in units of images (:func:`to_units`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from cnncomp.sparsity.weights import DTYPES, SLICE, check_weight, place
 
 RUN = SLICE  # V
 COLUMNS = 4  # that are kept of M
-UNIT_BYTES = 16
 KEPT_BYTES = RUN * 32  # of a piece
 #: M of which :func:`find_m` knows: 75 to 95 % zeros.
 SIZES = (8, 10, 12, 16, 20, 24, 32, 40)
 
 
-def unit(dtype: torch.dtype) -> int:
-    """Images whose pixels lie next to each other."""
-    return UNIT_BYTES // dtype.itemsize
+def unit(dtype: torch.dtype, images: int) -> int:
+    """Images whose pixels lie next to each other, of so many."""
+    return vectors.UNIT if dtype.itemsize == 2 or images <= vectors.UNIT else 16
 
 
 def columns(dtype: torch.dtype) -> int:
@@ -254,10 +253,12 @@ def to_units(x: Tensor, groups: int = 1) -> Tensor:
         groups: Not used; other formats' copies depend on it.
 
     Returns:
-        (C, NB, H, W, U), U = 16 images for 8 bits and 8 for 16, NB = ceil(N / U); zeros where it is filled up.
+        (C, NB, H, W, U), U = 16 images for 8 bits and 8 for 16, or for no more than 8, NB = ceil(N / U); zeros where it is
+        filled up.
     """
     if x.itemsize == 2:
         return vectors.to_units(x)
     n, c, h, w = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -n % UNIT_BYTES))
-    return x.reshape(-1, UNIT_BYTES, c, h, w).permute(2, 0, 3, 4, 1).contiguous()
+    size = unit(x.dtype, n)
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -n % size))
+    return x.reshape(-1, size, c, h, w).permute(2, 0, 3, 4, 1).contiguous()

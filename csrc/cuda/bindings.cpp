@@ -145,7 +145,7 @@ PYBIND11_MODULE(_cuda, m) {
          "multiple of 16 bytes.",
          &make_image, &cuda::plan_to_units);
   define(m, "to_byte_units",
-         "to_byte_units(device, stream, x, x_dtype, n, h, w, c, out): 8-bit NHWC images into units of sixteen, for "
+         "to_byte_units(device, stream, x, x_dtype, n, h, w, c, out): 8-bit NHWC images into units of sixteen, up to eight into one of eight, for "
          "conv2d_vnm_int8; c is a multiple of 16.",
          &make_image, &cuda::plan_to_byte_units);
   m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;

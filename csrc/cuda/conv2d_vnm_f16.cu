@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 3) conv2d_vnm_f16_kernel(const
 Launch plan_conv2d_vnm_f16(const Conv2d& conv, int multiprocessors, int shared) {
   check_half_types(conv, "conv2d_vnm_f16");
   const bool bfloat16 = conv.x_dtype == DType::kBfloat16;
-  return plan_vnm<2>(conv, multiprocessors, shared, [&](auto tile) {
+  return plan_vnm<8, 2>(conv, multiprocessors, shared, [&](auto tile) {
     using Tile = decltype(tile);
     Launch launch;
     launch.kernel = "conv2d_vnm_f16_" + Tile::name() + (bfloat16 ? "_bf16" : "_f16");

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 3) conv2d_vnm_int8_kernel(cons
 }
 
 Launch plan_conv2d_vnm_int8(const Conv2d& conv, int multiprocessors, int shared) {
-  return plan_vnm<1>(conv, multiprocessors, shared, [&](auto tile) {
+  const auto plan = [&](auto tile) {
     using Tile = decltype(tile);
     Launch launch;
     launch.kernel = "conv2d_vnm_int8_" + Tile::name() + (conv.x_signed ? "_s8" : "_u8");
@@ -25,7 +25,8 @@ Launch plan_conv2d_vnm_int8(const Conv2d& conv, int multiprocessors, int shared)
                                     : reinterpret_cast<const void*>(&conv2d_vnm_int8_kernel<Tile, false>);
     set_vectors<Tile>(launch, conv);
     return launch;
-  });
+  };
+  return conv.n > 8 ? plan_vnm<16, 1>(conv, multiprocessors, shared, plan) : plan_vnm<8, 1>(conv, multiprocessors, shared, plan);
 }
 
 }  // namespace cnncomp::cuda

@@ -120,7 +120,7 @@ Launch plan_conv2d_blocks_f16(const Conv2d& conv, int multiprocessors, int share
 Launch plan_conv2d_vectors_int8(const Conv2d& conv, int multiprocessors, int shared);
 Launch plan_conv2d_vectors_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 
-// With weights packed by cnncomp/sparsity/vnm.py and x in units of 16 bytes of a channel (vnm_tile.cuh), for sm_80 and later.
+// With weights packed by cnncomp/sparsity/vnm.py and x in units of images of a channel (vnm_tile.cuh), for sm_80 and later.
 Launch plan_conv2d_vnm_int8(const Conv2d& conv, int multiprocessors, int shared);
 Launch plan_conv2d_vnm_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 

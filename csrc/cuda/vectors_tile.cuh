@@ -25,6 +25,7 @@ struct VectorsPiece {
   static constexpr int kUnit = 8;                          // images
   static constexpr int kColumns = kElement == 2 ? 1 : 4;   // channels of a row
   static constexpr int kParts = kElement * kColumns / 2;   // chunks of a unit at one pixel
+  static constexpr int kChunkBytes = 16;                   // that a thread copies at once
   static constexpr int kRows = kElement == 2 ? 16 : 8;     // channels, or fours of them
   static constexpr int kValueBytes = kRun * 32;
   static constexpr int kTogether = 32;                     // pixels that a warp reads at once
@@ -43,7 +44,7 @@ struct RunTile : Piece {
   static constexpr int kBlockP = kBlockP_, kWarpP = kWarpP_, kPieces = kPieces_, kStages = kStages_;
   static constexpr int kStepRows = kPieces * kRows;
   static constexpr int kRowBytes = kBlockP * kElement * kColumns;
-  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kChunks = kRowBytes / Piece::kChunkBytes;
   static constexpr int kThreads = 32 * kBlockP / kWarpP;
   static constexpr int kGroups = kThreads / kChunks;  // rows that all threads copy at once
   static constexpr int kCopies = kStepRows / kGroups;
@@ -100,13 +101,15 @@ struct VectorsPlace {
   }
 };
 
-// 16 bytes to shared memory, zeros where `inside` lacks one of `bits`: nothing is read then.
-template <int kOffset>
+// kBytes, 8 or 16, to shared memory, zeros where `inside` lacks one of `bits`: nothing is read then.
+template <int kBytes, int kOffset>
 __device__ __forceinline__ void copy_row(uint32_t to, const int8_t* from, uint32_t inside, uint32_t bits) {
 #if !CNNCOMP_TURING
-  asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"((inside & bits) == bits ? 16 : 0),
-               "n"(kOffset)
-               : "memory");
+  const int read = (inside & bits) == bits ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read), "n"(kOffset) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0+%3], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(read), "n"(kOffset) : "memory");
 #endif
 }
 
@@ -160,7 +163,7 @@ struct VectorsLoader {
                    : "memory");
   }
 
-  // Where chunk `chunk` of row `row` of a step is: rows that one instruction reads lie in different banks.
+  // Where piece `chunk` of 16 bytes of row `row` of a step is: rows that one instruction reads lie in different banks.
   __device__ __forceinline__ static constexpr uint32_t turn(int row) {
     return (Tile::kElement == 2 ? row & 7 : (row & 3) * 2) << 4;
   }
@@ -171,8 +174,8 @@ struct VectorsLoader {
   template <int kRow>
   __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t table) const {
     const uint4 two = load_shared_16(table + kRow * 8);
-    copy_row<kRow * Tile::kRowBytes>(to ^ turn(kRow), x + static_cast<int32_t>(two.x), inside, two.y);
-    copy_row<(kRow + 1) * Tile::kRowBytes>(to ^ turn(kRow + 1), x + static_cast<int32_t>(two.z), inside, two.w);
+    copy_row<Tile::kChunkBytes, kRow * Tile::kRowBytes>(to ^ turn(kRow), x + static_cast<int32_t>(two.x), inside, two.y);
+    copy_row<Tile::kChunkBytes, (kRow + 1) * Tile::kRowBytes>(to ^ turn(kRow + 1), x + static_cast<int32_t>(two.z), inside, two.w);
     if constexpr (kRow + 2 < Tile::kCopies) copy_rows<kRow + 2>(to, table);
   }
 
@@ -188,7 +191,8 @@ struct VectorsLoader {
     // A thread's first row is a multiple of the rows that swizzle differently, or its bits of the turn are free.
     static_assert(Tile::kCopies % (Tile::kElement == 2 ? 8 : 4) == 0, "turns are those of the first thread's rows");
     if (first_row() / Tile::kRows < left)
-      copy_rows<0>(rows + first_row() * Tile::kRowBytes + chunk() * 16, tables + stage * Tile::kTableBytes + first_row() * 8);
+      copy_rows<0>(rows + first_row() * Tile::kRowBytes + chunk() * Tile::kChunkBytes,
+                   tables + stage * Tile::kTableBytes + first_row() * 8);
     if (step >= Tile::kStages - 2) {
       write_table(p, stage + 1 == Tile::kStages ? 0 : stage + 1);
       find(2);

@@ -5,7 +5,7 @@
 // 64 outputs, because a gathered row has to be used that often: a piece takes mma.sp as long as its rows take the port to the L2.
 //
 // 8-bit activations are gathered channel by channel too, for the four channels of a word are any four: units are sixteen images,
-// (C, N / 16, H, W, 16). Words of four pixels of four channels are turned on their way to mma.sp; in shared memory, channels that
+// (C, N / 16, H, W, 16), or eight where there are no more, which takes twice as many copies of half the bytes. Words of four pixels of four channels are turned on their way to mma.sp; in shared memory, channels that
 // one instruction reads lie next to each other.
 #pragma once
 
@@ -14,25 +14,31 @@
 
 namespace cnncomp::cuda {
 
-template <int kElement_>
+template <int kUnit_, int kElement_>
 struct VnmPiece {
   static constexpr int kElement = kElement_;  // bytes
   static constexpr int kRun = 64;             // outputs
-  static constexpr int kUnit = 16 / kElement;
+  static constexpr int kUnit = kUnit_, kChunkBytes = kUnit * kElement;
   static constexpr int kColumns = 1, kParts = 1;
   static constexpr int kRows = 64 / kElement;  // channels, half of which each output has
   static constexpr int kKeptBytes = kRun * 32;
   static constexpr int kValueBytes = kKeptBytes + kKeptBytes / (4 * kElement);  // and the metadata
   static constexpr int kTogether = kElement == 2 ? 8 : 32;
 
-  __device__ __forceinline__ static int unit(int j, int lane) { return kElement == 2 ? j : j / 4 * 2 + lane % 4 / 2; }
+  __device__ __forceinline__ static int unit(int j, int lane) {
+    return kElement == 2 ? j : (j / 4 * 32 + lane % 4 * 8) / kUnit;
+  }
   __device__ __forceinline__ static int image(int j, int lane, int e) {
-    return kElement == 2 ? lane % 4 * 2 + e : lane % 2 * 8 + e * 4 + j % 4;
+    return kElement == 2 ? lane % 4 * 2 + e : lane % 4 * 8 % kUnit + e * 4 + j % 4;
   }
 };
 
-template <int kBlockP, int kWarpP, int kPieces, int kStages, int kElement>
-struct VnmTile : RunTile<VnmPiece<kElement>, kBlockP, kWarpP, kPieces, kStages> {};
+template <int kBlockP, int kWarpP, int kPieces, int kStages, int kUnit, int kElement>
+struct VnmTile : RunTile<VnmPiece<kUnit, kElement>, kBlockP, kWarpP, kPieces, kStages> {
+  static std::string name() {
+    return RunTile<VnmPiece<kUnit, kElement>, kBlockP, kWarpP, kPieces, kStages>::name() + "_" + std::to_string(kUnit);
+  }
+};
 
 __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
@@ -89,15 +95,15 @@ __device__ __forceinline__ void multiply_sparse_piece(VectorsSums<Tile, Sum>& ac
 
 // Calls plan(tile): the larger one if that gives every multiprocessor a block, with fewer stages where shared memory, of which a
 // multiprocessor has `shared` bytes, would hold one block of it alone.
-template <int kElement, typename Plan>
+template <int kUnit, int kElement, typename Plan>
 Launch plan_vnm(const Conv2d& conv, int multiprocessors, int shared, Plan&& plan) {
-  using Large = VnmTile<128, 32, 2, 3, kElement>;
-  using LargeInLess = VnmTile<128, 32, 2, 2, kElement>;
+  using Large = VnmTile<128, 32, 2, 3, kUnit, kElement>;
+  using LargeInLess = VnmTile<128, 32, 2, 2, kUnit, kElement>;
   const int64_t units = ceil_div(conv.n, Large::kUnit) * conv.p() * conv.q();
   const int64_t runs = ceil_div(conv.k / conv.groups, Large::kRun) * conv.groups;
   const int64_t blocks = runs * ceil_div(units, Large::kBlockP / Large::kUnit);
   if constexpr (kElement == 2)
-    if (blocks < multiprocessors) return plan(VnmTile<64, 16, 4, 3, kElement>{});
+    if (blocks < multiprocessors) return plan(VnmTile<64, 16, 4, 3, kUnit, kElement>{});
   return shared >= 2 * (Large::kStages * (Large::kStageBytes + Large::kTableBytes) + 1024) ? plan(Large{}) : plan(LargeInLess{});
 }
 
