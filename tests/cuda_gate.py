@@ -104,12 +104,22 @@ def _sections(sass: str) -> dict[str, str]:
 
 #: Parts of the names of kernels that gather activations.
 GATHERING = ("_blocks_", "_vectors_", "_vnm_")
+#: Passes over activations: no products, and the same code on all architectures.
+PASSES = (
+    "to_units",
+    "to_byte_units",
+    "quantize",
+    "max_pool2d_int8",
+    "mean_pool2d",
+    "mean_shift_int8",
+    "mean_shift_depthwise_int8",
+)
 
 
 def archs_of(kernel: str) -> tuple[str, ...]:
     """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand; of kernels that
-    gather activations or copy them for it, whose code is the same from sm_80 on, the first alone."""
-    if any(part in kernel for part in (*GATHERING, "to_units", "to_byte_units")):
+    gather activations and passes, whose code is the same from sm_80 on, the first alone."""
+    if kernel in PASSES or any(part in kernel for part in GATHERING):
         return ("80",)
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
@@ -128,7 +138,7 @@ def dynamic_shared(name: str, arch: str) -> int:
     if "_vnm_" in kernel:
         pixels, _, pieces, stages, _, element = map(int, numbers[:6])
         return stages * pieces * (2048 + 512 // element + 64 * pixels + 512 // element)
-    if kernel.startswith("to_"):
+    if kernel in PASSES:
         return 0
     if "_sparse24_" in kernel:
         channels, pixels, _, _, stages, element = map(int, numbers[:6])
@@ -205,7 +215,7 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
     if row.blocks * row.threads < 128:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: each of its four parts needs a warp")
-    if row.kernel.startswith(("depthwise", "to_")):
+    if row.kernel.startswith(("depthwise", *PASSES)):
         return found
     name, *numbers = row.kernel.split()
     products, group = count(row.loop, "MMA"), row.loop["IGMMA"]

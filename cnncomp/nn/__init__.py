@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from cnncomp.nn.activation import Activation, ChannelAffine, ScaleChannels
 from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
+from cnncomp.nn.concat import ConcatChannels
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.packed_quant import (
     BlocksQuantConv2d,
@@ -43,12 +45,19 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
     )
 }
 
+#: Modules between layers that have kernels of this package.
+KERNEL_MODULES = (Activation, ChannelAffine, ConcatChannels, MeanPool2d, QuantMaxPool2d, ScaleChannels)
+
 __all__ = [
+    "KERNEL_MODULES",
     "LAYERS",
     "LINEAR",
+    "Activation",
     "BlocksQuantConv2d",
     "BlocksQuantLinear",
+    "ChannelAffine",
     "Clamp",
+    "ConcatChannels",
     "ConvertedLayer",
     "DenseConv2d",
     "DenseLinear",
@@ -59,6 +68,7 @@ __all__ = [
     "QuantLinear",
     "QuantMaxPool2d",
     "QuantSpec",
+    "ScaleChannels",
     "Sparse24QuantConv2d",
     "Sparse24QuantLinear",
     "SparseConv2d",

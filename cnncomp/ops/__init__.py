@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cnncomp.ops import (
+    activate,
+    concat,
     conv2d_blocks,
     conv2d_dense,
     conv2d_depthwise,
@@ -22,6 +24,8 @@ from cnncomp.ops._openmp import attach
 attach()
 
 __all__ = [
+    "activate",
+    "concat",
     "conv2d_blocks",
     "conv2d_dense",
     "conv2d_depthwise",

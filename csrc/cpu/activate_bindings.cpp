@@ -1,0 +1,33 @@
+// Python functions of the activations. Addresses come as integers; 0 stands for an operand that is not there.
+#include "activate.h"
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace cnncomp {
+namespace {
+
+void activate_rows(uintptr_t x, int64_t rows, int64_t length, int activation, uintptr_t out, int num_threads, Pitch<0> x_pitch,
+                   Pitch<1> out_pitch) {
+  activate({at<const float>(x), rows, length, at<float>(out), num_threads, x_pitch.floats, out_pitch.floats},
+           static_cast<Activation>(activation));
+}
+
+void affine(uintptr_t x, int64_t rows, int64_t length, uintptr_t scale, uintptr_t shift, int64_t channels, float lo, float hi,
+            uintptr_t out, int num_threads, Pitch<0> x_pitch, Pitch<3> out_pitch) {
+  affine_rows({at<const float>(x), rows, length, at<float>(out), num_threads, x_pitch.floats, out_pitch.floats},
+              {at<const float>(scale), at<const float>(shift), channels, lo, hi});
+}
+
+}  // namespace
+
+void bind_activate(py::module_& module) {
+  using py::arg;
+  module.def("activate", recorded(activate_rows), arg("x"), arg("rows"), arg("length"), arg("activation"), arg("out"),
+             arg("num_threads"), arg("x_pitch") = 0, arg("out_pitch") = 0, py::call_guard<py::gil_scoped_release>());
+  module.def("affine_rows", recorded(affine), arg("x"), arg("rows"), arg("length"), arg("scale"), arg("shift"), arg("channels"),
+             arg("lo"), arg("hi"), arg("out"), arg("num_threads"), arg("x_pitch") = 0, arg("out_pitch") = 0,
+             py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace cnncomp
