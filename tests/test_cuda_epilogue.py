@@ -139,6 +139,10 @@ def test_inputs_that_a_kernel_does_not_take(name):
     for x in (0, 1, 2) if half else (2, 3, 4):
         with pytest.raises(ValueError, match="float16 or bfloat16" if half else f"x: got dtype code {x}, expected"):
             plan(x, 2, 2)
+    if not half and name != "plan_conv2d_int8":
+        for residual, out, wrong in ((2, 3, "out"), (4, 2, "residual")):
+            with pytest.raises(ValueError, match=f"{wrong}: got dtype code .*no half"):
+                plan(0, residual, out)
     for code in (-1, 5):
         with pytest.raises(ValueError, match="expected 0 to 4"):
             plan(3 if half else 0, 2, code)

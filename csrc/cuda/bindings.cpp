@@ -46,14 +46,21 @@ cuda::Conv2d make_conv(uintptr_t x, int x_dtype, int n, int h, int w, int c, uin
   return conv;
 }
 
-// What a function's inputs are. The plans of kernels for halves, and to_units, look at types themselves.
-enum class Inputs { kBytes, kOthers };
+// What a function takes: bytes, with any output and residual; bytes, with no halves. Other plans look at types themselves.
+enum class Inputs { kBytes, kNoHalves, kOthers };
+
+void refuse(const char* name, const char* argument, cuda::DType got, const char* expected) {
+  throw std::invalid_argument(std::string(name) + ": " + argument + ": got dtype code " + std::to_string(static_cast<int>(got)) +
+                              ", expected " + expected);
+}
 
 void check_inputs(const char*, Inputs, const cuda::Quantize&) {}
 void check_inputs(const char* name, Inputs inputs, const cuda::Conv2d& c) {
-  if (inputs == Inputs::kBytes && cuda::size_of(c.x_dtype) != 1)
-    throw std::invalid_argument(std::string(name) + ": x: got dtype code " + std::to_string(static_cast<int>(c.x_dtype)) +
-                                ", expected 0 (uint8) or 1 (int8)");
+  if (inputs != Inputs::kOthers && cuda::size_of(c.x_dtype) != 1) refuse(name, "x", c.x_dtype, "0 (uint8) or 1 (int8)");
+  if (inputs != Inputs::kNoHalves) return;
+  const cuda::Epilogue& e = c.epilogue;
+  if (cuda::is_half(e.out_dtype)) refuse(name, "out", e.out_dtype, "0 to 2 (no half precision)");
+  if (e.residual && cuda::is_half(e.residual_dtype)) refuse(name, "residual", e.residual_dtype, "0 to 2 (no half precision)");
 }
 
 bool empty(const cuda::Quantize& q) { return q.n == 0 || q.pixels == 0 || q.c == 0; }
@@ -157,19 +164,19 @@ PYBIND11_MODULE(_cuda, m) {
   define(m, "conv2d_sparse24_int8",
          "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as conv2d_int8; weight: packed by "
          "cnncomp.sparsity.pack_2to4; shared: bytes of shared memory of a multiprocessor. sm_80 and later.",
-         Inputs::kBytes, &make_conv, &cuda::plan_conv2d_sparse24_int8);
+         Inputs::kNoHalves, &make_conv, &cuda::plan_conv2d_sparse24_int8);
   define(m, "conv2d_sparse24_f16",
          "conv2d_sparse24_f16(device, stream, multiprocessors, shared, x, x_dtype, ...), as conv2d_sparse24_int8, of float16 or "
          "bfloat16.",
          Inputs::kOthers, &make_conv, &cuda::plan_conv2d_sparse24_f16);
   const char* blocks =
       "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_gathered. sm_80 and later.";
-  define(m, "conv2d_blocks_int8", blocks, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_blocks_int8);
+  define(m, "conv2d_blocks_int8", blocks, Inputs::kNoHalves, &make_conv, &cuda::plan_conv2d_blocks_int8);
   define(m, "conv2d_blocks_f16", blocks, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_blocks_f16);
   const char* vectors =
       "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
       "cnncomp.sparsity.vectors.to_units. sm_80 and later.";
-  define(m, "conv2d_vectors_int8", vectors, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_vectors_int8);
+  define(m, "conv2d_vectors_int8", vectors, Inputs::kNoHalves, &make_conv, &cuda::plan_conv2d_vectors_int8);
   define(m, "conv2d_vectors_f16", vectors, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vectors_f16);
   const char* vnm =
       "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vnm; x: laid out by "
@@ -179,7 +186,7 @@ PYBIND11_MODULE(_cuda, m) {
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
-         Inputs::kBytes, &make_linear, &cuda::plan_conv2d_sparse24_int8);
+         Inputs::kNoHalves, &make_linear, &cuda::plan_conv2d_sparse24_int8);
   define(m, "to_units",
          "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
          "multiple of 16 bytes.",

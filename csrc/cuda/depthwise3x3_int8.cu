@@ -86,16 +86,33 @@ __global__ void __launch_bounds__(kThreads) depthwise3x3_int8_kernel(const ConvP
     }
   }
 
-  const ChannelConstants<kChannels> constants = load_constants<kChannels>(p.epilogue, 0, channel);
+  ChannelConstants<kChannels> constants;
   const int real = real_channels<kChannels>(p.epilogue, channel);
-  int64_t offset = offset_of(p.epilogue, (static_cast<int64_t>(image) * p.p + p0) * p.q + q0, 0, channel);
+  const int64_t first = offset_of(p.epilogue, (static_cast<int64_t>(image) * p.p + p0) * p.q + q0, 0, channel);
+  auto each = [&](auto finish) {
+    int64_t offset = first;
 #pragma unroll
-  for (int o = 0; o < kRows; ++o) {
-    if (p0 + o >= p.p) return;
+    for (int o = 0; o < kRows; ++o) {
+      if (p0 + o >= p.p) return;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j)
-      if (q0 + j < p.q) finish_at<kChannels>(acc[o][j], constants, p.epilogue, offset + j * p.epilogue.k, real);
-    offset += static_cast<int64_t>(p.q) * p.epilogue.k;
+      for (int j = 0; j < kColumns; ++j)
+        if (q0 + j < p.q) finish(acc[o][j], offset + j * p.epilogue.k);
+      offset += static_cast<int64_t>(p.q) * p.epilogue.k;
+    }
+  };
+  if (p.epilogue.bytes != 0) {
+    if (real == kChannels)  // once for all three rows
+      load_constants(constants, p.epilogue, 0, channel, kChannels);
+    else
+      load_constants(constants, p.epilogue, 0, channel, real);
+    each([&](const auto& sums, int64_t offset) { finish_bytes(sums, constants, p.epilogue, offset, real); });
+  } else {  // constants are loaded each time, for want of registers
+    each([&](const auto& sums, int64_t offset) {
+      load_constants(constants, p.epilogue, 0, channel, real);
+      float t[kChannels];
+      scale(t, sums, constants);
+      finish_any(t, constants, p.epilogue.e, offset, real);
+    });
   }
 }
 

@@ -121,19 +121,17 @@ __device__ __forceinline__ int real_channels(const EpilogueParams& p, int channe
 }
 
 template <int kVec>
+__device__ __forceinline__ void load_constants(ChannelConstants<kVec>& c, const EpilogueParams& p, int group, int channel, int real) {
+  const float* row = p.e.constants + group * p.limit + channel;
+  load_floats(c.scale, row, real);
+  load_floats(c.bias, row + p.k, real);
+  load_floats(c.hi, row + 2 * static_cast<int64_t>(p.k), real);
+}
+
+template <int kVec>
 __device__ __forceinline__ ChannelConstants<kVec> load_constants(const EpilogueParams& p, int group, int channel) {
   ChannelConstants<kVec> c;
-  const int real = real_channels<kVec>(p, channel);
-  const float* row = p.e.constants + group * p.limit + channel;
-  auto load = [&](int count) {
-    load_floats(c.scale, row, count);
-    load_floats(c.bias, row + p.k, count);
-    load_floats(c.hi, row + 2 * static_cast<int64_t>(p.k), count);
-  };
-  if (real == kVec)  // once for all three
-    load(kVec);
-  else
-    load(real);
+  load_constants(c, p, group, channel, real_channels<kVec>(p, channel));
   return c;
 }
 
@@ -181,15 +179,20 @@ __device__ __forceinline__ void store_bytes(const float (&t)[kVec], uint8_t* dst
   }
 }
 
-// Calls f with a pointer to what `type` is in memory; Narrow is uint8_t, for any, or the one type besides float32.
+// For Narrow, below: bytes and both halves.
+struct Any {};
+
+// Calls f with a pointer to what `type` is in memory. Narrow: the type there is besides float32, uint8_t for both 8-bit ones.
 template <typename Narrow, typename F>
 __device__ __forceinline__ void with_type(DType type, F&& f) {
   if (type == DType::kFloat32) return f(static_cast<float*>(nullptr));
-  if constexpr (sizeof(Narrow) == 1) {
+  if constexpr (std::is_same_v<Narrow, Any>) {
     if (type == DType::kFloat16) return f(static_cast<__half*>(nullptr));
     if (type == DType::kBfloat16) return f(static_cast<__nv_bfloat16*>(nullptr));
+    f(static_cast<uint8_t*>(nullptr));
+  } else {
+    f(static_cast<Narrow*>(nullptr));
   }
-  f(static_cast<Narrow*>(nullptr));
 }
 
 // Where a channel's value of a pixel lies in out and residual.
@@ -209,29 +212,28 @@ __device__ __forceinline__ void clamp(float (&t)[kVec], float lo, const float (&
   for (int i = 0; i < kVec; ++i) t[i] = smaller(larger(t[i], lo), hi[i]);
 }
 
-// What comes after scale and bias, for all types and activations, of one channel or of a whole vector.
+// What comes after scale and bias. Only Any has activations.
 template <typename Narrow, int kVec>
-__device__ __forceinline__ void finish_whole(float (&t)[kVec], const float (&hi)[kVec], const Epilogue& e, int64_t offset) {
-  constexpr int kReal = kVec == 1 ? -1 : kVec;
+__device__ __forceinline__ void finish_types(float (&t)[kVec], const float (&hi)[kVec], const Epilogue& e, int64_t offset, int real) {
   if (e.residual != nullptr) {
     float residual[kVec];
     with_type<Narrow>(e.residual_dtype, [&](auto* type) {
       const auto* src = static_cast<const std::remove_pointer_t<decltype(type)>*>(e.residual) + offset;
-      if constexpr (sizeof(*type) == 4) load_floats(residual, src, kReal);
-      if constexpr (sizeof(*type) == 2) load_halves(residual, src, kReal);
-      if constexpr (sizeof(*type) == 1) load_bytes(residual, src, e.residual_dtype, kReal);
+      if constexpr (sizeof(*type) == 4) load_floats(residual, src, real);
+      if constexpr (sizeof(*type) == 2) load_halves(residual, src, real);
+      if constexpr (sizeof(*type) == 1) load_bytes(residual, src, e.residual_dtype, real);
     });
     add_residual(t, residual, e.residual_scale);
   }
-  if constexpr (sizeof(Narrow) == 1) {
+  if constexpr (std::is_same_v<Narrow, Any>) {
     if (e.activation != Activation::kNone) activate(t, e.activation, e.out_factor);
   }
   clamp(t, e.lo, hi);
   with_type<Narrow>(e.out_dtype, [&](auto* type) {
     auto* dst = static_cast<decltype(type)>(e.out) + offset;
-    if constexpr (sizeof(*type) == 4) store_floats(t, dst, kReal);
-    if constexpr (sizeof(*type) == 2) store_halves(t, dst, kReal);
-    if constexpr (sizeof(*type) == 1) store_bytes(t, dst, kReal);
+    if constexpr (sizeof(*type) == 4) store_floats(t, dst, real);
+    if constexpr (sizeof(*type) == 2) store_halves(t, dst, real);
+    if constexpr (sizeof(*type) == 1) store_bytes(t, dst, real);
   });
 }
 
@@ -244,43 +246,56 @@ __device__ __forceinline__ float element(const float (&values)[kVec], int i) {
   return found;
 }
 
-// The same of `real` channels, of real_channels. Those of no whole vector go one by one, in a loop, for there are many copies of
-// this code in a kernel.
-template <typename Narrow, int kVec>
+// The same of Any. Channels of no whole vector go one by one, in a loop, for there are many copies of this code in a kernel.
+template <int kVec>
 __device__ __forceinline__ void finish_any(float (&t)[kVec], const ChannelConstants<kVec>& c, const Epilogue& e, int64_t offset,
                                            int real) {
-  if (kVec > 1 && real == kVec) return finish_whole<Narrow>(t, c.hi, e, offset);
+  if (kVec > 1 && real == kVec) return finish_types<Any>(t, c.hi, e, offset, kVec);
 #pragma unroll 1
   for (int i = 0; i < -real; ++i) {
     float one[1] = {element(t, i)};
     const float hi[1] = {element(c.hi, i)};
-    finish_whole<Narrow>(one, hi, e, offset + i);
+    finish_types<Any>(one, hi, e, offset + i, -1);
   }
 }
 
-// Scales, clamps, rounds and stores `acc` at `offset`; `real` of real_channels, not 0. Narrow: what is not float32 in memory,
-// uint8_t where it may be any. Bytes, which layers in a chain give each other, come first and pay for nothing else.
-template <int kVec, typename Narrow = uint8_t, typename Sum>
-__device__ __forceinline__ void finish_at(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
-                                          int64_t offset, int real) {
-  float t[kVec];
+template <int kVec, typename Sum>
+__device__ __forceinline__ void scale(float (&t)[kVec], const Sum (&acc)[kVec], const ChannelConstants<kVec>& c) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(to_float(acc[i]), c.scale[i]), c.bias[i]);
-  if (sizeof(Narrow) == 1 && p.bytes != 0) {
-    if (p.bytes == 2) {
-      float residual[kVec];
-      load_bytes(residual, static_cast<const uint8_t*>(p.e.residual) + offset, p.e.residual_dtype, real);
-      add_residual(t, residual, p.e.residual_scale);
-    }
-    clamp(t, p.e.lo, c.hi);
-    store_bytes(t, static_cast<uint8_t*>(p.e.out) + offset, real);
-  } else {
-    finish_any<Narrow>(t, c, p.e, offset, real);
+}
+
+// The whole epilogue where p.bytes says that there are only bytes.
+template <int kVec, typename Sum>
+__device__ __forceinline__ void finish_bytes(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                             int64_t offset, int real) {
+  float t[kVec];
+  scale(t, acc, c);
+  if (p.bytes == 2) {
+    float residual[kVec];
+    load_bytes(residual, static_cast<const uint8_t*>(p.e.residual) + offset, p.e.residual_dtype, real);
+    add_residual(t, residual, p.e.residual_scale);
   }
+  clamp(t, p.e.lo, c.hi);
+  store_bytes(t, static_cast<uint8_t*>(p.e.out) + offset, real);
+}
+
+// Scales, clamps, rounds and stores `acc` at `offset`; `real` of real_channels, not 0. Bytes, which layers in a chain give each
+// other, come first and pay for nothing else.
+template <int kVec, typename Narrow = Any, typename Sum>
+__device__ __forceinline__ void finish_at(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
+                                          int64_t offset, int real) {
+  if (std::is_same_v<Narrow, Any> && p.bytes != 0) return finish_bytes(acc, c, p, offset, real);
+  float t[kVec];
+  scale(t, acc, c);
+  if constexpr (std::is_same_v<Narrow, Any>)
+    finish_any(t, c, p.e, offset, real);
+  else
+    finish_types<Narrow>(t, c.hi, p.e, offset, real);
 }
 
 // The same of channels `channel`... of `group` at output pixel `pixel`.
-template <int kVec, typename Narrow = uint8_t, typename Sum>
+template <int kVec, typename Narrow = Any, typename Sum>
 __device__ __forceinline__ void finish(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
                                        int64_t pixel, int group, int channel) {
   const int real = real_channels<kVec>(p, channel);

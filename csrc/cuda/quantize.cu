@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const QuantizeParams
   const int left = static_cast<int>(kPlanes ? min(p.c - channel, kVec) : min(p.count - first, static_cast<int64_t>(kVec)));
   const int real = p.vectors && left == kVec ? kVec : -left;
   float t[kVec];
-  with_type<uint8_t>(p.x_dtype, [&](auto* type) {
+  with_type<Any>(p.x_dtype, [&](auto* type) {
     const auto* src = static_cast<const std::remove_pointer_t<decltype(type)>*>(p.x);
     if constexpr (kPlanes) {
       const uint32_t image = static_cast<uint32_t>(first) / p.pixels, pixel = static_cast<uint32_t>(first) % p.pixels;
