@@ -15,6 +15,23 @@ def set_isa(name: str) -> None:
 def set_openmp(gomp_parallel: int, omp_in_parallel: int, omp_get_thread_num: int) -> None:
     """Run on the OpenMP runtime with these entry points. Until then the kernels use the calling thread alone."""
 
+def activate(
+    x: int,
+    rows: int,
+    length: int,
+    activation: int,
+    out: int,
+    num_threads: int,
+    x_pitch: int = ...,
+    out_pitch: int = ...,
+) -> None:
+    """Activation number ``activation`` of ``x`` (rows, length) to ``out``."""
+
+def scale_rows(
+    x: int, rows: int, length: int, scale: int, out: int, num_threads: int, x_pitch: int = ..., out_pitch: int = ...
+) -> None:
+    """``x`` (rows, length) times ``scale`` (rows) to ``out``."""
+
 def conv2d_int8(
     x: int,
     x_signed: bool,
@@ -105,6 +122,9 @@ def conv2d_depthwise(
     hi: float,
     out: int,
     num_threads: int,
+    x_pitch: int = ...,
+    residual_pitch: int = ...,
+    out_pitch: int = ...,
 ) -> None: ...
 def conv2d_dense(
     x: int,
@@ -130,6 +150,9 @@ def conv2d_dense(
     hi: float,
     out: int,
     num_threads: int,
+    x_pitch: int = ...,
+    residual_pitch: int = ...,
+    out_pitch: int = ...,
 ) -> None:
     """float32 convolution. ``x`` (n, c, h, w), ``residual`` and ``out`` (n, k, p, q), ``values`` by
     :func:`cnncomp.ops.packing.pack_dense`."""
@@ -160,6 +183,9 @@ def conv2d_sparse(
     hi: float,
     out: int,
     num_threads: int,
+    x_pitch: int = ...,
+    residual_pitch: int = ...,
+    out_pitch: int = ...,
 ) -> None:
     """float32 convolution with packed sparse weights. ``x`` (n, c, h, w), ``residual`` and ``out`` (n, k, p, q)."""
 
@@ -246,10 +272,14 @@ def max_pool2d(
     dil_w: int,
     out: int,
     num_threads: int,
+    x_pitch: int = ...,
+    out_pitch: int = ...,
 ) -> None:
     """Max-pool of float32 ``x`` (n, c, h, w) to ``out`` (n, c, p, q)."""
 
-def mean_pool2d(x: int, n: int, c: int, pixels: int, channels_last: bool, out: int, num_threads: int) -> None:
+def mean_pool2d(
+    x: int, n: int, c: int, pixels: int, channels_last: bool, out: int, num_threads: int, x_pitch: int = ...
+) -> None:
     """Means of float32 ``x`` (n, c, pixels), or (n, pixels, c), to ``out`` (n, c)."""
 
 class Program:
@@ -269,6 +299,12 @@ class Program:
 
     def bind(self, step: int, which: int, slot: int, offset: int) -> None:
         """Let an operand lie ``offset`` bytes into a slot."""
+
+    def takes_pitch(self, step: int, which: int) -> bool:
+        """Whether the channels of an operand may have gaps between them."""
+
+    def set_pitch(self, step: int, which: int, floats: int) -> None:
+        """Let each channel of an operand lie so many floats behind the one before it; 0: no gaps."""
 
     def leave(self, step: int) -> None:
         """Let a call of ``conv2d_sparse_int8`` be done by the next step, another one whose residual it gives, and which alone

@@ -14,6 +14,7 @@ from cnncomp.errors import SerializationError
 from cnncomp.graph.trace import base_type
 from cnncomp.nn import (
     LAYERS,
+    Activation,
     ConvertedLayer,
     Geometry,
     LayerInfo,
@@ -22,6 +23,7 @@ from cnncomp.nn import (
     QuantLinear,
     QuantMaxPool2d,
     QuantSpec,
+    ScaleChannels,
     dequantize_weight,
     quantize_weight,
 )
@@ -98,9 +100,11 @@ TORCH_MODULES: dict[type[nn.Module], str] = {
     nn.UpsamplingNearest2d: "size scale_factor",
     nn.ZeroPad1d: "padding",
     nn.ZeroPad2d: "padding",
+    Activation: "kind",
     ClampChannels: "channels lo",
     MeanPool2d: "",
     QuantMaxPool2d: _MAX_POOL,
+    ScaleChannels: "",
 }
 _TORCH_BY_NAME = {cls.__name__: cls for cls in TORCH_MODULES}
 

@@ -20,15 +20,15 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from cnncomp._arena import ALIGN, Buffer, Pointer, merged, place, widen
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
 from cnncomp.graph import operations as op
-from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
+from cnncomp.nn import KERNEL_MODULES, Activation, ConvertedLayer, ScaleChannels
 from cnncomp.nn.base import JOINED_KERNEL
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
 MAX_ARENAS = 4
-_ALIGN = 64
 
 #: Operators that compute nothing.
 _VIEWS = frozenset(
@@ -44,36 +44,17 @@ class NotRecordable(Exception):
 
 
 @dataclass
-class _Buffer:
-    """A stretch of memory that tensors of the network lie in. ``begin``, ``end``: its addresses while recording; ``born``,
-    ``dies``: positions of the nodes that fill it and that read it last; ``slot`` and ``offset``: where it lies when run."""
-
-    begin: int
-    end: int
-    born: int
-    dies: int
-    ours: bool
-    slot: int = -1
-    offset: int = 0
-    holders: int = 0  # nodes with a value in it that is still to be read
-    over: _Buffer | None = None  # where it may lie, if that one dies when this one is born
-
-    def root(self) -> _Buffer:
-        return self if self.over is None else self.over.root()
-
-
-@dataclass
 class _View:
     """A tensor in a buffer."""
 
-    buffer: _Buffer
+    buffer: Buffer
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     start: int  # bytes from the buffer's begin
 
     @classmethod
-    def of(cls, t: Tensor, buffer: _Buffer) -> _View:
+    def of(cls, t: Tensor, buffer: Buffer) -> _View:
         return cls(buffer, t.dtype, tuple(t.shape), t.stride(), t.data_ptr() - buffer.begin)
 
     def on(self, memory: Tensor, offset: int) -> Tensor:
@@ -123,6 +104,7 @@ class _Watch(TorchDispatchMode):
         before = len(self.recorder.program)
         out = func(*args, **(kwargs or {}))
         if func.namespace == "cnncomp":
+            self.recorder.look(args)
             self.recorder.found(out, ours=True)
         elif func._schema.is_mutable or not _alias(out, (args, kwargs)):
             raise NotRecordable(str(func))
@@ -136,16 +118,16 @@ class _Recorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.program = Program()
-        self.buffers: list[_Buffer] = []
+        self.buffers: list[Buffer] = []
         self.items: list[_Item] = []
         self.keep: list[object] = []  # all tensors stay until the end, so that an address means one of them
         self.values: dict[fx.Node, Any] = {}
-        self.held: dict[fx.Node, list[_Buffer]] = {}  # where the values are that are still to be read ...
+        self.held: dict[fx.Node, list[Buffer]] = {}  # where the values are that are still to be read ...
         self.awaited: dict[fx.Node, int] = {}  # ... and by how many nodes
         self.position = 0
         constants = [*gm.buffers(), *gm.parameters()]
         self.constants = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in constants if t.nbytes]
-        self.pointers: list[tuple[int, int, _Buffer, int]] = []  # step, which, buffer, bytes from its begin
+        self.pointers: list[Pointer] = []
         self.last_node: fx.Node | None = None  # the one of the last step, if it had no other
 
     def run_node(self, n: fx.Node) -> Any:
@@ -185,7 +167,7 @@ class _Recorder(fx.Interpreter):
         """The node's value if it is all kernels of ours, which are then recorded."""
         layer = self.fetch_attr(str(n.target))
         ours = isinstance(layer, ConvertedLayer) and layer.own_kernels
-        if not ours and not isinstance(layer, (MeanPool2d, QuantMaxPool2d)):
+        if not ours and not isinstance(layer, KERNEL_MODULES):
             return None
         begin, pointers, kept = len(self.program), len(self.pointers), len(self.buffers)
         self.program.record(True)
@@ -199,7 +181,9 @@ class _Recorder(fx.Interpreter):
         finally:
             self.program.record(False)
         if ours and layer.writes_over_residual and len(n.all_input_nodes) == 2:
-            self._lay_over(value, *n.all_input_nodes)
+            self._lay_over(value, n.all_input_nodes[1], -2)
+        elif isinstance(layer, (Activation, ScaleChannels)):
+            self._lay_over(value, n.all_input_nodes[0], 0)
         if self.items and self.items[-1].node is None and self.items[-1].last == begin:
             self.items[-1].last = len(self.program)
             if len(self.program) == begin + 1:
@@ -229,14 +213,21 @@ class _Recorder(fx.Interpreter):
                 if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
                     buffer.dies = self.position
 
-    def _lay_over(self, value: Tensor, x: fx.Node, residual: fx.Node) -> None:
-        """Note that the output of a layer may lie where its residual is: what is read is in the caches already."""
-        out, read, over = (self.find(t.data_ptr()) for t in (value, self.values[x], self.values[residual]))
-        if out is None or over is None or over is read or value.nbytes != over.end - over.begin:
+    def _lay_over(self, value: Tensor, over: fx.Node, operand: int) -> None:
+        """Note that the output of the last step may lie where one of its operands is, all of a node's value, if the others
+        lie elsewhere: what is read is in the caches already."""
+        out, given = (self.find(t.data_ptr()) for t in (value, self.values[over]))
+        if out is None or given is None or value.nbytes != given.end - given.begin:
             return
-        *_, seen, written = self.program.addresses(len(self.program) - 1)  # as the kernel got them: no copies
-        if (seen, written) == (over.begin, value.data_ptr()) == (over.begin, out.begin):
-            out.over = over
+        addresses = self.program.addresses(len(self.program) - 1)
+        seen, others = addresses[operand], [a for i, a in enumerate(addresses[:-1]) if i != operand % len(addresses)]
+        if any(a and self.find(a) is given for a in others):
+            return
+        if (seen, addresses[-1]) == (
+            given.begin,
+            out.begin,
+        ) and value.data_ptr() == out.begin:  # as they are: no copies
+            out.over = given
 
     def _is_view(self, n: fx.Node, value: Any) -> bool:
         """Whether ``n`` only looks in another way at its input, a tensor of ours: then it does so every time."""
@@ -257,18 +248,26 @@ class _Recorder(fx.Interpreter):
         if n.op != "output":
             self.items.append(item)
 
-    def found(self, t: Tensor, ours: bool) -> _Buffer:
+    def found(self, t: Tensor, ours: bool) -> Buffer:
         """Note the memory of a new tensor. What comes from outside is known by the tensor's own extent, not its storage's."""
         storage = t.untyped_storage()
         extent = sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) + 1
         begin = storage.data_ptr() if ours else t.data_ptr()
         end = begin + (storage.nbytes() if ours else extent * t.element_size())
-        buffer = _Buffer(begin, end, self.position, self.position, ours)
+        image = tuple(t.shape) if ours and t.dtype == torch.float32 and t.dim() == 4 and t.is_contiguous() else None
+        buffer = Buffer(begin, end, self.position, self.position, ours, image)
         self.keep.append(t)
         self.buffers.append(buffer)
         return buffer
 
-    def find(self, address: int) -> _Buffer | None:
+    def look(self, inputs: Any) -> None:
+        """Note which images an operator takes for something else: their channels are not its channels."""
+        for t in tree_leaves(inputs):
+            buffer = self.find(t.data_ptr()) if isinstance(t, Tensor) else None
+            if buffer is not None and (tuple(t.shape) != buffer.image or not t.is_contiguous()):
+                buffer.image = None
+
+    def find(self, address: int) -> Buffer | None:
         return next((b for b in reversed(self.buffers) if b.begin <= address < b.end), None)
 
     def check(self, first: int) -> None:
@@ -280,36 +279,7 @@ class _Recorder(fx.Interpreter):
                 buffer = self.find(address)
                 if buffer is None:
                     raise NotRecordable("an operand that was made inside an operator")
-                self.pointers.append((step, which, buffer, address - buffer.begin))
-
-
-def _merged(buffers: list[_Buffer]) -> list[_Buffer]:
-    """The buffers that need places of their own: others lie where one lies that they succeed."""
-    for b in buffers:
-        if b.over is not None and not (b.over.dies == b.born and any(b.over is other for other in buffers)):
-            b.over = None
-    for b in buffers:
-        root = b.root()
-        root.dies = max(root.dies, b.dies)
-    return [b for b in buffers if b.over is None]
-
-
-def _place(buffers: Iterable[_Buffer]) -> int:
-    """Give buffers offsets such that those that live at the same time don't overlap; the bytes needed in all."""
-    placed: list[_Buffer] = []
-    total = 0
-    for buffer in sorted(buffers, key=lambda b: b.begin - b.end):
-        size, offset = buffer.end - buffer.begin, 0
-        for other in sorted(placed, key=lambda b: b.offset):
-            if other.born > buffer.dies or buffer.born > other.dies:
-                continue
-            if other.offset >= offset + size:
-                break
-            offset = max(offset, -(-(other.offset + other.end - other.begin) // _ALIGN) * _ALIGN)
-        buffer.offset = offset
-        placed.append(buffer)
-        total = max(total, offset + size)
-    return total
+                self.pointers.append(Pointer(step, which, buffer, address - buffer.begin))
 
 
 class Recording:
@@ -366,14 +336,22 @@ class Recording:
             self.results.append(_View.of(t, buffer))
         returned = [v.buffer for v in self.results]
         inside = [b for b in recorder.buffers if b.ours and not any(b is r for r in returned)]
-        self.arena_bytes = _place(_merged(inside))
+        widen(self.program, recorder.pointers, [*returned, *self._seen_by_python(recorder)])
+        self.arena_bytes = place(merged(inside))
         for b in inside:
             b.slot, b.offset = 0, b.root().offset
         self.num_slots = 1
         for b in [*returned, *(b for b in recorder.buffers if not b.ours)]:
             b.slot, self.num_slots = self.num_slots, self.num_slots + 1
-        for step, which, buffer, offset in recorder.pointers:
-            self.program.bind(step, which, buffer.slot, buffer.offset + offset)
+        for p in recorder.pointers:
+            self.program.bind(p.step, p.which, p.buffer.slot, p.buffer.offset + p.offset)
+
+    def _seen_by_python(self, recorder: _Recorder) -> list[Buffer]:
+        """Buffers with values that functions and modules between the kernels are given."""
+        called = [i.node for i in self.items if i.node is not None]
+        values = tree_leaves([recorder.values[n] for node in called for n in node.all_input_nodes])
+        buffers = (recorder.find(t.data_ptr()) for t in values if isinstance(t, Tensor) and t.numel())
+        return [b for b in buffers if b is not None]
 
     def _drop_values(self, recorder: _Recorder) -> None:
         """Which values of ours Python sees, and when each value is needed last."""
@@ -461,7 +439,7 @@ class _Arena:
     """Memory for one caller, and the tensors in it that Python sees."""
 
     def __init__(self, recording: Recording) -> None:
-        memory = torch.empty(recording.arena_bytes + _ALIGN, dtype=torch.uint8)
+        memory = torch.empty(recording.arena_bytes + ALIGN, dtype=torch.uint8)
         self.address = memory.data_ptr()
         self.views = {n: v.on(memory, v.buffer.offset) for n, v in recording.views.items() if v.buffer.slot == 0}
         returned = [v.buffer for v in recording.results]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cnncomp.executor import Recording
 from cnncomp.graph import operations as op
-from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
+from cnncomp.nn import KERNEL_MODULES, ConvertedLayer
 
 #: Activations that live at the same time, at most: half of a small last-level cache. Measured on ResNet-50 and MobileNetV2: the
 #: images per second are the same from 5 to 15 MB, and fall by a fifth to a half beyond.
@@ -26,7 +26,7 @@ LEAST = 2
 #: Modules that take each image alone; a converted network is never in training mode. What nn.Flatten or a view does to the
 #: batch shows in the first dimension of its result.
 _MODULES = (
-    ConvertedLayer, MeanPool2d, QuantMaxPool2d, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    ConvertedLayer, *KERNEL_MODULES, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm,
 )  # fmt: skip

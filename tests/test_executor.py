@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnncomp
+from cnncomp._arena import Buffer, place
 from cnncomp._cpu import Program
 from cnncomp.errors import InferenceOnlyError
-from cnncomp.executor import _Buffer, _place
 from cnncomp.nn import DenseConv2d, SparseConv2d
 from cnncomp.recordings import MAX_RECORDINGS, Recordings, kernels_of
 from tests.helpers import mask_weights
@@ -326,9 +326,9 @@ def test_recordings_are_few() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 20), st.integers(0, 10)), max_size=25))
-def test_places_in_the_arena(shapes: list[tuple[int, int, int]]) -> None:
-    buffers = [_Buffer(0, size, born, born + life, True) for size, born, life in shapes]
-    total = _place(buffers)
+def testplaces_in_the_arena(shapes: list[tuple[int, int, int]]) -> None:
+    buffers = [Buffer(0, size, born, born + life, True) for size, born, life in shapes]
+    total = place(buffers)
     for i, a in enumerate(buffers):
         assert a.offset % 64 == 0 and a.offset + a.end <= total
         for b in buffers[:i]:
@@ -338,7 +338,7 @@ def test_places_in_the_arena(shapes: list[tuple[int, int, int]]) -> None:
     assert total >= busiest
 
 
-def test_a_chain_lives_in_two_places() -> None:
+def test_a_chain_lives_in_twoplaces() -> None:
     """Eight equal images in a row take the memory of two."""
     model = recorded(sparse(nn.Sequential(*(conv(3, 3) for _ in range(9))), X), X)
     (recording,) = (r for r in model._recordings._by_key.values() if r)

@@ -87,6 +87,9 @@ CASES = {
     "conv-depthwise": ("conv2d_depthwise", lambda: _depthwise_args(False)),
     "conv-depthwise-residual": ("conv2d_depthwise", lambda: _depthwise_args(True)),
     "linear-sparse": ("linear_sparse", _linear_sparse_args),
+    "activate": ("activate", lambda: (torch.randn(2, 5, 4, 3), "silu")),
+    "activate-channels-last": ("activate", lambda: (torch.randn(2, 4, 3, 5).permute(0, 3, 1, 2), "hardswish")),
+    "scale-channels": ("scale_channels", lambda: (torch.randn(2, 5, 4, 3), torch.randn(2, 5, 1, 1))),
     "max-pool": ("max_pool2d_int8", lambda: (random_8bit((2, 6, 9, 8), torch.uint8), (3, 3), (2, 2), (1, 1), (1, 1))),
 }
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cnncomp.graph.arguments import positional
+from cnncomp.graph.modules import as_modules
 from cnncomp.graph.nodes import has_user_hooks, module_at
+from cnncomp.graph.operations import arguments
 
-_IDENTITIES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+_IDENTITIES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 #: In-place operators and functions, and what computes the same on a new tensor.
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -50,9 +52,9 @@ def normalize(gm: fx.GraphModule) -> None:
         node.type = None  # an annotation that is a string could not be pickled
     _drop_assertions(gm)
     _by_position(gm)
+    _drop_identities(gm)  # first: in inference a dropout changes nothing, in place or not
     _out_of_place(gm)
-    _drop_identities(gm)
-    _max_pool_modules(gm)
+    as_modules(gm)
     _tolerate_layouts(gm)
     gm.graph.lint()
     gm.recompile()
@@ -142,33 +144,35 @@ def _make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> None:
         raise CannotNormalize(f"{_name(node)} changes a tensor in place")
 
 
+#: Functions that drop something in training only, and their arguments. torchvision's, which is not traced into, goes by name.
+_DROPPING: dict[Any, tuple[str, ...]] = {
+    F.dropout: ("p", "training", "inplace"),
+    F.dropout1d: ("p", "training", "inplace"),
+    F.dropout2d: ("p", "training", "inplace"),
+    ("torchvision.ops.stochastic_depth", "stochastic_depth"): ("p", "mode", "training"),
+}
+
+
+def _is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        module = module_at(gm, node)
+        return type(module) in _IDENTITIES and not has_user_hooks(module)
+    if node.op != "call_function":
+        return False
+    names = _DROPPING.get(node.target) or _DROPPING.get((getattr(node.target, "__module__", ""), _name(node)))
+    if names is None:
+        return False
+    given = dict(zip(names, arguments(node, names, (None, True, None)), strict=True))
+    return given["training"] is False
+
+
 def _drop_identities(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        module = module_at(gm, node) if node.op == "call_module" else None
-        identity = type(module) in _IDENTITIES and module is not None and not has_user_hooks(module)
-        dropout = node.op == "call_function" and node.target is F.dropout and node.kwargs.get("training") is False
-        if (identity or dropout) and len(node.all_input_nodes) == 1:
+        if _is_identity(gm, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
-
-
-def _max_pool_modules(gm: fx.GraphModule) -> None:
-    """``F.max_pool2d`` with constant arguments as a module, which may pass 8 bit."""
-    for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
-            continue
-        names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
-        arguments = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
-        arguments.pop("input", None)
-        if len(node.all_input_nodes) != 1 or not set(arguments) <= set(names) or arguments.get("return_indices"):
-            continue
-        path = f"{node.name}_module"
-        gm.add_submodule(path, nn.MaxPool2d(**arguments))
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_module(path, (node.all_input_nodes[0],))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
 
 
 def _tolerate_layouts(gm: fx.GraphModule) -> None:

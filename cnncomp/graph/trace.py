@@ -22,7 +22,7 @@ from cnncomp.graph.arguments import optional_arguments, positional, trace_with_f
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
 from cnncomp.graph.nodes import cloned, has_user_hooks
 from cnncomp.graph.normalize import CannotNormalize
-from cnncomp.nn import ConvertedLayer, MeanPool2d, QuantMaxPool2d
+from cnncomp.nn import KERNEL_MODULES, ConvertedLayer
 from cnncomp.quantization import ClampChannels, QuantizeInputHook, quantization_of, remove_layer_quantization
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -69,7 +69,7 @@ class _Tracer(fx.Tracer):
     """Leaves: torch's own layers, converted layers, subclasses of what could be converted, and anything with hooks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = (ConvertedLayer, ClampChannels, MeanPool2d, QuantMaxPool2d)
+        ours = (ConvertedLayer, ClampChannels, *KERNEL_MODULES)
         if isinstance(m, (*ours, *CONVERTIBLE, *_NORMS)) or has_user_hooks(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)

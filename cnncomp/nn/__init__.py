@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cnncomp.nn.activation import Activation, ScaleChannels
 from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.packed_quant import (
@@ -39,9 +40,14 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
     )
 }
 
+#: Modules between layers that have kernels of this package.
+KERNEL_MODULES = (Activation, MeanPool2d, QuantMaxPool2d, ScaleChannels)
+
 __all__ = [
+    "KERNEL_MODULES",
     "LAYERS",
     "LINEAR",
+    "Activation",
     "BlocksQuantConv2d",
     "BlocksQuantLinear",
     "Clamp",
@@ -55,6 +61,7 @@ __all__ = [
     "QuantLinear",
     "QuantMaxPool2d",
     "QuantSpec",
+    "ScaleChannels",
     "Sparse24QuantConv2d",
     "Sparse24QuantLinear",
     "SparseConv2d",

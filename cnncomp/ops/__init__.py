@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cnncomp.ops import (
+    activate,
     conv2d_blocks,
     conv2d_dense,
     conv2d_depthwise,
@@ -21,6 +22,7 @@ from cnncomp.ops._openmp import attach
 attach()
 
 __all__ = [
+    "activate",
     "conv2d_blocks",
     "conv2d_dense",
     "conv2d_depthwise",

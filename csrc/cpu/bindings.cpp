@@ -24,6 +24,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_openmp", &set_openmp, py::arg("gomp_parallel"), py::arg("omp_in_parallel"),
         py::arg("omp_get_thread_num"),
         "Run on the OpenMP runtime with these entry points (addresses).");
+  bind_activate(m);
   bind_int8(m);
   bind_conv2d_depthwise(m);
   bind_conv2d_sparse(m);

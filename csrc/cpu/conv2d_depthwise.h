@@ -15,6 +15,8 @@ struct Conv2dDepthwiseArgs {
   float lo, hi;
   float* out;  // (n, c, p, q)
   int num_threads;
+  // Floats from a channel to the next one of x, residual and out, the latter two the same; 0: no gap.
+  int64_t x_pitch = 0, residual_pitch = 0, out_pitch = 0;
 };
 
 // out = clamp(conv2d(x, weight, groups = c) + bias + residual, lo, hi). Throws std::invalid_argument for sizes that give no

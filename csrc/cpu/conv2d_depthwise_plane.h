@@ -26,10 +26,10 @@ struct Inside {
 struct Plane : DepthwisePlanes {
   float first;  // what sums begin with
   Plane(const DepthwisePlanes& a, int64_t i) : DepthwisePlanes(a), first(a.bias != nullptr ? a.bias[i] : 0.0f) {
-    x += i * a.h * a.w;
+    x += i * a.x_pitch;
     weight += i * a.r * a.s;
-    if (residual != nullptr) residual += i * a.p * a.q;
-    out += i * a.p * a.q;
+    if (residual != nullptr) residual += i * a.out_pitch;
+    out += i * a.out_pitch;
   }
 };
 

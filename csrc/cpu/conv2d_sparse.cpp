@@ -82,6 +82,14 @@ bool is_pointwise(const Conv2dSparseArgs& a) {
   return a.r * a.s * a.stride_h * a.stride_w == 1 && a.pad_h + a.pad_w == 0;
 }
 
+// Says how far channels lie apart where the caller left it open.
+void set_pitches(const char* name, Conv2dSparseArgs& a) {
+  const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h), q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  a.x_pitch = checked_pitch(name, a.x_pitch, a.h * a.w);
+  a.out_pitch = checked_pitch(name, a.out_pitch, p * q);
+  if (a.residual != nullptr) check_same_pitch(name, checked_pitch(name, a.residual_pitch, p * q), a.out_pitch);
+}
+
 // Grid pixels of all input channels that half of a second-level cache holds.
 int64_t packed_pixels(const Plan& plan) {
   constexpr int64_t kBytes = 524288;
@@ -154,10 +162,10 @@ void make_offsets(const Conv2dSparseArgs& a, Plan& plan) {
                                 " input channels is too large for this image");
   }
   plan.linear = plan.rows.span == 0 && plan.columns.span == 0 && planes == a.r * a.s;
-  plan.far = a.n * a.c * a.h * a.w * static_cast<int64_t>(sizeof(float)) > (int64_t{2} << 20);
-  // A copy is aligned and lies closer together: it pays where each input is read often.
+  plan.far = a.n * a.c * a.x_pitch * static_cast<int64_t>(sizeof(float)) > (int64_t{2} << 20);
+  // A copy of one tile of several lies closer together: it pays where each input is read often.
   const bool seldom = plan.dense ? plan.group_c <= 32 : plan.group_k <= 256;
-  plan.direct = is_pointwise(a) && seldom && a.h * a.w % kSparseMaxLanes == 0;
+  plan.direct = is_pointwise(a) && (seldom || plan.tiles == 1) && a.x_pitch % kSparseMaxLanes == 0;
   plan.offset.clear();
   if (plan.linear) return;
   for (int64_t c = 0; c < block; c++) {
@@ -199,7 +207,7 @@ void make_runs(const Conv2dSparseArgs& a, const Plan& plan, int64_t grid, int64_
       const int64_t at = start + column * a.stride_w;
       const int64_t first = std::clamp<int64_t>(at < 0 ? ceil_div(-at, a.stride_w) : 0, 0, length);
       const int64_t last = std::clamp<int64_t>(at < a.w ? ceil_div(a.w - at, a.stride_w) : 0, first, length);
-      runs.push_back({length, first, last, row, image * a.c * a.h * a.w, at + first * a.stride_w});
+      runs.push_back({length, first, last, row, image * a.c * a.x_pitch, at + first * a.stride_w});
     }
     i += length;
   }
@@ -215,7 +223,7 @@ void make_segments(const Conv2dSparseArgs& a, const Plan& plan, int64_t grid, in
   segments.clear();
   // Where rows follow each other without a gap, a stretch ends only with the image.
   const bool gapless = plan.pitch == plan.q;
-  const int64_t image_pixels = plan.p * plan.q, image_out = a.k * image_pixels;
+  const int64_t image_pixels = plan.p * plan.q, image_out = a.k * a.out_pitch;
   const int64_t valid = gapless ? image_pixels : plan.q, step = gapless ? image_pixels : plan.pitch;
   for (int64_t i = begin; i < end;) {
     const int64_t at = i % step, line = i / step;
@@ -240,7 +248,7 @@ bool make_pieces(const std::vector<SparseSegment>& segments, int64_t lanes, int6
 // Copies `channels` input channels from `first` on to the planes of the grid pixels that scratch.runs were made for.
 void pack(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& kernels, int64_t first, int64_t channels,
           const Scratch& scratch, float* planes) {
-  kernels.pack({a.x + first * a.h * a.w, channels, a.h, a.w, a.stride_h, a.stride_w, plan.rows.start.data(), plan.rows.planes(),
+  kernels.pack({a.x + first * a.x_pitch, channels, a.h, a.w, a.stride_h, a.stride_w, a.x_pitch, plan.rows.start.data(), plan.rows.planes(),
                 plan.columns.planes(), plan.plane_length, scratch.runs.data(),
                 static_cast<int64_t>(scratch.runs.size()) / plan.columns.planes(), planes});
 }
@@ -258,14 +266,14 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
   const int64_t channel = plan.rows.planes() * plan.columns.planes() * plan.plane_length;
   const int64_t block = std::min(a.weights.block, plan.group_c);
   constexpr int64_t kFloat = sizeof(float);
-  t.step = direct != nullptr ? a.h * a.w * kFloat : plan.linear ? plan.plane_length * kFloat : 0;
+  t.step = direct != nullptr ? a.x_pitch * kFloat : plan.linear ? plan.plane_length * kFloat : 0;
   const SparseTileKernel* const tiles = plan.dense ? t.step != 0 ? kernels.dense_steps : kernels.dense_offsets
                                         : t.step != 0 ? kernels.tile_steps[narrow] : kernels.tile_offsets[narrow];
   if (t.step == 0) t.offset = plan.dense ? plan.offset.data() : scratch.offsets.get(a, plan, group);
   for (int64_t b = 0; b < plan.blocks; b++) {
     const int64_t c = group * plan.group_c + b * block, channels = std::min(block, plan.group_c - b * block);
     if (direct != nullptr) {
-      t.x = direct + c * a.h * a.w;
+      t.x = direct + c * a.x_pitch;
     } else if (inputs.planes != nullptr) {
       t.x = inputs.planes + b * block * channel;
     } else {
@@ -276,7 +284,7 @@ void run_blocks(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels
     t.next = nullptr;
     if (direct != nullptr && plan.far) {  // the next block, or the first one of the tile behind
       const int64_t next = (b + 1) % plan.blocks * block, pixels = b + 1 == plan.blocks ? tile_vectors * plan.lanes : 0;
-      t.next = direct + (group * plan.group_c + next) * a.h * a.w + pixels;
+      t.next = direct + (group * plan.group_c + next) * a.x_pitch + pixels;
       t.next_channels = std::min(block, plan.group_c - next);
     }
     if (plan.dense) {
@@ -297,17 +305,22 @@ void run_tile(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   const int64_t begin = plan.tile_begin(tile), full = plan.tile_pixels(tile);
   const int64_t end = std::min(plan.pixels, begin + full);
   make_segments(a, plan, grid, begin, end, scratch.segments);
-  // The input itself serves as the copy where a whole tile of it is there to be read.
-  const bool direct = plan.direct && end - begin == full && scratch.segments.size() == 1;
   const int64_t image_pixels = plan.p * plan.q, image = begin / image_pixels, pixel = begin % image_pixels;
+  // The input itself serves as the copy where a whole tile of it is there to be read.
+  const bool direct = plan.direct && pixel + full <= a.x_pitch && scratch.segments.size() == 1;
   if (!direct && planes == nullptr) make_runs(a, plan, grid, begin, scratch.runs);
+  const bool narrow = is_narrow(kernels, full - (end - begin));
+  if (end == plan.pixels && scratch.segments.size() == 1) {  // whole vectors, where there is room behind the last pixel
+    const int64_t used = narrow ? full - kernels.lanes + kernels.last_lanes : full;
+    SparseSegment& s = scratch.segments[0];
+    if (s.tile_begin == 0 && s.out_begin % (a.k * a.out_pitch) + used <= a.out_pitch) s.length = used;
+  }
   t.partial = plan.blocks > 1 ? scratch.partial.get((t.k_end - t.k_begin) * full) : nullptr;
   t.segments = scratch.segments.data();
   t.num_segments = static_cast<int64_t>(scratch.segments.size());
   const bool whole = make_pieces(scratch.segments, plan.lanes, full / plan.lanes, scratch.pieces);
   t.pieces = whole ? scratch.pieces.data() : nullptr;
-  const bool narrow = is_narrow(kernels, full - (end - begin));
-  const float* const input = direct ? a.x + image * a.c * a.h * a.w + pixel : nullptr;
+  const float* const input = direct ? a.x + image * a.c * a.x_pitch + pixel : nullptr;
   run_blocks(a, plan, kernels, group, full / plan.lanes, narrow, {input, planes}, scratch, t);
 }
 
@@ -318,7 +331,7 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   const int64_t copy = task / plan.k_ranges % plan.packs;
   const int64_t group = task / plan.k_ranges / plan.packs % a.groups;
   const int64_t grid = task / plan.k_ranges / plan.packs / a.groups;
-  const int64_t k = group * plan.group_k, pixels = plan.p * plan.q;
+  const int64_t k = group * plan.group_k;
 
   SparseTile t;
   t.values = a.weights.values;
@@ -327,9 +340,9 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   t.k_begin = plan.k_begin(a, group, k_range);
   t.k_end = plan.k_begin(a, group, k_range + 1);
   t.bias = a.bias != nullptr ? a.bias + k : nullptr;
-  t.residual = a.residual != nullptr ? a.residual + k * pixels : nullptr;
-  t.out = a.out + k * pixels;
-  t.out_stride_k = pixels;
+  t.residual = a.residual != nullptr ? a.residual + k * a.out_pitch : nullptr;
+  t.out = a.out + k * a.out_pitch;
+  t.out_stride_k = a.out_pitch;
   t.lo = a.lo;
   t.hi = a.hi;
 
@@ -346,8 +359,10 @@ void run_task(const Conv2dSparseArgs& a, const Plan& plan, const SparseKernels& 
   }
 }
 
-void run(Conv2dSparseArgs args) {
+void run(const char* name, Conv2dSparseArgs args) {
   static thread_local Plan plan;
+  check_sparse_conv(name, args);
+  set_pitches(name, args);
   if (args.n == 0 || args.k == 0) return;
   if (is_pointwise(args)) {
     args.w *= args.h;  // no tap looks at another row: an image is one long row
@@ -396,15 +411,13 @@ int64_t k_range_begin(const int32_t* row_ptr, int64_t blocks, int64_t group_k, i
   return low;
 }
 
-void conv2d_sparse(const Conv2dSparseArgs& args) {
-  check_sparse_conv("conv2d_sparse", args);
-  run(args);
-}
+void conv2d_sparse(const Conv2dSparseArgs& args) { run("conv2d_sparse", args); }
 
 void conv2d_dense(const Conv2dDenseArgs& a) {
-  check_sparse_conv("conv2d_dense", a);
-  run({a.x, a.n, a.c, a.h, a.w, {a.weights.values, nullptr, nullptr, a.weights.block}, a.k, a.r, a.s, a.stride_h, a.stride_w,
-       a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.groups, a.bias, a.residual, a.lo, a.hi, a.out, a.num_threads});
+  run("conv2d_dense",
+      {a.x, a.n, a.c, a.h, a.w, {a.weights.values, nullptr, nullptr, a.weights.block}, a.k, a.r, a.s, a.stride_h, a.stride_w,
+       a.pad_h, a.pad_w, a.dil_h, a.dil_w, a.groups, a.bias, a.residual, a.lo, a.hi, a.out, a.num_threads, a.x_pitch,
+       a.residual_pitch, a.out_pitch});
 }
 
 }  // namespace cnncomp

@@ -30,6 +30,9 @@ struct Conv2dArgs {
   float lo, hi;
   float* out;  // (n, k, p, q)
   int num_threads;
+  // Floats from a channel to the next one of x, residual and out, the latter two the same; 0: no gap. What lies in a gap of x may be
+  // read, and that of out written; what becomes of it is never part of a result.
+  int64_t x_pitch = 0, residual_pitch = 0, out_pitch = 0;
 };
 
 using Conv2dSparseArgs = Conv2dArgs<SparseWeights>;

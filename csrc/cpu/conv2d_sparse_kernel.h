@@ -58,6 +58,7 @@ struct SparseRun {
 struct SparsePack {
   const float* x;  // first channel of the first image
   int64_t channels, h, w, stride_h, stride_w;
+  int64_t pitch;  // floats from a channel to the next
   const int64_t* row_start;  // for each row plane, the input row that is its row 0
   int64_t row_planes, column_planes, plane_length;
   const SparseRun* runs;  // (num_runs, column planes)

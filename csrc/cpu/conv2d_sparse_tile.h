@@ -233,7 +233,7 @@ void tile(const SparseTile& given) {
 // One vector of a run, for all channels: dst[i] = src[i * stride] for first <= i < last, 0 elsewhere.
 template <class V>
 void pack_vector(const SparsePack& a, float* dst, const float* src, int first, int last, int keep) {
-  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.h * a.w;
+  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.pitch;
   const auto put = [&](auto load) {
     for (int64_t c = 0; c < a.channels; c++, dst += dst_stride, src += src_stride) {
       const typename V::Vec v = load(src);
@@ -258,7 +258,7 @@ void pack_vector(const SparsePack& a, float* dst, const float* src, int first, i
 // The first `length` floats of all channels, one channel after the other: streams that the prefetchers follow.
 template <class V>
 void copy_rows(const SparsePack& a, float* dst, const float* src, int64_t length) {
-  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.h * a.w;
+  const int64_t dst_stride = a.row_planes * a.column_planes * a.plane_length, src_stride = a.pitch;
   for (int64_t c = 0; c < a.channels; c++, dst += dst_stride, src += src_stride) {
     for (int64_t i = 0; i < length; i += V::kLanes) V::store(dst + i, V::load(src + i));
   }

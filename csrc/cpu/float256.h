@@ -22,13 +22,20 @@ struct Avx2 {
   static Vec load_between(const float* p, int first, int last) { return load_masked(p, between(first, last)); }
   static void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) {  // the instruction gives b if either is NaN
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
   // The operand that may be NaN comes second.
   static Vec at_least(Vec v, Vec lo) { return _mm256_max_ps(lo, v); }
+  static Vec at_most(Vec v, Vec hi) { return _mm256_min_ps(hi, v); }
   static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
+  static Vec times_pow2(Vec v, Vec n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
   static Vec even(Vec a, Vec b) {
     const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));

@@ -24,13 +24,17 @@ struct Avx512 {
   static void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
   static __m256 low(Vec v) { return _mm512_castps512_ps256(v); }  // as a vector of HalfAvx512
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) {  // the instruction gives b if either is NaN
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
   // The operand that may be NaN comes second.
   static Vec at_least(Vec v, Vec lo) { return _mm512_max_ps(lo, v); }
+  static Vec at_most(Vec v, Vec hi) { return _mm512_min_ps(hi, v); }
   static Vec clamp(Vec v, Vec lo, Vec hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, v)); }
+  static Vec times_pow2(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
   static Vec even(Vec a, Vec b) {
     const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_permutex2var_ps(a, i, b);

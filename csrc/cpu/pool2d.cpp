@@ -24,18 +24,20 @@ struct Scratch {
 }  // namespace
 
 void max_pool2d(const MaxPool2dArgs& a) {
-  check_window("max_pool2d", a);
+  constexpr char kName[] = "max_pool2d";
+  check_window(kName, a);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const PoolKernels& pool = kernels();
   const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
   const int64_t q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  const int64_t x_pitch = checked_pitch(kName, a.x_pitch, a.h * a.w), out_pitch = checked_pitch(kName, a.out_pitch, p * q);
   const int64_t reach = a.w + 2 * a.pad_w + kPoolSlack * a.stride_w;
   parallel_for(a.num_threads, a.n * a.c, [&](int64_t plane) {
     static thread_local Scratch scratch;
     scratch.line.assign(reach, kLowest);
-    const float* const x = a.x + plane * a.h * a.w;
+    const float* const x = a.x + plane * x_pitch;
     for (int64_t i = 0; i < p; i++) {
-      float* const out = a.out + (plane * p + i) * q;
+      float* const out = a.out + plane * out_pitch + i * q;
       scratch.rows.clear();
       for (int64_t r = 0; r < a.r; r++) {
         const int64_t row = i * a.stride_h - a.pad_h + r * a.dil_h;
@@ -61,9 +63,10 @@ void mean_pool2d(const MeanPool2dArgs& a) {
     return;
   }
   constexpr int64_t kPlanes = 32;  // of a task
+  const int64_t pitch = checked_pitch("mean_pool2d", a.x_pitch, a.pixels);
   parallel_for(a.num_threads, ceil_div(a.n * a.c, kPlanes), [&](int64_t task) {
     for (int64_t i = task * kPlanes; i < std::min(a.n * a.c, (task + 1) * kPlanes); i++) {
-      a.out[i] = pool.sum(a.x + i * a.pixels, a.pixels) * scale;
+      a.out[i] = pool.sum(a.x + i * pitch, a.pixels) * scale;
     }
   });
 }

@@ -10,6 +10,7 @@ struct MaxPool2dArgs {
   int64_t n, c, h, w, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   float* out;  // (n, c, p, q)
   int num_threads;
+  int64_t x_pitch = 0, out_pitch = 0;  // floats from a channel to the next; 0: no gap
 };
 
 // The greatest value of each window, NaN if it holds one; -infinity for a window outside the image. Throws
@@ -22,6 +23,7 @@ struct MeanPool2dArgs {
   bool channels_last;
   float* out;  // (n, c)
   int num_threads;
+  int64_t x_pitch = 0;  // of (n, c, pixels): floats from a channel to the next; 0: no gap
 };
 
 // The mean of each channel of each image.

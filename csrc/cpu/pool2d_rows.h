@@ -66,12 +66,17 @@ void max_row(const MaxPoolRow& a) {
 
 template <class V>
 float sum(const float* x, int64_t length) {
-  typename V::Vec v = V::broadcast(0.0f);
-  for (int64_t i = 0; i < length; i += V::kLanes) {
-    const int64_t left = length - i;
-    v = V::add(v, left >= V::kLanes ? V::load(x + i) : V::load_between(x + i, 0, static_cast<int>(left)));
+  constexpr int kSets = 4;  // additions in flight
+  typename V::Vec v[kSets];
+  for (int s = 0; s < kSets; s++) v[s] = V::broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + kSets * V::kLanes <= length; i += kSets * V::kLanes) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; s++) v[s] = V::add(v[s], V::load(x + i + s * V::kLanes));
   }
-  return sum_of_lanes<V>(v);
+  for (; i + V::kLanes <= length; i += V::kLanes) v[0] = V::add(v[0], V::load(x + i));
+  if (i < length) v[1] = V::add(v[1], V::load_between(x + i, 0, static_cast<int>(length - i)));
+  return sum_of_lanes<V>(V::add(V::add(v[0], v[1]), V::add(v[2], v[3])));
 }
 
 template <class V>

@@ -21,6 +21,12 @@ void Program::bind(int64_t step, int64_t which, int32_t slot, int64_t offset) {
   s.address.at(which) = static_cast<uintptr_t>(offset);
 }
 
+void Program::set_pitch(int64_t step, int64_t which, int64_t floats) {
+  if (!takes_pitch(step, which)) throw std::invalid_argument("Program: an operand without a pitch");
+  if (floats < 0) throw std::invalid_argument("Program: a pitch below 0");
+  steps_[step].pitch[which] = floats;
+}
+
 void Program::leave(int64_t step) {
   if (step < 0 || step + 1 >= size()) throw std::out_of_range("Program: no step to leave work to");
   if (steps_[step].kernel != steps_[step + 1].kernel) throw std::invalid_argument("Program: steps of different kernels");
@@ -44,7 +50,7 @@ void Program::run(int64_t first, int64_t last, const std::vector<uintptr_t>& slo
     }
     // The next step is there, so that nothing is left at the end.
     leaving() = s.leaves && i + 1 < last;
-    s.call(address);
+    s.call(address, s.pitch.data());
     leaving() = false;
   }
 }

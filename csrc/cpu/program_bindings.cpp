@@ -19,6 +19,8 @@ void bind_program(py::module_& module) {
       .def("truncate", &Program::truncate, arg("size"))
       .def("addresses", &Program::addresses, arg("step"))
       .def("bind", &Program::bind, arg("step"), arg("which"), arg("slot"), arg("offset"))
+      .def("takes_pitch", &Program::takes_pitch, arg("step"), arg("which"))
+      .def("set_pitch", &Program::set_pitch, arg("step"), arg("which"), arg("floats"))
       .def("leave", &Program::leave, arg("step"))
       .def("run", &Program::run, arg("first"), arg("last"), arg("slots"), py::call_guard<py::gil_scoped_release>());
 }

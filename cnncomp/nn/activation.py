@@ -1,0 +1,65 @@
+"""Activations that no layer takes in as a clamp, and factors of channels, on a kernel of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnncomp.errors import ArgumentError
+from cnncomp.ops.activate import is_dense
+
+_IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+}
+_OF_TORCH = {nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Hardsigmoid: "hardsigmoid", nn.Hardswish: "hardswish"}
+
+
+def _ours(x: Tensor) -> bool:
+    """Whether the kernel takes ``x``: it is for floats on a CPU and has no gradient."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
+
+
+class Activation(nn.Module):
+    """``nn.SiLU``, ``nn.Sigmoid``, ``nn.Hardswish`` or ``nn.Hardsigmoid``, within 1e-6 relative of torch's.
+
+    Args:
+        kind: "silu", "sigmoid", "hardswish" or "hardsigmoid".
+
+    Raises:
+        ArgumentError: another kind.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in _IN_TORCH:
+            raise ArgumentError("kind", repr(kind), f"one of {', '.join(_IN_TORCH)}")
+        self.kind = kind
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _ours(input) and is_dense(input):
+            return torch.ops.cnncomp.activate(input, self.kind)
+        return _IN_TORCH[self.kind](input)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Activation | None:
+        """The same as a module of torch's; None for another one."""
+        kind = _OF_TORCH.get(type(module))
+        return None if kind is None else cls(kind)
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+class ScaleChannels(nn.Module):
+    """``input * scale``: images (N, C, H, W) and a factor for each channel, (N, C, 1, 1), as in squeeze and excitation."""
+
+    def forward(self, input: Tensor, scale: Tensor) -> Tensor:
+        if _ours(input) and _ours(scale) and input.is_contiguous():
+            return torch.ops.cnncomp.scale_channels(input, scale)
+        return input * scale

@@ -1,0 +1,52 @@
+#include "activate.h"
+
+#include <algorithm>
+#include <string>
+
+#include "activate_kernel.h"
+#include "cpuid.h"
+#include "driver.h"
+#include "parallel.h"
+
+namespace cnncomp {
+namespace {
+
+constexpr int64_t kTogether = 16384;  // floats of a task
+
+const ActivateKernels& kernels() {
+  return CNNCOMP_FP32_KERNELS(kActivate);
+}
+
+// row(i, x, length, out) for each row, or part of a long one.
+template <class Row>
+void for_rows(const char* name, const ActivateArgs& a, Row row) {
+  const int64_t x_pitch = checked_pitch(name, a.x_pitch, a.length), out_pitch = checked_pitch(name, a.out_pitch, a.length);
+  const int64_t part = std::clamp<int64_t>(a.length, 1, kTogether), parts = ceil_div(a.length, part);
+  const int64_t together = kTogether / part;  // short rows
+  parallel_for(a.num_threads, ceil_div(a.rows, together) * parts, [&](int64_t task) {
+    const int64_t begin = task % parts * part, length = std::min(part, a.length - begin), first = task / parts * together;
+    for (int64_t i = first; i < std::min(a.rows, first + together); i++) {
+      row(i, a.x + i * x_pitch + begin, length, a.out + i * out_pitch + begin);
+    }
+  });
+}
+
+}  // namespace
+
+void activate(const ActivateArgs& a, Activation activation) {
+  const int kind = static_cast<int>(activation);
+  if (kind < 0 || kind >= kActivations) throw std::invalid_argument("activate: no activation " + std::to_string(kind));
+  const auto kernel = kernels().activate[kind];
+  ActivateArgs whole = a;
+  if ((a.x_pitch == 0 || a.x_pitch == a.length) && a.x_pitch == a.out_pitch) {  // without gaps, all rows are one
+    whole = {a.x, 1, a.rows * a.length, a.out, a.num_threads};
+  }
+  for_rows("activate", whole, [=](int64_t, const float* x, int64_t length, float* out) { kernel(x, length, out); });
+}
+
+void scale_rows(const ActivateArgs& a, const float* scale) {
+  const auto kernel = kernels().scale;
+  for_rows("scale_rows", a, [=](int64_t i, const float* x, int64_t length, float* out) { kernel(x, length, scale[i], out); });
+}
+
+}  // namespace cnncomp
