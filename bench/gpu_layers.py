@@ -27,7 +27,7 @@ def registers_of(kernel: str, arch: str) -> int:
     """Registers of a thread of a planned kernel, from its machine code."""
     source = emulated.source_of(kernel)
     wanted = cuda_gate.short_name(emulated.entry_of(kernel, emulated.ptx_of(source, arch)))
-    return next(row.registers for row in cuda_gate.rows(source, arch) if row.kernel == wanted)
+    return next(row.registers for row in cuda_gate.all_rows(source, arch) if row.kernel == wanted)
 
 
 @cache
