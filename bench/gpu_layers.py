@@ -86,7 +86,7 @@ def _blocks(plan: dict[str, Any], shape: ConvShape) -> list[int] | None:
     """The blocks to run.
 
     All where blocks share each tile's reduction, since the last of them does more than the others. Where they share that of the
-    last tiles alone, all that share some of these, the grid's end among them, and blocks of other tiles in proportion.
+    last tiles alone, all that share some of these, spread over them, and blocks of other tiles in proportion.
     """
     grid, whole, parts = math.prod(plan["grid"]), plan["whole"], plan["parts"]
     if parts == 1:
@@ -96,10 +96,8 @@ def _blocks(plan: dict[str, Any], shape: ConvShape) -> list[int] | None:
     shared = (grid - whole) // parts
     some = max(1, round(BLOCKS * shared / whole))
     alone = sample_of(whole, max(BLOCKS, 8 * round(whole * some / shared / 8)))
-    return [
-        *(alone or range(whole)),
-        *(whole + part * shared - i for part in range(1, parts + 1) for i in range(some, 0, -1)),
-    ]
+    chosen = [(2 * i + 1) * shared // (2 * some) for i in range(some)]
+    return [*(alone or range(whole)), *(whole + part * shared + tile for part in range(parts) for tile in chosen)]
 
 
 def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counted, str]:
