@@ -90,7 +90,9 @@ def widen(program: Program, pointers: Sequence[Pointer], seen: Iterable[Buffer])
 def merged(buffers: list[Buffer]) -> list[Buffer]:
     """The buffers that need places of their own: others lie where one lies that they succeed."""
     for b in buffers:
-        if b.over is not None and not (b.over.dies == b.born and any(b.over is other for other in buffers)):
+        if (over := b.over) is None:
+            continue
+        if over.dies != b.born or over.nbytes != b.nbytes or not any(over is other for other in buffers):
             b.over = None
     for b in buffers:
         root = b.root()

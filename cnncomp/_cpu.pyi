@@ -27,10 +27,23 @@ def activate(
 ) -> None:
     """Activation number ``activation`` of ``x`` (rows, length) to ``out``."""
 
-def scale_rows(
-    x: int, rows: int, length: int, scale: int, out: int, num_threads: int, x_pitch: int = ..., out_pitch: int = ...
+def affine_rows(
+    x: int,
+    rows: int,
+    length: int,
+    scale: int,
+    shift: int,
+    channels: int,
+    lo: float,
+    hi: float,
+    out: int,
+    num_threads: int,
+    x_pitch: int = ...,
+    out_pitch: int = ...,
 ) -> None:
-    """``x`` (rows, length) times ``scale`` (rows) to ``out``."""
+    """``x`` (rows, length) times ``scale`` (channels) plus ``shift``, between ``lo`` and ``hi``, to ``out``.
+
+    Row i is of channel i % channels."""
 
 def conv2d_int8(
     x: int,
@@ -223,6 +236,9 @@ def conv2d_sparse_int8(
     """8-bit convolution with packed sparse weights, otherwise as :func:`conv2d_int8`; ``constants`` (3, k). ValueError for
     sizes that give no convolution."""
 
+def copy_rows(x: int, rows: int, length: int, out: int, out_pitch: int, num_threads: int) -> None:
+    """``x`` (rows, length) to ``out``, where rows are ``out_pitch`` floats apart."""
+
 def linear_sparse(
     x: int,
     m: int,
@@ -272,6 +288,7 @@ def max_pool2d(
     dil_w: int,
     out: int,
     num_threads: int,
+    ceil_mode: bool = ...,
     x_pitch: int = ...,
     out_pitch: int = ...,
 ) -> None:

@@ -1,4 +1,5 @@
-"""int8 CUDA kernels on raw device pointers (integers, 0 for none). dtype codes: 0 uint8, 1 int8, 2 float32."""
+"""int8 CUDA kernels on raw device pointers (integers, 0 for none). dtype codes: 0 uint8, 1 int8, 2 float32, 3 float16,
+4 bfloat16; activations: 0 none, 1 SiLU, 2 hardswish."""
 
 from typing import Any
 
@@ -11,7 +12,7 @@ def conv2d_int8(
     stream: int,
     multiprocessors: int,
     x: int,
-    x_signed: bool,
+    x_dtype: int,
     n: int,
     h: int,
     w: int,
@@ -38,6 +39,8 @@ def conv2d_int8(
     workspace_bytes: int,
     tile: str,
     parts: int,
+    activation: int,
+    out_factor: float,
     /,
 ) -> None: ...
 def linear_int8(
@@ -45,7 +48,7 @@ def linear_int8(
     stream: int,
     multiprocessors: int,
     x: int,
-    x_signed: bool,
+    x_dtype: int,
     m: int,
     c: int,
     weight: int,
@@ -61,8 +64,31 @@ def linear_int8(
     workspace_bytes: int,
     tile: str,
     parts: int,
+    activation: int,
+    out_factor: float,
     /,
 ) -> None: ...
+def quantize(
+    device: int,
+    stream: int,
+    x: int,
+    x_dtype: int,
+    n: int,
+    pixels: int,
+    c: int,
+    channels_last: bool,
+    inv_scale: float,
+    out: int,
+    out_dtype: int,
+    /,
+) -> None: ...
+def max_pool2d_int8(device: int, stream: int, x: int, x_dtype: int, /, *sizes_and_out: int) -> None: ...
+def mean_pool2d(
+    device: int, stream: int, x: int, x_dtype: int, n: int, h: int, w: int, c: int, out: int, /
+) -> None: ...
+def plan_quantize(*arguments: Any) -> dict[str, Any]: ...
+def plan_max_pool2d_int8(*arguments: Any) -> dict[str, Any]: ...
+def plan_mean_pool2d(*arguments: Any) -> dict[str, Any]: ...
 def plan_conv2d_int8(multiprocessors: int, /, *arguments: Any) -> dict[str, Any]: ...
 def plan_linear_int8(multiprocessors: int, /, *arguments: Any) -> dict[str, Any]: ...
 def capture_id(device: int, stream: int) -> int: ...

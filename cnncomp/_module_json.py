@@ -15,6 +15,8 @@ from cnncomp.graph.trace import base_type
 from cnncomp.nn import (
     LAYERS,
     Activation,
+    ChannelAffine,
+    ConcatChannels,
     ConvertedLayer,
     Geometry,
     LayerInfo,
@@ -101,6 +103,8 @@ TORCH_MODULES: dict[type[nn.Module], str] = {
     nn.ZeroPad1d: "padding",
     nn.ZeroPad2d: "padding",
     Activation: "kind",
+    ChannelAffine: "channels lo hi",
+    ConcatChannels: "",
     ClampChannels: "channels lo",
     MeanPool2d: "",
     QuantMaxPool2d: _MAX_POOL,

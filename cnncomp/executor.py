@@ -24,7 +24,7 @@ from cnncomp._arena import ALIGN, Buffer, Pointer, merged, place, widen
 from cnncomp._cpu import Program
 from cnncomp._memory import forget, trim_heap
 from cnncomp.graph import operations as op
-from cnncomp.nn import KERNEL_MODULES, Activation, ConvertedLayer, ScaleChannels
+from cnncomp.nn import KERNEL_MODULES, Activation, ChannelAffine, ConvertedLayer, ScaleChannels
 from cnncomp.nn.base import JOINED_KERNEL
 
 #: Idle arenas that a recording keeps, one for each caller at a time.
@@ -182,7 +182,7 @@ class _Recorder(fx.Interpreter):
             self.program.record(False)
         if ours and layer.writes_over_residual and len(n.all_input_nodes) == 2:
             self._lay_over(value, n.all_input_nodes[1], -2)
-        elif isinstance(layer, (Activation, ScaleChannels)):
+        elif isinstance(layer, (Activation, ChannelAffine, ScaleChannels)):
             self._lay_over(value, n.all_input_nodes[0], 0)
         if self.items and self.items[-1].node is None and self.items[-1].last == begin:
             self.items[-1].last = len(self.program)

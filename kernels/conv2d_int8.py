@@ -106,10 +106,11 @@ def _walk_products(
 
 @triton.jit
 def conv2d_int8_kernel(
-    x_ptr, weight_ptr, constants_ptr, residual_ptr, out_ptr, residual_scale, lo, m, h, w, c, k, p, q, c_group, k_group,
+    x_ptr, weight_ptr, constants_ptr, residual_ptr, out_ptr, residual_scale, lo, out_factor,
+    m, h, w, c, k, p, q, c_group, k_group,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Images NHWC, weight (k, R, S, c_group). Grid: (tiles of pixels x tiles of a group's channels, groups)."""
     UNSIGNED: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
@@ -136,8 +137,21 @@ def conv2d_int8_kernel(
     offset = row.to(tl.int64)[:, None] * k + channel[None, :]
     exists = (row < m)[:, None]
     epilogue = constants_ptr, residual_ptr, out_ptr
-    store_epilogue(acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo)
-    store_epilogue(other, *epilogue, offset + N, exists & other_real[None, :], channel + N, k, residual_scale, lo)
+    store_epilogue(
+        acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo, out_factor, ACTIVATION
+    )
+    store_epilogue(
+        other,
+        *epilogue,
+        offset + N,
+        exists & other_real[None, :],
+        channel + N,
+        k,
+        residual_scale,
+        lo,
+        out_factor,
+        ACTIVATION,
+    )
 
 
 @triton.jit
@@ -149,6 +163,7 @@ def depthwise_int8_kernel(
     out_ptr,
     residual_scale,
     lo,
+    out_factor,
     m,
     h,
     w,
@@ -167,6 +182,7 @@ def depthwise_int8_kernel(
     S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """One input channel a group, weight (k, R, S, 1): no products to share, so plain multiply-adds in int32."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -184,7 +200,9 @@ def depthwise_int8_kernel(
         b = tl.load(weight_ptr + channel.to(tl.int64) * (R * S) + tap, mask=channel < k, other=0)
         acc += a.to(tl.int32) * b.to(tl.int32)[None, :]
     offset = row.to(tl.int64)[:, None] * k + channel[None, :]
-    store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo)
+    store_epilogue(
+        acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo, out_factor, ACTIVATION
+    )
 
 
 #: Tile of the direct kernel: pixels x channels; a warp reads 32 neighbouring channels of an NHWC pixel.
@@ -207,6 +225,8 @@ def conv2d_int8(
     dilation: Sequence[int],
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
     *,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -216,12 +236,14 @@ def conv2d_int8(
         x: (N, C, H, W) uint8 or int8; channels_last, or it is copied.
         weight: (K, R, S, C/G) int8.
         constants: (3, K) float32: scale, bias, hi.
-        residual: Shape of the output, uint8, int8 or float32; or None.
+        residual: Shape of the output, uint8, int8, float32, float16 or bfloat16; or None.
         residual_scale: Factor of the residual.
         lo: Lower clamp.
         stride, padding, dilation: (vertical, horizontal).
         groups: G.
         out_dtype: uint8, int8, float32, float16 or bfloat16.
+        activation: "silu", "hardswish" or "".
+        out_factor: Behind the activation, before the clamp.
         tile: Overrides the rule that picks one.
 
     Returns:
@@ -237,20 +259,20 @@ def conv2d_int8(
     x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     m, k_group = n * p * q, k // groups
-    tensors = (x, weight, constants.contiguous(), residual, out, residual_scale, lo)
+    tensors = (x, weight, constants.contiguous(), residual, out, residual_scale, lo, out_factor)
     geometry = (*stride, *padding, *dilation)
     with device_guard(x):
         if c_group == 1 and groups > 1:
             tile = tile or DEPTHWISE_TILE
             depthwise_int8_kernel[(cdiv(m, tile.block_m), cdiv(k, tile.block_n))](
-                *tensors, m, h, w, c, k, p, q, k_group, *geometry, R=r, S=s,
+                *tensors, m, h, w, c, k, p, q, k_group, *geometry, R=r, S=s, ACTIVATION=activation,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
             )  # fmt: skip
         else:
             flat = c_group < FLAT_BELOW or r * s > MOST_TAPS
             tile = tile or (FLAT_TILE if flat else choose_tile(m, k_group))
             conv2d_int8_kernel[(cdiv(m, tile.block_m) * cdiv(k_group, tile.block_n), groups)](
-                *tensors, m, h, w, c, k, p, q, c_group, k_group, *geometry, R=r, S=s,
+                *tensors, m, h, w, c, k, p, q, c_group, k_group, *geometry, R=r, S=s, ACTIVATION=activation,
                 FLAT=flat, WORDS=in_words(weight), **tile.meta(), **tile.options(),
             )  # fmt: skip
     return out

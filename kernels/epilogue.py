@@ -17,8 +17,37 @@ def clamp(t, lo, hi):
 
 
 @triton.jit
-def store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo):
-    """Scale, bias, residual, clamp, round, store.
+def silu(t):
+    """:func:`cnncomp.ops.reference.silu`, step by step."""
+    y = tl.abs(t) * -1.44269504
+    y = tl.where(y < -126.0, -126.0, y)
+    shifted = y + _ROUND
+    f = y - (shifted - _ROUND)
+    z = f * 1.32647273e-3 + 9.67151299e-3
+    z = z * f + 5.55073358e-2
+    z = z * f + 2.40222424e-1
+    z = z * f + 6.93147004e-1
+    z = z * f + 1.0
+    z = (z.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    d = 1.0 + z
+    inverse = 1.41176471 + d * -4.70588235e-1
+    for _ in tl.static_range(3):
+        inverse = inverse + inverse * (1.0 - d * inverse)
+    return t * tl.where(t < 0, z * inverse, inverse)
+
+
+@triton.jit
+def hardswish(t):
+    """:func:`cnncomp.ops.reference.hardswish`, step by step."""
+    return t * (clamp(t + 3.0, 0.0, 6.0) * 1.66666672e-1)
+
+
+@triton.jit
+def store_epilogue(
+    acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo, out_factor,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Scale, bias, residual, activation, clamp, round, store.
 
     Args:
         acc: (BLOCK_M, BLOCK_N) int32.
@@ -29,6 +58,8 @@ def store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, chan
         mask: (BLOCK_M, BLOCK_N) elements that exist.
         channel: (BLOCK_N,) output channel.
         k: Output channels.
+        out_factor: Behind the activation.
+        ACTIVATION: "silu", "hardswish" or "".
     """
     real = channel < k
     scale = tl.load(constants_ptr + channel, mask=real, other=0.0)
@@ -39,6 +70,10 @@ def store_epilogue(acc, constants_ptr, residual_ptr, out_ptr, offset, mask, chan
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offset, mask=mask, other=0)
         t = t + residual.to(tl.float32) * residual_scale
+    if ACTIVATION == "silu":
+        t = silu(t) * out_factor
+    if ACTIVATION == "hardswish":
+        t = hardswish(t) * out_factor
     t = clamp(t, lo, hi[None, :])
     if out_ptr.dtype.element_ty.is_int():
         t = ((t + _ROUND) - _ROUND).to(tl.int32)

@@ -14,8 +14,8 @@ from cnncomp.kernels.products import flip_correction, operand
 
 @triton.jit
 def gemm_int8_kernel(
-    x_ptr, weight_ptr, constants_ptr, residual_ptr, out_ptr, residual_scale, lo, m, c, k,
-    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, weight_ptr, constants_ptr, residual_ptr, out_ptr, residual_scale, lo, out_factor, m, c, k,
+    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """x (m, c), weight (k, c), out and residual (m, k), all row-major; one program a tile of the output."""
     UNSIGNED: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
@@ -46,8 +46,21 @@ def gemm_int8_kernel(
 
     offset = row.to(tl.int64)[:, None] * k + channel[None, :]
     epilogue = constants_ptr, residual_ptr, out_ptr
-    store_epilogue(acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo)
-    store_epilogue(other, *epilogue, offset + N, exists & other_real[None, :], channel + N, k, residual_scale, lo)
+    store_epilogue(
+        acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo, out_factor, ACTIVATION
+    )
+    store_epilogue(
+        other,
+        *epilogue,
+        offset + N,
+        exists & other_real[None, :],
+        channel + N,
+        k,
+        residual_scale,
+        lo,
+        out_factor,
+        ACTIVATION,
+    )
 
 
 def linear_int8(
@@ -58,6 +71,8 @@ def linear_int8(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
     *,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -67,10 +82,12 @@ def linear_int8(
         x: (..., C) uint8 or int8.
         weight: (K, C) int8.
         constants: (3, K) float32: scale, bias, hi.
-        residual: Shape of the output, uint8, int8 or float32; or None.
+        residual: Shape of the output, uint8, int8, float32, float16 or bfloat16; or None.
         residual_scale: Factor of the residual.
         lo: Lower clamp.
         out_dtype: uint8, int8, float32, float16 or bfloat16.
+        activation: "silu", "hardswish" or "".
+        out_factor: Behind the activation, before the clamp.
         tile: Overrides the rule that picks one.
 
     Returns:
@@ -87,7 +104,7 @@ def linear_int8(
     grid = (cdiv(m, tile.block_m) * cdiv(k, tile.block_n),)
     with device_guard(x):
         gemm_int8_kernel[grid](
-            x, weight, constants.contiguous(), residual, out, residual_scale, lo, m, c, k,
-            WORDS=in_words(weight), **tile.meta(), **tile.options(),
+            x, weight, constants.contiguous(), residual, out, residual_scale, lo, out_factor, m, c, k,
+            ACTIVATION=activation, WORDS=in_words(weight), **tile.meta(), **tile.options(),
         )  # fmt: skip
     return out

@@ -35,7 +35,7 @@ CONV_NAMES = (
     "x x_signed n h w c weight k r s stride_h stride_w pad_h pad_w dil_h dil_w groups constants residual residual_dtype "
     "residual_scale lo out out_dtype"
 )
-WORKSPACE_NAMES = " workspace workspace_bytes tile parts"
+WORKSPACE_NAMES = " workspace workspace_bytes tile parts activation out_factor"
 
 
 def out_size(a: dict[str, Any]) -> tuple[int, int]:
@@ -95,6 +95,38 @@ class EmulatedModule:
         placed = memory.allocate(source), x_dtype, n, h, w, c, memory.allocate(target)
         emulated.run_planned(_cuda.plan_to_units(*placed), "80", memory)
         target[:] = memory.fetch(placed[-1], target)
+
+    def quantize(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n pixels c channels_last inv_scale out out_dtype"
+        a = dict(zip(names.split(), arguments, strict=True))
+        count = a["n"] * a["pixels"] * a["c"]
+        self._pass(_cuda.plan_quantize, a, count * (4 if a["x_dtype"] == 2 else 2), count)
+
+    def max_pool2d_int8(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n h w c r s stride_h stride_w pad_h pad_w dil_h dil_w out"
+        a = dict(zip(names.split(), arguments, strict=True))
+        channels = a["n"] * a["c"]
+        self._pass(_cuda.plan_max_pool2d_int8, a, channels * a["h"] * a["w"], channels * math.prod(out_size(a)))
+
+    def mean_shift_int8(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n h w c k r s stride_h stride_w pad_h pad_w dil_h dil_w groups shift out"
+        a = dict(zip(names.split(), arguments, strict=True))
+        images, outputs = a["n"] * a["h"] * a["w"] * a["c"], a["n"] * a["k"] * math.prod(out_size(a))
+        self._pass(_cuda.plan_mean_shift_int8, a, images, 4 * outputs, shift=4 * a["k"])
+
+    def mean_pool2d(self, device: int, stream: int, *arguments: Any) -> None:
+        names = "x x_dtype n h w c out"
+        a = dict(zip(names.split(), arguments, strict=True))
+        channels = a["n"] * a["c"]
+        self._pass(_cuda.plan_mean_pool2d, a, 4 * channels * a["h"] * a["w"], 4 * channels)
+
+    def _pass(self, plan: Any, a: dict[str, Any], x: int, out: int, **others: int) -> None:
+        """Bytes of the input, of the output, and of what else is read."""
+        memory, target = GlobalMemory(), host_bytes(a["out"], out)
+        read = {name: memory.allocate(host_bytes(a[name], size)) for name, size in ({"x": x} | others).items()}
+        placed = a | read | {"out": memory.allocate(target)}
+        emulated.run_planned(plan(*placed.values()), "80", memory)
+        target[:] = memory.fetch(placed["out"], target)
 
     def linear_int8(self, device: int, stream: int, multiprocessors: int, *arguments: Any) -> None:
         names = "x x_signed m c weight k constants residual residual_dtype residual_scale lo out out_dtype"

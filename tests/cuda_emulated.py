@@ -35,9 +35,16 @@ FLAGS_OF = {
     "conv2d_vectors_int8": ("_s8",),
     "conv2d_vectors_f16": ("_bf16",),
     "to_units": (),
+    "quantize": ("_planes",),
+    "max_pool2d_int8": ("_s8",),
+    "mean_pool2d": (),
+    "mean_shift_int8": ("_s8",),
+    "mean_shift_depthwise_int8": ("_s8",),
 }
 KERNELS = tuple(FLAGS_OF)
 DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
+ACTIVATION_CODE = {"": 0, "silu": 1, "hardswish": 2}
 
 
 def _included(path: Path) -> set[Path]:
@@ -159,9 +166,11 @@ class Case:
         code = DTYPE_CODE[self.out_dtype]
         return self.constants, self.residual, self.residual_dtype, residual_scale, lo, self.out, code
 
-    def schedule(self, tile: str = "", parts: int = 0) -> tuple[Any, ...]:
-        """The arguments after those: workspace, tile, parts; not every function has them."""
-        return self.workspace, self.zeros.nbytes, tile, parts
+    def schedule(
+        self, tile: str = "", parts: int = 0, activation: str = "", out_factor: float = 1.0
+    ) -> tuple[Any, ...]:
+        """The arguments after those: workspace, tile, parts, activation, factor behind it; not every function has them."""
+        return self.workspace, self.zeros.nbytes, tile, parts, ACTIVATION_CODE[activation], out_factor
 
     def output(self) -> Tensor:
         """What the kernel wrote."""

@@ -102,10 +102,14 @@ def _sections(sass: str) -> dict[str, str]:
     return found
 
 
+#: Passes over activations: no products, and the same code on all architectures.
+PASSES = ("to_units", "quantize", "max_pool2d_int8", "mean_pool2d", "mean_shift_int8", "mean_shift_depthwise_int8")
+
+
 def archs_of(kernel: str) -> tuple[str, ...]:
     """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand; of kernels that
-    gather activations or copy them for it, whose code is the same from sm_80 on, the first alone."""
-    if "_blocks_" in kernel or "_vectors_" in kernel or kernel == "to_units":
+    gather activations and passes, whose code is the same from sm_80 on, the first alone."""
+    if "_blocks_" in kernel or "_vectors_" in kernel or kernel in PASSES:
         return ("80",)
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
@@ -121,7 +125,7 @@ def dynamic_shared(name: str, arch: str) -> int:
     if "_vectors_" in kernel:
         pixels, _, pieces, stages, element = map(int, numbers[:5])
         return stages * pieces * (1024 + 32 * pixels + 64 * element)
-    if kernel == "to_units":
+    if kernel in PASSES:
         return 0
     if "_sparse24_" in kernel:
         channels, pixels, _, _, stages, element = map(int, numbers[:6])
@@ -200,7 +204,7 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills: {row.stack} bytes of stack, {row.opcodes['LDL']} LDL, {row.opcodes['STL']} STL")
     if row.blocks * row.threads < 128:
         found.append(f"{row.blocks * row.threads} threads on a multiprocessor: each of its four parts needs a warp")
-    if row.kernel.startswith(("depthwise", "to_units")):
+    if row.kernel.startswith(("depthwise", *PASSES)):
         return found
     name, *numbers = row.kernel.split()
     products, group = count(row.loop, "MMA"), row.loop["IGMMA"]

@@ -31,15 +31,21 @@ RESIDUALS = [None, torch.uint8, torch.int8, torch.float32]
 
 
 def random_tensor(shape, dtype):
-    return torch.randn(shape) * 20 if dtype.is_floating_point else torch.randint(*INT_RANGE[dtype], shape, dtype=dtype)
+    return (
+        (torch.randn(shape) * 20).to(dtype)
+        if dtype.is_floating_point
+        else torch.randint(*INT_RANGE[dtype], shape, dtype=dtype)
+    )
 
 
-def random_constants(k, products, out_dtype):
-    """(3, k) constants that spread the outputs over the 8-bit range and past its ends, and lo."""
+def random_constants(k, products, out_dtype, activation=""):
+    """(3, k) constants that spread the outputs over the 8-bit range and past its ends, and lo; with an activation, its
+    inputs over where it is curved and past that."""
     lo, top = {torch.uint8: (0.0, 255.0), torch.int8: (-128.0, 127.0)}.get(out_dtype, (-1e4, 1e4))
     scale = (torch.rand(k) + 0.5) * 100 / (7000 * products**0.5)
     hi = torch.where(torch.rand(k) < 0.3, torch.rand(k) * top, torch.tensor(top))
-    return torch.stack([scale, torch.randn(k) * 30 + 30, hi]), lo
+    bias = torch.randn(k) * 30 + 30
+    return torch.stack([scale / 16, bias / 16, hi] if activation else [scale, bias, hi]), lo
 
 
 def assert_same(got, expected, what):
@@ -51,21 +57,25 @@ def assert_same(got, expected, what):
 
 def check_conv(
     arch, n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, dtype=torch.uint8,
-    out_dtype=torch.int8, residual=None, tile="", parts=1, sms=SMS, kernel="", misalign=0, ptx=None,
+    out_dtype=torch.int8, residual=None, tile="", parts=1, sms=SMS, kernel="", misalign=0, ptx=None, activation="",
 ):  # fmt: skip
     """One convolution against the reference; gives back what the emulator counted."""
     what = {name: value for name, value in locals().items() if name != "ptx"}
     torch.manual_seed(n + c + h + k)
     x, weight = random_tensor((n, c, h, w), dtype), torch.randint(-127, 128, (k, c // groups, r, s), dtype=torch.int8)
-    constants, lo = random_constants(k, r * s * c // groups, out_dtype)
+    constants, lo = random_constants(k, r * s * c // groups, out_dtype, activation)
+    factor = 16.0 if activation and not out_dtype.is_floating_point else 1.0
     geometry = (stride, padding, dilation, groups)
     shape = tuple(torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape)
     res = None if residual is None else random_tensor(shape, residual)
-    expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out_dtype)
+    expected = reference.conv2d_int8(
+        x, weight, constants, res, 0.37 / factor, lo, *geometry, out_dtype, activation, factor
+    )
     case = emulated.Case(x, weight, constants, res, shape, out_dtype, misalign, 0 if parts == 1 else WORKSPACE)
     plan = _cuda.plan_conv2d_int8(
         sms, case.x, dtype == torch.int8, n, h, w, c, case.weight, k, r, s,
-        *stride, *padding, *dilation, groups, *case.epilogue(0.37, lo), *case.schedule(tile, parts),
+        *stride, *padding, *dilation, groups, *case.epilogue(0.37 / factor, lo),
+        *case.schedule(tile, parts, activation, factor),
     )  # fmt: skip
     assert re.match(kernel, plan["kernel"]), plan["kernel"]
     result = emulated.run_planned(plan, arch, case.memory, ptx)
@@ -74,17 +84,21 @@ def check_conv(
     return result
 
 
-def check_linear(arch, m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile="", parts=1, kernel=""):
+def check_linear(
+    arch, m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile="", parts=1, kernel="", activation=""
+):
     what = dict(locals())
     torch.manual_seed(m + c + k)
     x, weight = random_tensor((m, c), dtype), torch.randint(-127, 128, (k, c), dtype=torch.int8)
-    constants, lo = random_constants(k, c, out_dtype)
+    constants, lo = random_constants(k, c, out_dtype, activation)
+    factor = 16.0 if activation and not out_dtype.is_floating_point else 1.0
     res = None if residual is None else random_tensor((m, k), residual)
-    expected = reference.linear_int8(x, weight, constants, res, -0.61, lo, out_dtype)
+    expected = reference.linear_int8(x, weight, constants, res, -0.61 / factor, lo, out_dtype, activation, factor)
     case = emulated.Case(x, weight, constants, res, (m, k), out_dtype, 0, 0 if parts == 1 else WORKSPACE)
     plan = _cuda.plan_linear_int8(
-        SMS, case.x, dtype == torch.int8, m, c, case.weight, k, *case.epilogue(-0.61, lo), *case.schedule(tile, parts)
-    )
+        SMS, case.x, dtype == torch.int8, m, c, case.weight, k, *case.epilogue(-0.61 / factor, lo),
+        *case.schedule(tile, parts, activation, factor),
+    )  # fmt: skip
     assert re.match(kernel, plan["kernel"]), plan["kernel"]
     result = emulated.run_planned(plan, arch, case.memory)
     assert_same(case.output(), expected, what | {"plan": plan["kernel"]})
@@ -366,9 +380,9 @@ def test_plan_fills_the_multiprocessors():
         sizes = (0, False, 1, shape.h, shape.w, shape.c, 0, shape.k, shape.r, shape.s)
         sizes = (*sizes, *g.stride, *g.padding, *g.dilation, 1)
         rest = (0, 0, 0, 0.0, 0.0, 0, 0)
-        alone = _cuda.plan_conv2d_int8(SMS, *sizes, *rest, 0, 0, "", 0)
+        alone = _cuda.plan_conv2d_int8(SMS, *sizes, *rest, 0, 0, "", 0, 0, 1.0)
         assert alone["parts"] == 1, "there is no workspace to share sums in"
-        plan = _cuda.plan_conv2d_int8(SMS, *sizes, *rest, 128, _cuda.WORKSPACE_BYTES, "", 0)
+        plan = _cuda.plan_conv2d_int8(SMS, *sizes, *rest, 128, _cuda.WORKSPACE_BYTES, "", 0, 0, 1.0)
         if g.reduction >= 576:
             assert math.prod(plan["grid"]) >= 0.8 * SMS, (shape, plan)
 
@@ -381,13 +395,13 @@ def test_module_without_a_driver():
 
 
 def test_bad_sizes_are_refused():
-    rest = (0, 0, "", 0)
+    rest = (0, 0, "", 0, 0, 1.0)
     with pytest.raises(ValueError, match="multiples of groups=3"):
         _cuda.plan_conv2d_int8(1, 0, False, 1, 4, 4, 4, 0, 6, 1, 1, 1, 1, 0, 0, 1, 1, 3, 0, 0, 0, 0.0, 0.0, 0, 0, *rest)
     with pytest.raises(ValueError, match="dtype code"):
         _cuda.plan_linear_int8(1, 0, False, 1, 4, 0, 6, 0, 0, 7, 0.0, 0.0, 0, 0, *rest)
     with pytest.raises(ValueError, match="tile: got 48x48"):
-        _cuda.plan_linear_int8(1, 0, False, 1, 4, 0, 6, 0, 0, 0, 0.0, 0.0, 0, 0, 0, 0, "48x48", 0)
+        _cuda.plan_linear_int8(1, 0, False, 1, 4, 0, 6, 0, 0, 0, 0.0, 0.0, 0, 0, 0, 0, "48x48", 0, 0, 1.0)
     with pytest.raises(ValueError, match="65535 groups"):
         _cuda.plan_conv2d_int8(
             1, 0, False, 1, 4, 4, 140000, 0, 140000, 1, 1, 1, 1, 0, 0, 1, 1, 70000, 0, 0, 0, 0.0, 0.0, 0, 0, *rest

@@ -63,7 +63,7 @@ def test_blocks_share_a_reduction_and_leave_the_workspace_as_it_was():
     expected = reference.linear_int8(*args)
     for _ in range(2):  # the second finds the zeros of the first
         assert torch.equal(cuda.linear_int8(*args), expected)
-    plan = _cuda.plan_linear_int8(108, 0, False, 4, 1024, 0, 40, 0, 0, 0, 0.0, 0.0, 0, 0, 128, 1 << 20, "", 0)
+    plan = _cuda.plan_linear_int8(108, 0, False, 4, 1024, 0, 40, 0, 0, 0, 0.0, 0.0, 0, 0, 128, 1 << 20, "", 0, 0, 1.0)
     assert plan["parts"] > 1
 
 

@@ -89,6 +89,16 @@ CASES = {
     "linear-sparse": ("linear_sparse", _linear_sparse_args),
     "activate": ("activate", lambda: (torch.randn(2, 5, 4, 3), "silu")),
     "activate-channels-last": ("activate", lambda: (torch.randn(2, 4, 3, 5).permute(0, 3, 1, 2), "hardswish")),
+    "affine-channels": (
+        "affine_channels",
+        lambda: (torch.randn(2, 5, 4, 3), torch.randn(5), torch.randn(5), 0.0, 6.0),
+    ),
+    "concat-channels": ("concat_channels", lambda: ([torch.randn(2, 5, 4, 3), torch.randn(2, 1, 4, 3)],)),
+    "concat-channels-last": (
+        "concat_channels",
+        lambda: ([torch.randn(2, 4, 3, c).permute(0, 3, 1, 2) for c in (5, 3)],),
+    ),
+    "max-pool-ceil": ("max_pool2d", lambda: (torch.randn(2, 3, 8, 9), (3, 3), (2, 2), (0, 0), (1, 1), True)),
     "scale-channels": ("scale_channels", lambda: (torch.randn(2, 5, 4, 3), torch.randn(2, 5, 1, 1))),
     "max-pool": ("max_pool2d_int8", lambda: (random_8bit((2, 6, 9, 8), torch.uint8), (3, 3), (2, 2), (1, 1), (1, 1))),
 }

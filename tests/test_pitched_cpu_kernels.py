@@ -181,12 +181,16 @@ class Small(nn.Module):
         self.c, self.pool = nn.Conv2d(24, 40, 1), nn.MaxPool2d(3, 2, 1)
         self.d, self.e, self.f = nn.Conv2d(40, 20, 1), nn.Conv2d(10, 8, 1), nn.Conv2d(40, 8, 1)
         self.mean, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(40, 5)
+        self.g, self.norm, self.h = nn.Conv2d(40, 16, 1), nn.BatchNorm2d(56), nn.Conv2d(56, 40, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.relu(self.a(self.stem(x)))
         x = torch.relu(self.c(torch.relu(self.b(x))) + x)
         seen = torch.tanh(self.f(x))
-        x = self.pool(x)
+        x = torch.relu(
+            self.norm(torch.cat([x, torch.sigmoid(self.g(x))], 1))
+        )  # cat leaves no gaps: norm's can't lie over it
+        x = self.pool(self.h(x))
         other = self.d(x).reshape(-1, 10, 14, 7)  # of half as many channels
         return self.fc(self.mean(x).flatten(1)), self.e(other), seen
 
@@ -213,4 +217,4 @@ def test_recorded_networks_leave_room_behind_channels(batch: int, monkeypatch: p
         assert not wide
         return
     # Not the last layers' outputs, which are the user's, nor what tanh and reshape see.
-    assert set(wide) == {(1, 24, 14, 14), (1, 40, 14, 14), (1, 40, 7, 7)}
+    assert set(wide) == {(1, 24, 14, 14), (1, 16, 14, 14), (1, 56, 14, 14), (1, 40, 14, 14), (1, 40, 7, 7)}

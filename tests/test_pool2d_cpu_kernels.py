@@ -24,13 +24,21 @@ Pair = tuple[int, int]
 
 
 def max_pool(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), guarded: Guarded | None = None
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair = (1, 1),
+    guarded: Guarded | None = None,
+    ceil_mode: bool = False,
 ) -> None:
     """Compare with torch, bit by bit: a maximum is one of the inputs."""
-    expected = F.max_pool2d(x, kernel, stride, padding, dilation)
+    expected = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    window = (kernel, stride, padding, dilation, ceil_mode)
+    assert torch.ops.cnncomp.max_pool2d(x.to("meta"), *window).shape == expected.shape
     place = guarded if guarded is not None else lambda a: a
     image, out = place(x.numpy()), place(np.full(expected.shape, np.nan, np.float32))
-    _cpu.max_pool2d(address(image), *x.shape, *kernel, *stride, *padding, *dilation, address(out), 1)
+    _cpu.max_pool2d(address(image), *x.shape, *kernel, *stride, *padding, *dilation, address(out), 1, ceil_mode)
     assert np.array_equal(out, expected.numpy(), equal_nan=True), (x.shape, kernel, stride, padding, dilation)
 
 
@@ -53,7 +61,7 @@ def test_max_pool_of_random_sizes(data: st.DataObject) -> None:
     padding = data.draw(st.integers(0, kernel[0] // 2)), data.draw(st.integers(0, kernel[1] // 2))
     h, w = pair(1, 40)
     if all(x + 2 * p > d * (k - 1) for x, p, d, k in zip((h, w), padding, dilation, kernel, strict=True)):
-        max_pool(torch.randn(2, 2, h, w), kernel, pair(1, 4), padding, dilation)
+        max_pool(torch.randn(2, 2, h, w), kernel, pair(1, 4), padding, dilation, ceil_mode=data.draw(st.booleans()))
 
 
 def test_max_pool_hands_on_nan_and_infinity(isa: str) -> None:

@@ -20,7 +20,17 @@ from cnncomp._module_json import TORCH_MODULES, decode_module, encode_module
 from cnncomp.dispatch import device_key
 from cnncomp.errors import ArgumentError, DeviceError, SerializationError
 from cnncomp.models import DigitsNet
-from cnncomp.nn import Activation, ConvertedLayer, DenseConv2d, DenseLinear, MeanPool2d, QuantMaxPool2d, ScaleChannels
+from cnncomp.nn import (
+    Activation,
+    ChannelAffine,
+    ConcatChannels,
+    ConvertedLayer,
+    DenseConv2d,
+    DenseLinear,
+    MeanPool2d,
+    QuantMaxPool2d,
+    ScaleChannels,
+)
 from cnncomp.quantization import ClampChannels
 from tests.saved_networks import NETWORKS, converted
 
@@ -140,6 +150,7 @@ SAMPLES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.UpsamplingBilinear2d(scale_factor=2), _IMAGE), (nn.UpsamplingNearest2d((5, 7)), _IMAGE),
     (nn.ZeroPad1d(1), _SEQUENCE), (nn.ZeroPad2d((0, 1, 2, 3)), _IMAGE), (QuantMaxPool2d(2, 2), _IMAGE),
     (ClampChannels(6), _IMAGE), (MeanPool2d(), _IMAGE), (Activation("silu"), _IMAGE),
+    (ChannelAffine(6, 0.0), _IMAGE), (ConcatChannels(), _IMAGE),
 ]  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def run_compiled(
     pointers = [case.x, case.weight, case.constants, *([case.residual] if case.residual else []), case.out]
     kernel = options.pop("kernel", compiled.asm["ptx"])
     return emulate(
-        kernel, grid, 32 * warps, [*pointers, 0.37, 0.0, *integers], memory=case.memory, shared=compiled.metadata.shared,
+        kernel, grid, 32 * warps, [*pointers, 0.37, 0.0, 1.0, *integers], memory=case.memory, shared=compiled.metadata.shared,
         **options,
     )  # fmt: skip
 

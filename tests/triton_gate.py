@@ -73,7 +73,8 @@ def int8_variant(
     multiples = {i: aligned and i in ALIGNED for i in integers}
     sizes = {key: value for key, value in tile.meta().items() if key in kernel.arg_names}
     return Variant(
-        name, kernel, pointers, multiples, ("residual_scale", "lo"), sizes | meta, tile.options(), **about
+        name, kernel, pointers, multiples, ("residual_scale", "lo", "out_factor"), sizes | {"ACTIVATION": ""} | meta,
+        tile.options(), **about,
     )  # fmt: skip
 
 

@@ -28,16 +28,18 @@ RESIDUALS = [None, torch.uint8, torch.int8, torch.float32]
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if dtype.is_floating_point:
-        return torch.randn(shape) * 20
+        return (torch.randn(shape) * 20).to(dtype)
     return torch.randint(*INT_RANGE[dtype], shape, dtype=dtype)
 
 
-def random_constants(k: int, products: int, out_dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """(3, k) constants that spread the outputs over the 8-bit range and past its ends, and lo."""
+def random_constants(k: int, products: int, out_dtype: torch.dtype, activation: str = "") -> tuple[torch.Tensor, float]:
+    """(3, k) constants that spread the outputs over the 8-bit range and past its ends, and lo; with an activation, its
+    inputs over where it is curved and past that."""
     lo, top = {torch.uint8: (0.0, 255.0), torch.int8: (-128.0, 127.0)}.get(out_dtype, (-1e4, 1e4))
     scale = (torch.rand(k) + 0.5) * 100 / (7000 * products**0.5)
     hi = torch.where(torch.rand(k) < 0.3, torch.rand(k) * top, torch.tensor(top))
-    return torch.stack([scale, torch.randn(k) * 30 + 30, hi]), lo
+    bias = torch.randn(k) * 30 + 30
+    return torch.stack([scale / 16, bias / 16, hi] if activation else [scale, bias, hi]), lo
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, what: object) -> None:
@@ -50,31 +52,31 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, what: object) -> None
 
 def check_conv(
     n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
-    dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile=TILE,
+    dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile=TILE, activation="",
 ) -> None:  # fmt: skip
     what = dict(locals())
     torch.manual_seed(n + c + h + k)
     x = random_tensor((n, c, h, w), dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-127, 128, (k, c // groups, r, s), dtype=torch.int8)
-    constants, lo = random_constants(k, r * s * c // groups, out_dtype)
+    constants, lo = random_constants(k, r * s * c // groups, out_dtype, activation)
     geometry = (stride, padding, dilation, groups)
     shape = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry).shape
     res = None if residual is None else random_tensor(tuple(shape), residual)
-    expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out_dtype)
+    expected = reference.conv2d_int8(x, weight, constants, res, 0.37, lo, *geometry, out_dtype, activation, 2.5)
     packed = weight.permute(0, 2, 3, 1).contiguous()
-    got = conv2d_int8(x, packed, constants, res, 0.37, lo, *geometry, out_dtype, tile=tile)
+    got = conv2d_int8(x, packed, constants, res, 0.37, lo, *geometry, out_dtype, activation, 2.5, tile=tile)
     assert got.is_contiguous(memory_format=torch.channels_last), what
     assert_same(got, expected, what)
 
 
-def check_linear(m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile=TILE) -> None:
+def check_linear(m, c, k, dtype=torch.uint8, out_dtype=torch.int8, residual=None, tile=TILE, activation="") -> None:
     what = dict(locals())
     torch.manual_seed(m + c + k)
     x = random_tensor((m, c), dtype)
     weight = torch.randint(-127, 128, (k, c), dtype=torch.int8)
-    constants, lo = random_constants(k, c, out_dtype)
+    constants, lo = random_constants(k, c, out_dtype, activation)
     res = None if residual is None else random_tensor((m, k), residual)
-    args = (x, weight, constants, res, -0.61, lo, out_dtype)
+    args = (x, weight, constants, res, -0.61, lo, out_dtype, activation, 2.5)
     assert_same(linear_int8(*args, tile=tile), reference.linear_int8(*args), what)
 
 
@@ -117,6 +119,14 @@ def test_conv(name, dtype):
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_conv_outputs_and_residuals(name, out_dtype, residual):
     check_conv(**CONVS[name], out_dtype=out_dtype, residual=residual)
+
+
+@pytest.mark.parametrize("activation", ["", "silu", "hardswish"])
+@pytest.mark.parametrize("out_dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_activations_and_halves(activation, out_dtype):
+    check_linear(19, 40, 21, torch.int8, out_dtype, torch.float16, activation=activation)
+    check_conv(**CONVS["3x3"], out_dtype=out_dtype, residual=torch.bfloat16, activation=activation)
+    check_conv(**CONVS["depthwise"], out_dtype=out_dtype, activation=activation)
 
 
 def test_default_tiles():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnncomp.errors import CnncompError, DeviceError
+from cnncomp.errors import CnncompError
 from cnncomp.nn import (
     BlocksQuantConv2d,
     BlocksQuantLinear,
@@ -200,13 +200,7 @@ def _dense(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
 
 
 def _int8_weight(weight: Tensor, info: LayerInfo) -> tuple[Tensor, Tensor, Tensor | None]:
-    """int8 weight, its scale and its shift.
-
-    Raises:
-        DeviceError: a shift on a GPU.
-    """
-    if info.weight_shift is not None and weight.device.type != "cpu":
-        raise DeviceError("weight_shift", f"mean-shift weights on {weight.device}", "a CPU: the GPU kernels have none")
+    """int8 weight, its scale and its shift."""
     return *quantize_weight(weight, info.weight_scale, info.weight_shift), info.weight_shift
 
 

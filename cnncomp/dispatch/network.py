@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from cnncomp._version import __version__
@@ -22,8 +22,8 @@ from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
 from cnncomp.graph import Traced
-from cnncomp.graph.chain import output_specs, passes_8bit, source
-from cnncomp.graph.nodes import cloned, input_node, module_at, put_module
+from cnncomp.graph.chain import output_specs, source
+from cnncomp.graph.nodes import cloned, has_user_hooks, input_node, module_at, put_module
 from cnncomp.nn import MeanPool2d, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 from cnncomp.progress import Advance
 from cnncomp.recordings import Recordings
@@ -260,5 +260,5 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
         module = module_at(gm, node)
         if MeanPool2d.applies(module):
             put_module(gm, node, MeanPool2d())
-        elif type(module) is nn.MaxPool2d and passes_8bit(gm, node):
+        elif QuantMaxPool2d.applies(module) and not has_user_hooks(module):
             put_module(gm, node, QuantMaxPool2d.from_float(module))

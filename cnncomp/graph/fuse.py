@@ -16,6 +16,7 @@ from cnncomp.errors import ArgumentError
 from cnncomp.graph.nodes import cloned, has_user_hooks, input_node, module_at, put_module
 from cnncomp.graph.normalize import normalize
 from cnncomp.nn import (
+    ChannelAffine,
     Clamp,
     ConvertedLayer,
     DenseConv2d,
@@ -86,6 +87,8 @@ def fuse(
                 reason = _fuse_layer(gm, node, module, name, calls)
             if reason is not None:
                 kept[name] = reason
+        elif type(module) is nn.BatchNorm2d:
+            _fuse_norm(gm, node, module, calls)
         elif isinstance(module, ConvertedLayer):
             module.info.name = module.info.name or name
         elif has_user_hooks(module):
@@ -132,6 +135,28 @@ def _batch_norm_after(
     if isinstance(layer, nn.Linear) and len(node.meta.get("shape", ())) != 2:
         return None  # BatchNorm1d normalises dimension 1, which is the layer's output only if there are two
     return user, norm
+
+
+def _fuse_norm(gm: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, calls: Counter[str]) -> None:
+    """Replace a BatchNorm of images that no layer took in, and the clamp behind it, by one affine map of each channel."""
+    if (
+        has_user_hooks(norm)
+        or norm.running_mean is None
+        or calls[str(node.target)] > 1
+        or len(node.all_input_nodes) != 1
+    ):
+        return
+    if len(node.meta.get("shape", ())) != 4 or node.meta.get("dtype") != torch.float32:
+        return
+    last, activation = node, Clamp()
+    user = _only_user(node)
+    clamp = None if user is None else activation_of(gm, user)
+    if user is not None and clamp is not None and not isinstance(clamp.hi, tuple):
+        last, activation = user, clamp
+    put_module(gm, node, ChannelAffine.of(norm, activation))
+    if last is not node:
+        last.replace_all_uses_with(node)
+        gm.graph.erase_node(last)
 
 
 def activation_of(gm: fx.GraphModule, node: fx.Node) -> Clamp | None:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cnncomp.graph.nodes import has_user_hooks, module_at, put_module
-from cnncomp.graph.operations import arguments
-from cnncomp.nn import Activation, ScaleChannels
+from cnncomp.graph.operations import CONCATENATING, arguments
+from cnncomp.nn import Activation, ConcatChannels, ScaleChannels
 
 _MAX_POOLS: tuple[Any, ...] = (F.max_pool2d, torch.max_pool2d)
 _MEANS: tuple[Any, ...] = (torch.mean, "mean")
@@ -48,6 +48,8 @@ def _module_for(node: fx.Node) -> tuple[nn.Module, list[fx.Node], bool] | None:
         if node.target in _ACTIVATIONS and not node.args[1:] and not any(node.kwargs.values()):
             return Activation(_ACTIVATIONS[node.target]), inputs, False
         return _mean_pool(node)
+    if node.target in CONCATENATING:
+        return _concat(node)
     if node.target in _PRODUCTS and len(inputs) == len(node.args) == 2 and not node.kwargs:
         x, scale = sorted(inputs, key=_pixels, reverse=True)
         if (
@@ -71,6 +73,15 @@ def _pixels(node: fx.Node) -> int:
 
 def _are_float(nodes: list[fx.Node]) -> bool:
     return all(node.meta.get("dtype") == torch.float32 for node in nodes)
+
+
+def _concat(node: fx.Node) -> tuple[nn.Module, list[fx.Node], bool] | None:
+    """Channels of float images one behind the other; the same image may come twice."""
+    given, dim = arguments(node, ("tensors", "dim"), (None, 0), method=False)
+    if not isinstance(given, (tuple, list)) or not all(isinstance(x, fx.Node) for x in given):
+        return None
+    images = all(len(_shape(x)) == 4 for x in given) and _are_float(list(given))
+    return (ConcatChannels(), list(given), False) if images and dim in (1, -3) else None
 
 
 def _max_pool(node: fx.Node) -> nn.MaxPool2d | None:

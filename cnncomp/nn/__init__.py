@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cnncomp.nn.activation import Activation, ScaleChannels
+from cnncomp.nn.activation import Activation, ChannelAffine, ScaleChannels
 from cnncomp.nn.base import LINEAR, Clamp, ConvertedLayer, Geometry, LayerInfo, QuantSpec
+from cnncomp.nn.concat import ConcatChannels
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.packed_quant import (
     BlocksQuantConv2d,
@@ -41,7 +42,7 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
 }
 
 #: Modules between layers that have kernels of this package.
-KERNEL_MODULES = (Activation, MeanPool2d, QuantMaxPool2d, ScaleChannels)
+KERNEL_MODULES = (Activation, ChannelAffine, ConcatChannels, MeanPool2d, QuantMaxPool2d, ScaleChannels)
 
 __all__ = [
     "KERNEL_MODULES",
@@ -50,7 +51,9 @@ __all__ = [
     "Activation",
     "BlocksQuantConv2d",
     "BlocksQuantLinear",
+    "ChannelAffine",
     "Clamp",
+    "ConcatChannels",
     "ConvertedLayer",
     "DenseConv2d",
     "DenseLinear",

@@ -1,4 +1,5 @@
-"""Activations that no layer takes in as a clamp, and factors of channels, on a kernel of this package."""
+"""Activations that no layer takes in as a clamp, factors of channels, and BatchNorm that no layer takes in, on kernels of this
+package."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnncomp._norms import fold_batch_norm
 from cnncomp.errors import ArgumentError
+from cnncomp.nn.base import INF, Clamp
 from cnncomp.ops.activate import is_dense
 
 _IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,3 +66,41 @@ class ScaleChannels(nn.Module):
         if _ours(input) and _ours(scale) and input.is_contiguous():
             return torch.ops.cnncomp.scale_channels(input, scale)
         return input * scale
+
+
+class ChannelAffine(nn.Module):
+    """``clamp(input * scale[c] + shift[c], lo, hi)`` for images (N, C, H, W): BatchNorm in inference, and the clamp behind it.
+
+    Args:
+        channels: C.
+        lo, hi: The clamp's bounds.
+
+    The factors ``scale`` (C,) and ``shift`` (C,) are buffers, one and zero until they are set.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, channels: int, lo: float = -INF, hi: float = INF) -> None:
+        super().__init__()
+        self.channels, self.lo, self.hi = channels, lo, hi
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("shift", torch.zeros(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _ours(input) and input.dim() == 4 and input.is_contiguous():
+            return torch.ops.cnncomp.affine_channels(input, self.scale, self.shift, self.lo, self.hi)
+        scale, shift = (t.to(input.dtype).view(-1, 1, 1) for t in (self.scale, self.shift))
+        return torch.addcmul(shift, input, scale).clamp(self.lo, self.hi)
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, activation: Clamp) -> ChannelAffine:
+        """BatchNorm with running statistics and a clamp with one upper bound."""
+        assert not isinstance(activation.hi, tuple)
+        made = cls(norm.num_features, activation.lo, activation.hi)
+        _, shift, scale = fold_batch_norm(torch.ones(norm.num_features, 1), None, norm)
+        made.scale, made.shift = scale, shift
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} {Clamp(self.lo, self.hi)}"

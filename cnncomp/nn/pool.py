@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
 
 def _ours(x: Tensor) -> bool:
-    """Whether the float kernels can take ``x``: they are for a CPU and have no gradient."""
+    """Whether the float kernels of a CPU can take ``x``: they have no gradient."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether a GPU has a mean of its own for ``x``: NHWC, as int8 layers give it."""
+    ours = x.device.type == "cuda" and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
+    return ours and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class QuantMaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 8-bit images in 8 bit: max-pool changes no value, so scale and zero point stay.
 
-    Float images run in torch, but those in NCHW on a CPU. Ceil mode and returned indices are for float images only.
+    Float images run in torch, but those in NCHW on a CPU. Returned indices, and ceil mode on a GPU, are for float images only.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.ceil_mode or self.return_indices:
-            return super().forward(input)
-        if input.is_floating_point() and not (_ours(input) and input.is_contiguous()):
+        if self.return_indices or (input.is_floating_point() and not (_ours(input) and input.is_contiguous())):
             return super().forward(input)
 
         def pair(v: int | tuple[int, ...]) -> list[int]:
             return [v, v] if isinstance(v, int) else list(v)
 
         stride = self.kernel_size if self.stride is None else self.stride
-        op = torch.ops.cnncomp.max_pool2d if input.is_floating_point() else torch.ops.cnncomp.max_pool2d_int8
-        return op(input, pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
+        window = (pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
+        if input.is_floating_point():
+            return torch.ops.cnncomp.max_pool2d(input, *window, self.ceil_mode)
+        return super().forward(input) if self.ceil_mode else torch.ops.cnncomp.max_pool2d_int8(input, *window)
+
+    @classmethod
+    def applies(cls, pool: nn.Module) -> TypeGuard[nn.MaxPool2d]:
+        """Whether a module of torch's does the same."""
+        return type(pool) is nn.MaxPool2d and not pool.return_indices
 
     @classmethod
     def from_float(cls, pool: nn.MaxPool2d) -> QuantMaxPool2d:
@@ -43,7 +56,7 @@ class MeanPool2d(nn.AdaptiveAvgPool2d):
         super().__init__(1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.cnncomp.mean_pool2d(input) if _ours(input) else super().forward(input)
+        return torch.ops.cnncomp.mean_pool2d(input) if _ours(input) or _on_gpu(input) else super().forward(input)
 
     @classmethod
     def applies(cls, pool: nn.Module) -> bool:

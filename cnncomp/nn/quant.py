@@ -25,9 +25,10 @@ from cnncomp.nn.base import (
     geometry_config,
 )
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
+from cnncomp.ops.conv2d_int8 import check_activation
 from cnncomp.ops.library import check_reduction
 from cnncomp.ops.packing import pack_int8, unpack_int8
-from cnncomp.ops.reference import QRANGE
+from cnncomp.ops.reference import QRANGE, finish
 from cnncomp.quantization import quantization_of
 
 Dense = TypeVar("Dense", DenseConv2d, DenseLinear)
@@ -61,6 +62,7 @@ def dequantize_weight(q: Tensor, scale: Tensor, shift: Tensor | None = None) -> 
 
 
 _DTYPES = (torch.uint8, torch.int8)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _spec_numbers(spec: QuantSpec | None) -> tuple[float, int]:
@@ -71,15 +73,21 @@ def _spec_numbers(spec: QuantSpec | None) -> tuple[float, int]:
 class _QuantLayer(ConvertedLayer):
     """State and constants that the int8 conv and linear share.
 
-    ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme), on a CPU only.
+    ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme).
 
-    ``output``: how the result is quantised, None for float32. ``residual_scale``: one step of an 8-bit residual (1 for a
-    float one). The buffer ``steps`` holds these and ``input`` as numbers, so that a state dict is all of a layer's state.
+    ``nonlinearity``: "silu" or "hardswish" before the clamp of ``activation``, or "". In the kernel on a GPU; on a CPU as steps
+    behind it, with the same bits.
+
+    ``output``: how the result is quantised, None for ``float_dtype``: float32, float16 or bfloat16. ``residual_scale``: one
+    step of an 8-bit residual (1 for a float one). The buffer ``steps`` holds these and ``input`` as numbers, so that a state
+    dict is all of a layer's state.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_shift: Tensor | None
+    nonlinearity: str
+    float_dtype: torch.dtype
     constants: Tensor
     steps: Tensor
     bias: Tensor | None
@@ -95,7 +103,12 @@ class _QuantLayer(ConvertedLayer):
         output: QuantSpec | None,
         residual_scale: float,
         weight_shift: Tensor | None,
+        nonlinearity: str,
+        float_dtype: torch.dtype,
     ) -> None:
+        check_activation(nonlinearity, 1.0)
+        if float_dtype not in _FLOATS:
+            raise ArgumentError("float_dtype", float_dtype, " or ".join(map(str, _FLOATS)))
         if weight.dtype != torch.int8:
             raise ArgumentError("weight", weight.dtype, "torch.int8")
         if weight_scale.shape != (weight.shape[0],) or not bool((weight_scale > 0).all()):
@@ -109,6 +122,7 @@ class _QuantLayer(ConvertedLayer):
             raise ArgumentError("activation", f"{len(activation.hi)} upper bounds", f"one, or {weight.shape[0]}")
         check_reduction(weight[0].numel())
         self.input, self.activation = input, activation
+        self.nonlinearity, self.float_dtype = nonlinearity, float_dtype
         self.register_buffer("weight", self._pack(weight))
         self.register_buffer("weight_scale", weight_scale.detach().float().clone())
         self.register_buffer("weight_shift", None if weight_shift is None else weight_shift.detach().float().clone())
@@ -129,11 +143,13 @@ class _QuantLayer(ConvertedLayer):
         return (1, 1)
 
     def set_output(self, output: QuantSpec | None, residual_scale: float = 1.0) -> None:
-        """Fix what the layer returns (8 bit with a scale, or float32) and what one step of its residual is worth."""
+        """Fix what the layer returns (8 bit with a scale, or floats) and what one step of its residual is worth."""
         self.output, self.residual_step = output, residual_scale
         s_out = 1.0 if output is None else output.scale
-        scale = self.weight_scale.double() * self.input.scale / s_out
-        bias = torch.zeros_like(scale) if self.bias is None else self.bias.double() / s_out
+        step = 1.0 if self.nonlinearity else s_out  # in which sums are, before the clamp
+        self.out_factor = float(torch.tensor(step / s_out, dtype=torch.float32))
+        scale = self.weight_scale.double() * self.input.scale / step
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.double() / step
         lo = self.activation.lo / s_out
         hi = torch.zeros_like(scale) + torch.tensor(self.activation.hi).to(scale) / s_out
         if output is not None:
@@ -142,11 +158,11 @@ class _QuantLayer(ConvertedLayer):
         self.lo = lo
         rows = [scale, bias, hi]
         if self.weight_shift is not None:
-            rows.append(self.weight_shift.double() * self.input.scale / s_out)
+            rows.append(self.weight_shift.double() * self.input.scale / step)
         self.constants = torch.stack(rows).float().contiguous()
-        self.residual_scale = float(torch.tensor(residual_scale / s_out, dtype=torch.float32))
+        self.residual_scale = float(torch.tensor(residual_scale / step, dtype=torch.float32))
         self.inv_scale = float(torch.tensor(1.0 / self.input.scale, dtype=torch.float32))
-        self.out_dtype = torch.float32 if output is None else output.dtype
+        self.out_dtype = self.float_dtype if output is None else output.dtype
         numbers = [*_spec_numbers(self.input), *_spec_numbers(output), residual_scale]
         self.steps = torch.tensor(numbers, dtype=torch.float64, device=self.weight_scale.device)
 
@@ -158,6 +174,10 @@ class _QuantLayer(ConvertedLayer):
     def _input(self, x: Tensor) -> Tensor:
         return x if x.dtype == self.input.dtype else torch.ops.cnncomp.quantize(x, self.inv_scale, self.input.dtype)
 
+    @property
+    def own_kernels(self) -> bool:
+        return super().own_kernels and not self.nonlinearity and self.float_dtype == torch.float32
+
     def _constants(self, clamped: bool) -> tuple[Tensor, float, torch.dtype]:
         """The operator's constants, lower bound and output dtype; with ``clamped=False``, up to the residual only."""
         if clamped:
@@ -166,11 +186,14 @@ class _QuantLayer(ConvertedLayer):
         constants[2] = INF
         return constants, -INF, torch.float32
 
+    def _ending(self, clamped: bool) -> tuple[str, float]:
+        """The operator's last arguments: nonlinearity and the factor behind it."""
+        return (self.nonlinearity, self.out_factor) if clamped else ("", 1.0)
+
     def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
         t = t + residual.float() * self.residual_scale
         hi = self.constants[2] if isinstance(self, LinearLayer) else self.constants[2].view(-1, *[1] * (t.dim() - 2))
-        t = torch.minimum(t.clamp(min=self.lo), hi)
-        return t if self.out_dtype == torch.float32 else t.round().to(self.out_dtype)
+        return finish(t, self.lo, hi, self.out_dtype, *self._ending(True))
 
     def weight_int8(self) -> Tensor:
         """The unpacked int8 weight."""
@@ -181,6 +204,8 @@ class _QuantLayer(ConvertedLayer):
 
     def _noted(self, dense: Dense) -> Dense:
         """``dense`` with this layer's quantisation in its info, so that it can be converted again."""
+        if self.nonlinearity:
+            raise ArgumentError("nonlinearity", self.nonlinearity, "none: a float layer ends in a clamp")
         dense.info = dataclasses.replace(
             self.info, input=self.input, weight_scale=self.weight_scale, weight_shift=self.weight_shift
         )
@@ -202,7 +227,11 @@ class _QuantLayer(ConvertedLayer):
 
     def config(self) -> dict[str, Any]:
         out = self.output
+        more = {"nonlinearity": self.nonlinearity} if self.nonlinearity else {}
+        if self.float_dtype != torch.float32:
+            more["float_dtype"] = str(self.float_dtype).removeprefix("torch.")
         return {
+            **more,
             "activation": clamp_config(self.activation),
             "input": [self.input.scale, str(self.input.dtype).removeprefix("torch.")],
             "output": None if out is None else [out.scale, str(out.dtype).removeprefix("torch.")],
@@ -222,11 +251,21 @@ class _QuantLayer(ConvertedLayer):
             "activation": clamp_from_config(config["activation"]),
             "output": None if config["output"] is None else _spec_from_config(config["output"]),
             "residual_scale": float(config["residual_scale"]),
+            "nonlinearity": str(config.get("nonlinearity", "")),
+            "float_dtype": _float_from_config(config.get("float_dtype", "float32")),
         }
 
     def _io(self) -> str:
-        out = "float32" if self.output is None else str(self.output.dtype).removeprefix("torch.")
-        return f"{str(self.input.dtype).removeprefix('torch.')}→{out} {self.activation}".rstrip()
+        out = str(self.out_dtype).removeprefix("torch.")
+        return f"{str(self.input.dtype).removeprefix('torch.')}→{out} {self.nonlinearity or self.activation}".rstrip()
+
+
+def _float_from_config(name: Any) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if dtype not in _FLOATS:
+        raise ArgumentError("float_dtype", name, " or ".join(map(str, _FLOATS)))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _spec_from_config(config: list[Any]) -> QuantSpec:
@@ -252,11 +291,13 @@ class QuantConv2d(_QuantLayer, ConvLayer):
     """int8 convolution with fused bias, residual, clamp and requantisation.
 
     Input: (N, C, H, W) (or (N, C, L) if ``geometry.conv1d``), floats, which it quantises, or 8 bit as ``input`` says.
-    Output: float32, or 8 bit as ``output`` says. Bit-equal to :func:`cnncomp.ops.reference.conv2d_int8`.
+    Output: floats, or 8 bit as ``output`` says. Bit-equal to :func:`cnncomp.ops.reference.conv2d_int8`.
 
     Args:
         weight: int8 ``(K, C/G, R, S)``; ``weight_scale``: float32 ``(K,)``; ``bias``: float32 ``(K,)`` or None.
         weight_shift: float32 ``(K,)`` for weights ``weight_scale·weight + weight_shift``, else None.
+        nonlinearity: "silu", "hardswish" or "", before the clamp that ``activation`` is.
+        float_dtype: Of the output where ``output`` is None: float32, float16 or bfloat16.
 
     Raises:
         OverflowRiskError: a reduction too long for int32.
@@ -276,11 +317,14 @@ class QuantConv2d(_QuantLayer, ConvLayer):
         output: QuantSpec | None = None,
         residual_scale: float = 1.0,
         weight_shift: Tensor | None = None,
+        nonlinearity: str = "",
+        float_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         geometry.check(weight)
         self.geometry, self.groups = geometry, geometry.groups
-        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale, weight_shift)
+        more = (residual_scale, weight_shift, nonlinearity, float_dtype)
+        self._setup(weight, weight_scale, bias, input, activation, output, *more)
 
     @classmethod
     def from_float(
@@ -288,13 +332,14 @@ class QuantConv2d(_QuantLayer, ConvLayer):
         conv: nn.Conv2d | nn.Conv1d,
         input: QuantSpec | None = None,
         activation: Clamp = LINEAR,
+        nonlinearity: str = "",
     ) -> QuantConv2d:
         """From a torch convolution that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
         geometry = Geometry.of(conv)
         spec, scale, shift = _spec_of(conv, input)
         weight = conv.weight.detach().reshape(geometry.out_channels, -1, *geometry.kernel_size)
         q, s = quantize_weight(weight, scale, shift)
-        return cls(geometry, q, s, conv.bias, spec, activation, weight_shift=shift)
+        return cls(geometry, q, s, conv.bias, spec, activation, weight_shift=shift, nonlinearity=nonlinearity)
 
     def _kernel_size(self) -> tuple[int, int]:
         return self.geometry.kernel_size
@@ -313,7 +358,7 @@ class QuantConv2d(_QuantLayer, ConvLayer):
         constants, lo, dtype = self._constants(clamped)
         return torch.ops.cnncomp.conv2d_int8(
             self._input(x), self.weight, constants, residual, self.residual_scale, lo,
-            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype, *self._ending(clamped),
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
@@ -353,10 +398,13 @@ class QuantLinear(_QuantLayer, LinearLayer):
         output: QuantSpec | None = None,
         residual_scale: float = 1.0,
         weight_shift: Tensor | None = None,
+        nonlinearity: str = "",
+        float_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._setup(weight, weight_scale, bias, input, activation, output, residual_scale, weight_shift)
+        more = (residual_scale, weight_shift, nonlinearity, float_dtype)
+        self._setup(weight, weight_scale, bias, input, activation, output, *more)
 
     @classmethod
     def from_float(
@@ -364,12 +412,13 @@ class QuantLinear(_QuantLayer, LinearLayer):
         linear: nn.Linear,
         input: QuantSpec | None = None,
         activation: Clamp = LINEAR,
+        nonlinearity: str = "",
     ) -> QuantLinear:
         """From a torch linear that :func:`cnncomp.quantize` has seen, or a plain one with ``input`` given."""
         check_layer("linear", linear, nn.Linear)
         spec, scale, shift = _spec_of(linear, input)
         q, s = quantize_weight(linear.weight, scale, shift)
-        return cls(q, s, linear.bias, spec, activation, weight_shift=shift)
+        return cls(q, s, linear.bias, spec, activation, weight_shift=shift, nonlinearity=nonlinearity)
 
     def _pack_cuda(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
@@ -382,7 +431,7 @@ class QuantLinear(_QuantLayer, LinearLayer):
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
         constants, lo, dtype = self._constants(clamped)
         args = (self._input(x), self.weight, constants, residual, self.residual_scale, lo, dtype)
-        return torch.ops.cnncomp.linear_int8(*args)
+        return torch.ops.cnncomp.linear_int8(*args, *self._ending(clamped))
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> QuantLinear:

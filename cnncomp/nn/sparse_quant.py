@@ -22,7 +22,7 @@ class ZerosQuant(_QuantLayer):
     """An int8 layer that gains by zeros in its weights.
 
     Raises:
-        ArgumentError: mean-shift weights.
+        ArgumentError: mean-shift weights; a nonlinearity, or an output in half precision.
     """
 
     def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
@@ -30,6 +30,9 @@ class ZerosQuant(_QuantLayer):
             expected = "None: weights that are all shifted have no zeros"
             raise ArgumentError("weight_shift", "mean-shift weights", expected)
         super().__init__(*args, **kwargs)
+        if self.nonlinearity or self.float_dtype != torch.float32:
+            got = self.nonlinearity or self.float_dtype
+            raise ArgumentError("nonlinearity or float_dtype", got, "none and float32: dense int8 layers have others")
 
 
 class _SparseQuant(ZerosQuant):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cnncomp.ops import (
     activate,
+    concat,
     conv2d_blocks,
     conv2d_dense,
     conv2d_depthwise,
@@ -23,6 +24,7 @@ attach()
 
 __all__ = [
     "activate",
+    "concat",
     "conv2d_blocks",
     "conv2d_dense",
     "conv2d_depthwise",

@@ -1,13 +1,17 @@
-"""``cnncomp::activate``, activations that are no clamp, and ``cnncomp::scale_channels``, on float images."""
+"""``cnncomp::activate``, activations that are no clamp, ``cnncomp::scale_channels`` and ``cnncomp::affine_channels``, on float
+images."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.library import check_float32, define, num_threads
+from cnncomp.ops.library import check_float32, check_vector, define, num_threads
 
+INF = math.inf
 #: The kernel's numbers.
 ACTIVATIONS = {"sigmoid": 0, "silu": 1, "hardsigmoid": 2, "hardswish": 3}
 
@@ -55,9 +59,36 @@ def _scale_cpu(x: Tensor, scale: Tensor) -> Tensor:
     x, scale = x.contiguous(), scale.contiguous()
     out = torch.empty_like(x)
     if out.numel():
-        _cpu.scale_rows(x.data_ptr(), *_rows(x), scale.data_ptr(), out.data_ptr(), num_threads())
+        rows, length = _rows(x)
+        _cpu.affine_rows(
+            x.data_ptr(), rows, length, scale.data_ptr(), 0, rows, -INF, INF, out.data_ptr(), num_threads()
+        )
+    return out
+
+
+def _affine_fake(x: Tensor, scale: Tensor, shift: Tensor, lo: float, hi: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _affine_cpu(x: Tensor, scale: Tensor, shift: Tensor, lo: float, hi: float) -> Tensor:
+    from cnncomp import _cpu
+
+    check_float32(x, scale=scale, shift=shift)
+    if x.dim() != 4:
+        raise ArgumentError("x", f"shape {tuple(x.shape)}", "4 dimensions (N, C, H, W)")
+    for name, t in (("scale", scale), ("shift", shift)):
+        check_vector(name, t, x.shape[1])
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if out.numel():
+        rows, length = _rows(x)
+        maps = (scale.data_ptr(), shift.data_ptr())
+        _cpu.affine_rows(x.data_ptr(), rows, length, *maps, x.shape[1], lo, hi, out.data_ptr(), num_threads())
     return out
 
 
 define("activate", "(Tensor x, str activation) -> Tensor", _activate_fake, _activate_cpu)
 define("scale_channels", "(Tensor x, Tensor scale) -> Tensor", _scale_fake, _scale_cpu)
+define(
+    "affine_channels", "(Tensor x, Tensor scale, Tensor shift, float lo, float hi) -> Tensor", _affine_fake, _affine_cpu
+)

@@ -1,16 +1,20 @@
 """``cnncomp::conv2d_int8`` and ``cnncomp::linear_int8``: 8-bit activations, int8 weights, the one fused epilogue.
 
-``constants`` has the rows scale, bias and hi, and a fourth, shift, for mean-shift weights, which only the CPU kernels run.
+``constants`` has the rows scale, bias and hi, and a fourth, shift, for mean-shift weights.
+``activation`` is "silu", "hardswish" or "" for none but the clamp; with one, scale, bias and residual give its input in real
+units, and ``out_factor``, 1 / the step of the output, comes behind it, before the clamp. float16 and bfloat16, as output and
+residual, and activations are the GPU kernels'; on a CPU they are steps behind the float32 kernel, with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from cnncomp.errors import ArgumentError, DeviceError
+from cnncomp.errors import ArgumentError
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
@@ -25,6 +29,7 @@ from cnncomp.ops.library import (
     pointer,
 )
 from cnncomp.ops.packing import depthwise_columns, is_depthwise
+from cnncomp.ops.reference import ACTIVATIONS, finish
 
 CONV_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor constants, Tensor? residual, float residual_scale, float lo, int[2] kernel_size, "
@@ -36,24 +41,43 @@ LINEAR_SCHEMA = (
 )
 
 
+HALVES = (torch.float16, torch.bfloat16)
+#: Trailing arguments of the dense operators.
+_ACTIVATION = ', str activation="", float out_factor=1.0)'
+
+
 def check_operands(
-    x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, shape: Sequence[int], out_dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    shape: Sequence[int],
+    out_dtype: torch.dtype,
+    halves: Sequence[torch.dtype] = (),
 ) -> None:
-    """Check the operands that the dense and the sparse int8 operators share; ``shape``: the output's."""
+    """Check the operands that the dense and the sparse int8 operators share; ``shape``: the output's; ``halves``: types besides
+    the 8-bit ones and float32 that output and residual may have."""
     check_dtype("x", x, torch.uint8, torch.int8)
     check_dtype("weight", weight, torch.int8)
     check_dtype("constants", constants, torch.float32)
     if constants.dim() != 2 or constants.shape[0] not in (3, 4):
         raise ArgumentError("constants", f"shape {tuple(constants.shape)}", "(3, K), or (4, K) for mean-shift weights")
-    if constants.shape[0] == 4 and x.device.type == "cuda":
-        raise DeviceError("constants", "mean-shift weights on a GPU", "a CPU: the GPU kernels have no mean shift")
-    if out_dtype not in DTYPE_CODE:
-        raise ArgumentError("out_dtype", out_dtype, "torch.uint8, torch.int8 or torch.float32")
+    types = (*DTYPE_CODE, *halves)
+    if out_dtype not in types:
+        raise ArgumentError("out_dtype", out_dtype, " or ".join(map(str, types)))
     if residual is not None:
-        check_dtype("residual", residual, torch.uint8, torch.int8, torch.float32)
+        check_dtype("residual", residual, *types)
     check_same_device(x, weight=weight, constants=constants, residual=residual)
     check_residual(residual, shape)
     check_contiguous(weight=weight, constants=constants)
+
+
+def check_activation(activation: str, out_factor: float) -> None:
+    """Raise :class:`ArgumentError` for an activation that there is not, or a factor behind it that no step of an output has."""
+    if activation not in ("", *ACTIVATIONS):
+        raise ArgumentError("activation", repr(activation), " or ".join(map(repr, ("", *ACTIVATIONS))))
+    if not (math.isfinite(out_factor) and out_factor > 0):
+        raise ArgumentError("out_factor", out_factor, "a finite number above 0")
 
 
 def check_unshifted(constants: Tensor) -> None:
@@ -75,6 +99,8 @@ def _conv_fake(
     dilation: Pair,
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
@@ -109,6 +135,31 @@ def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int
     return depthwise
 
 
+def _needs_steps(residual: Tensor | None, out_dtype: torch.dtype, activation: str) -> bool:
+    """Whether the CPU kernels alone can't do a layer."""
+    return bool(activation) or out_dtype in HALVES or (residual is not None and residual.dtype in HALVES)
+
+
+def _in_steps(
+    run: Callable[[Tensor, Tensor | None, float, torch.dtype], Tensor],
+    constants: Tensor,
+    hi: Tensor,
+    residual: Tensor | None,
+    lo: float,
+    out_dtype: torch.dtype,
+    activation: str,
+    out_factor: float,
+) -> Tensor:
+    """A layer by the CPU kernels and steps behind them. ``run``: the kernel, from constants, residual, lo and output dtype."""
+    if residual is not None and residual.dtype in HALVES:
+        residual = residual.float()
+    if not activation:
+        return run(constants, residual, lo, out_dtype if out_dtype in DTYPE_CODE else torch.float32).to(out_dtype)
+    unclamped = constants.clone()
+    unclamped[2] = math.inf
+    return finish(run(unclamped, residual, -math.inf, torch.float32), lo, hi, out_dtype, activation, out_factor)
+
+
 def _conv_cpu(
     x: Tensor,
     weight: Tensor,
@@ -122,11 +173,22 @@ def _conv_cpu(
     dilation: Pair,
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     from cnncomp import _cpu
 
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
-    check_operands(x, weight, constants, residual, shape, out_dtype)
+    check_operands(x, weight, constants, residual, shape, out_dtype, HALVES)
+    check_activation(activation, out_factor)
+    if _needs_steps(residual, out_dtype, activation):
+        hi = constants[2].view(-1, 1, 1)
+        return _in_steps(
+            lambda constants, residual, lo, dtype: _conv_cpu(
+                x, weight, constants, residual, residual_scale, lo, kernel_size, stride, padding, dilation, groups, dtype
+            ),
+            constants, hi, residual, lo, out_dtype, activation, out_factor,
+        )  # fmt: skip
     n, c, h, w = x.shape
     k = shape[1]
     depthwise = _check_packed(weight, c, k, kernel_size, groups)
@@ -158,19 +220,23 @@ def _conv_cuda(
     dilation: Pair,
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     from cnncomp.ops import cuda
 
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
-    check_operands(x, weight, constants, residual, shape, out_dtype)
+    check_operands(x, weight, constants, residual, shape, out_dtype, HALVES)
+    check_activation(activation, out_factor)
     _check_channels(x.shape[1], shape[1], groups)
     _check_shape(weight, (shape[1], *kernel_size, x.shape[1] // groups))
     return cuda.conv2d_int8(
-        x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype
-    )
+        x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype, activation,
+        out_factor,
+    )  # fmt: skip
 
 
-define("conv2d_int8", CONV_SCHEMA, _conv_fake, _conv_cpu, _conv_cuda)
+define("conv2d_int8", CONV_SCHEMA.replace(")", _ACTIVATION), _conv_fake, _conv_cpu, _conv_cuda)
 
 
 def _linear_fake(
@@ -181,6 +247,8 @@ def _linear_fake(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], constants.shape[1]), dtype=out_dtype)
 
@@ -193,11 +261,21 @@ def _linear_cpu(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     from cnncomp import _cpu
 
     shape = (*x.shape[:-1], constants.shape[1])
-    check_operands(x, weight, constants, residual, shape, out_dtype)
+    check_operands(x, weight, constants, residual, shape, out_dtype, HALVES)
+    check_activation(activation, out_factor)
+    if _needs_steps(residual, out_dtype, activation):
+        return _in_steps(
+            lambda constants, residual, lo, dtype: _linear_cpu(
+                x, weight, constants, residual, residual_scale, lo, dtype
+            ),
+            constants, constants[2], residual, lo, out_dtype, activation, out_factor,
+        )  # fmt: skip
     c, k = x.shape[-1], shape[-1]
     _check_packed(weight, c, k, (1, 1), 1)
     out = torch.empty(shape, dtype=out_dtype)
@@ -223,12 +301,15 @@ def _linear_cuda(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     from cnncomp.ops import cuda
 
-    check_operands(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype)
+    check_operands(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype, HALVES)
+    check_activation(activation, out_factor)
     _check_shape(weight, (constants.shape[1], x.shape[-1]))
-    return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype)
+    return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype, activation, out_factor)
 
 
-define("linear_int8", LINEAR_SCHEMA, _linear_fake, _linear_cpu, _linear_cuda)
+define("linear_int8", LINEAR_SCHEMA.replace(")", _ACTIVATION), _linear_fake, _linear_cpu, _linear_cuda)

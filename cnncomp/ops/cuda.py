@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnncomp.errors import DeviceError
 from cnncomp.kernels import available
-from cnncomp.ops.library import contiguous, conv_out_size
+from cnncomp.ops import reference
+from cnncomp.ops.library import contiguous, conv_out_shape, conv_out_size
 from cnncomp.ops.packing import PackedSparse
 from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
 
@@ -73,6 +76,9 @@ def _workspace_arguments(device: torch.device, index: int, stream: int) -> tuple
     return space.data_ptr(), space.nbytes
 
 
+#: Codes of the epilogue's activations; none but the clamp.
+_ACTIVATION_CODE = {"": 0, "silu": 1, "hardswish": 2}
+
 #: The plan chooses the tile, and how many blocks share the reduction of one.
 _NO_WISH = ("", 0)
 
@@ -82,6 +88,68 @@ def _epilogue_arguments(
 ) -> tuple[int, int, int, float, float, int, int]:
     pointer, code = (0, 0) if residual is None else (residual.data_ptr(), _DTYPE_CODE[residual.dtype])
     return constants.data_ptr(), pointer, code, residual_scale, lo, out.data_ptr(), _DTYPE_CODE[out.dtype]
+
+
+def _mean_shift(
+    x: Tensor,
+    shift: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``shift`` (K,) times the sum of ``x`` under each output's window: (N, K, P, Q) float32, channels_last."""
+    n, c, h, w = x.shape
+    k, (r, s) = len(shift), kernel_size
+    if backend(x.device) == "triton":
+        ones = torch.ones((groups, c // groups, r, s), dtype=torch.float64, device=x.device)
+        where = (None, list(stride), list(padding), list(dilation), groups)
+        window = torch.nn.functional.conv2d(x.double(), ones, *where).float().repeat_interleave(k // groups, 1)
+        return (shift.view(-1, 1, 1) * window).contiguous(memory_format=torch.channels_last)
+    shape = conv_out_shape(x, k, kernel_size, stride, padding, dilation)
+    out = torch.empty(shape, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    x, shift = x.contiguous(memory_format=torch.channels_last), shift.contiguous()
+    index, start, _ = _launch_arguments(x)
+    _module().mean_shift_int8(
+        index, start, x.data_ptr(), _DTYPE_CODE[x.dtype], n, h, w, c, k, r, s, *stride, *padding, *dilation, groups,
+        shift.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _shifted(
+    run: Callable[..., Tensor],
+    mean_shift: Callable[[Tensor], Tensor],
+    geometry: tuple[Any, ...],
+    constants: Tensor,
+    channels: tuple[int, ...],
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    out_dtype: torch.dtype,
+    activation: str,
+    out_factor: float,
+) -> Tensor:
+    """A layer with mean-shift weights: what the shift adds goes through the kernel as a float residual. A residual of the
+    layer's own comes behind that, so then the kernel gives floats and the last steps are torch's.
+
+    Args:
+        run: The layer, from its constants on.
+        mean_shift: What ``shift`` (K,) adds.
+        geometry: The layer's arguments between ``lo`` and ``out_dtype``.
+        channels: The shape in which a row of ``constants`` broadcasts to the output.
+    """
+    plain, addend = constants[:3], mean_shift(constants[3])
+    if residual is None:
+        return run(plain, addend, 1.0, lo, *geometry, out_dtype, activation, out_factor)
+    unclamped = plain.clone()
+    unclamped[2] = math.inf
+    t = run(unclamped, addend, 1.0, -math.inf, *geometry, torch.float32)
+    t = t + residual.float() * torch.tensor(residual_scale, dtype=torch.float32)
+    return reference.finish(t, lo, plain[2].view(channels), out_dtype, activation, out_factor)
 
 
 def conv2d_int8(
@@ -96,6 +164,8 @@ def conv2d_int8(
     dilation: Sequence[int],
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """int8 convolution on the GPU. No synchronisation; allocates only the output, and once for each stream the workspace, so it
     may be captured.
@@ -103,13 +173,15 @@ def conv2d_int8(
     Args:
         x: (N, C, H, W) uint8 or int8; channels_last, or it is copied.
         weight: (K, R, S, C/G) int8.
-        constants: (3, K) float32: scale, bias, hi.
-        residual: Shape of the output, uint8, int8 or float32; or None.
+        constants: (3, K) float32: scale, bias, hi; (4, K) with a shift, for mean-shift weights.
+        residual: Shape of the output, uint8, int8, float32, float16 or bfloat16; or None.
         residual_scale: Factor of the residual.
         lo: Lower clamp.
         stride, padding, dilation: (vertical, horizontal).
         groups: G.
-        out_dtype: uint8, int8 or float32.
+        out_dtype: uint8, int8, float32, float16 or bfloat16.
+        activation: "silu", "hardswish" or "".
+        out_factor: Behind the activation, before the clamp.
 
     Returns:
         (N, K, P, Q) of ``out_dtype``, channels_last.
@@ -117,11 +189,18 @@ def conv2d_int8(
     Raises:
         DeviceError: no kernel for this device.
     """
+    if constants.shape[0] == 4:
+        geometry = (stride, padding, dilation, groups)
+        return _shifted(
+            functools.partial(conv2d_int8, x, weight),
+            lambda shift: _mean_shift(x, shift, (weight.shape[1], weight.shape[2]), *geometry),
+            geometry, constants, (-1, 1, 1), residual, residual_scale, lo, out_dtype, activation, out_factor,
+        )  # fmt: skip
     if backend(x.device) == "triton":
         from cnncomp.kernels.conv2d_int8 import conv2d_int8 as launch
 
         args = (x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype)
-        return launch(*args)
+        return launch(*args, activation, out_factor)
     n, c, h, w = x.shape
     k, r, s, _ = weight.shape
     p = conv_out_size(h, r, stride[0], padding[0], dilation[0])
@@ -133,7 +212,7 @@ def conv2d_int8(
     _module().conv2d_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
         *stride, *padding, *dilation, groups, *_epilogue_arguments(constants, residual, residual_scale, lo, out),
-        *_workspace_arguments(x.device, index, stream), *_NO_WISH,
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
@@ -146,12 +225,22 @@ def linear_int8(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """int8 linear on the GPU: ``x`` (..., C), ``weight`` (K, C), output (..., K); otherwise as :func:`conv2d_int8`."""
+    if constants.shape[0] == 4:
+        one = ((1, 1), (0, 0), (1, 1), 1)
+        return _shifted(
+            functools.partial(linear_int8, x, weight),
+            lambda shift: _mean_shift(x.reshape(-1, x.shape[-1], 1, 1), shift, (1, 1), *one).reshape(*x.shape[:-1], -1),
+            (), constants, (-1,), residual, residual_scale, lo, out_dtype, activation, out_factor,
+        )  # fmt: skip
     if backend(x.device) == "triton":
         from cnncomp.kernels.gemm_int8 import linear_int8 as launch
 
-        return launch(x, weight, constants, residual, residual_scale, lo, out_dtype)
+        args = (x, weight, constants, residual, residual_scale, lo, out_dtype)
+        return launch(*args, activation, out_factor)
     c, k = x.shape[-1], weight.shape[0]
     out = torch.empty((*x.shape[:-1], k), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
@@ -162,8 +251,62 @@ def linear_int8(
     _module().linear_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,
         *_epilogue_arguments(constants, residual, residual_scale, lo, out),
-        *_workspace_arguments(x.device, index, stream), *_NO_WISH,
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
+    return out
+
+
+def quantize(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
+    """``x`` of any shape, float32, float16 or bfloat16, in 8 bit (:func:`cnncomp.ops.reference.quantize`), images as
+    channels_last."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    if backend(x.device) == "triton":
+        return reference.quantize(x, inv_scale, dtype).contiguous(memory_format=layout)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+    if out.numel() == 0:
+        return out
+    planes = x.dim() == 4 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    if planes:
+        n, c, pixels = *x.shape[:2], x.shape[2] * x.shape[3]
+    else:
+        x = x.contiguous(memory_format=layout)
+        n, c, pixels = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3]) if x.dim() == 4 else (1, 1, x.numel())
+    index, stream, _ = _launch_arguments(x)
+    source = (x.data_ptr(), _DTYPE_CODE[x.dtype], n, pixels, c, not planes)
+    _module().quantize(index, stream, *source, inv_scale, out.data_ptr(), _DTYPE_CODE[dtype])
+    return out
+
+
+def max_pool2d_int8(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Max-pool of 8-bit ``x`` (N, C, H, W): (N, C, P, Q), channels_last."""
+    if backend(x.device) == "triton":
+        return reference.max_pool2d_int8(x, kernel_size, stride, padding, dilation)
+    n, k, p, q = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
+    out = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous(memory_format=torch.channels_last)
+    index, stream, _ = _launch_arguments(x)
+    _module().max_pool2d_int8(
+        index, stream, x.data_ptr(), _DTYPE_CODE[x.dtype], n, x.shape[2], x.shape[3], k, *kernel_size, *stride, *padding,
+        *dilation, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def mean_pool2d(x: Tensor) -> Tensor:
+    """The mean of each channel of float32 ``x`` (N, C, H, W): (N, C, 1, 1). Of channels_last, each channel is summed in
+    the order of its pixels, and times 1 / pixels; others are torch's."""
+    n, c, h, w = x.shape
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if backend(x.device) == "triton" or not last:
+        return torch.nn.functional.adaptive_avg_pool2d(x, 1)
+    out = torch.empty((n, c, 1, 1), dtype=x.dtype, device=x.device)
+    if out.numel():
+        index, stream, _ = _launch_arguments(x)
+        _module().mean_pool2d(index, stream, x.data_ptr(), _DTYPE_CODE[x.dtype], n, h, w, c, out.data_ptr())
     return out
 
 

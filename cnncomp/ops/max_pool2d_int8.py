@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from cnncomp.ops.library import Pair, check_dtype, conv_out_shape, define, num_threads
-from cnncomp.ops.reference import max_pool2d_int8 as reference
 
 SCHEMA = "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
 
@@ -32,4 +31,11 @@ def _cpu(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pa
     return out
 
 
-define("max_pool2d_int8", SCHEMA, _fake, _cpu, reference)
+def _cuda(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    from cnncomp.ops import cuda
+
+    check_dtype("x", x, torch.uint8, torch.int8)
+    return cuda.max_pool2d_int8(x, kernel_size, stride, padding, dilation)
+
+
+define("max_pool2d_int8", SCHEMA, _fake, _cpu, _cuda)

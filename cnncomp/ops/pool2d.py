@@ -7,24 +7,38 @@ from torch import Tensor
 
 from cnncomp.ops.library import Pair, check_dtype, conv_out_shape, define, num_threads
 
-MAX_SCHEMA = "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+MAX_SCHEMA = (
+    "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode=False) -> Tensor"
+)
 MEAN_SCHEMA = "(Tensor x) -> Tensor"
 
 
-def _max_fake(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    return x.new_empty(conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation))
+def _max_fake(
+    x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool = False
+) -> Tensor:
+    n, c, *pixels = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
+    for i in (
+        (0, 1) if ceil_mode else ()
+    ):  # one more window where the last ones leave pixels and it begins before the padding
+        size, reach = x.shape[2 + i], dilation[i] * (kernel_size[i] - 1) + 1
+        left = (size + 2 * padding[i] - reach) % stride[i]
+        pixels[i] += bool(left and pixels[i] * stride[i] < size + padding[i])
+    return x.new_empty((n, c, *pixels))
 
 
-def _max_cpu(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+def _max_cpu(
+    x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool = False
+) -> Tensor:
     from cnncomp import _cpu
 
     check_dtype("x", x, torch.float32)
-    out = _max_fake(x, kernel_size, stride, padding, dilation)
+    out = _max_fake(x, kernel_size, stride, padding, dilation, ceil_mode)
     if out.numel() == 0:
         return out
     n, c, h, w = x.shape
     x = x.contiguous()
-    _cpu.max_pool2d(x.data_ptr(), n, c, h, w, *kernel_size, *stride, *padding, *dilation, out.data_ptr(), num_threads())
+    window = (*kernel_size, *stride, *padding, *dilation)
+    _cpu.max_pool2d(x.data_ptr(), n, c, h, w, *window, out.data_ptr(), num_threads(), ceil_mode)
     return out
 
 
@@ -46,5 +60,12 @@ def _mean_cpu(x: Tensor) -> Tensor:
     return out
 
 
+def _mean_cuda(x: Tensor) -> Tensor:
+    from cnncomp.ops import cuda
+
+    check_dtype("x", x, torch.float32)
+    return cuda.mean_pool2d(x)
+
+
 define("max_pool2d", MAX_SCHEMA, _max_fake, _max_cpu)
-define("mean_pool2d", MEAN_SCHEMA, _mean_fake, _mean_cpu)
+define("mean_pool2d", MEAN_SCHEMA, _mean_fake, _mean_cpu, _mean_cuda)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from cnncomp.ops.library import check_dtype, define, num_threads
-from cnncomp.ops.reference import quantize as reference
 
 SCHEMA = "(Tensor x, float inv_scale, ScalarType dtype) -> Tensor"
 
@@ -20,11 +19,15 @@ def _fake(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
     return _empty(x, dtype)
 
 
+def _check(x: Tensor, dtype: torch.dtype) -> None:
+    check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
+    check_dtype("dtype", torch.empty(0, dtype=dtype), torch.uint8, torch.int8)
+
+
 def _cpu(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
     from cnncomp import _cpu as kernels
 
-    check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
-    check_dtype("dtype", torch.empty(0, dtype=dtype), torch.uint8, torch.int8)
+    _check(x, dtype)
     x = x.float()
     out = _empty(x, dtype)
     if x.numel() == 0:
@@ -44,8 +47,10 @@ def _cpu(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _cuda(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return reference(x, inv_scale, dtype).contiguous(memory_format=layout)
+    from cnncomp.ops import cuda
+
+    _check(x, dtype)
+    return cuda.quantize(x, inv_scale, dtype)
 
 
 define("quantize", SCHEMA, _fake, _cpu, _cuda)

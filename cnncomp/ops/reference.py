@@ -19,6 +19,32 @@ def quantize(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
     return torch.round(t).to(dtype)
 
 
+def silu(t: Tensor) -> Tensor:
+    """``t / (1 + exp(-t))`` of float32 by additions and multiplications, each rounded on its own: the same bits on every
+    device, within 2e-7 of the exact value, relative to the larger of it and 1. csrc/cuda/activation.cuh says how."""
+    y = (t.abs() * -1.44269504).clamp(min=-126.0)
+    shifted = y + 12582912.0  # 1.5 * 2**23: leaves no bits for a fraction
+    f = y - (shifted - 12582912.0)
+    z = torch.full_like(t, 1.32647273e-3)
+    for coefficient in (9.67151299e-3, 5.55073358e-2, 2.40222424e-1, 6.93147004e-1, 1.0):
+        z = z * f + coefficient
+    z = (z.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
+    d = 1.0 + z
+    inverse = 1.41176471 + d * -4.70588235e-1
+    for _ in range(3):
+        inverse = inverse + inverse * (1.0 - d * inverse)
+    return t * torch.where(t < 0, z * inverse, inverse)
+
+
+def hardswish(t: Tensor) -> Tensor:
+    """``t * clamp(t + 3, 0, 6) / 6`` of float32, each step rounded on its own."""
+    return t * ((t + 3.0).clamp(0.0, 6.0) * 1.66666672e-1)
+
+
+#: The epilogue's activations besides a clamp.
+ACTIVATIONS = {"silu": silu, "hardswish": hardswish}
+
+
 def epilogue(
     acc: Tensor,
     constants: Tensor,
@@ -27,6 +53,8 @@ def epilogue(
     lo: float,
     out_dtype: torch.dtype,
     window: Tensor | None = None,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """The one epilogue (docs/design.md, "Numbers"): ``acc`` is int32 ``(N, K, ...)``, ``constants`` ``(3, K)`` float32.
 
@@ -41,6 +69,15 @@ def epilogue(
         t = t + shift[0] * window.float()
     if residual is not None:
         t = t + residual.float() * torch.tensor(residual_scale, dtype=torch.float32)
+    return finish(t, lo, hi, out_dtype, activation, out_factor)
+
+
+def finish(
+    t: Tensor, lo: float, hi: Tensor, out_dtype: torch.dtype, activation: str = "", out_factor: float = 1.0
+) -> Tensor:
+    """The epilogue's last steps, on float32 ``t``: activation, clamp to [lo, hi], rounding. ``hi`` broadcasts."""
+    if activation:
+        t = ACTIVATIONS[activation](t) * torch.tensor(out_factor, dtype=torch.float32)
     t = torch.minimum(torch.maximum(t, torch.tensor(lo, dtype=torch.float32)), hi)
     return torch.round(t).to(out_dtype) if out_dtype in QRANGE else t.to(out_dtype)
 
@@ -57,6 +94,8 @@ def conv2d_int8(
     dilation: Sequence[int],
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """int8 convolution of ``x`` (N, C, H, W) uint8 or int8 with the unpacked ``weight`` (K, C/G, R, S) int8.
 
@@ -69,7 +108,7 @@ def conv2d_int8(
     window = None
     if constants.shape[0] == 4:
         window = F.conv2d(x.double(), torch.ones_like(weight, dtype=torch.float64), *where).to(torch.int32)
-    out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype, window)
+    out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype, window, activation, out_factor)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -81,13 +120,16 @@ def linear_int8(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     """int8 linear of ``x`` (..., C) with the unpacked ``weight`` (K, C) int8."""
     acc = F.linear(x.double(), weight.double()).to(torch.int32)
     k = acc.shape[-1]
     flat = None if residual is None else residual.reshape(-1, k)
     window = x.to(torch.int32).sum(-1, dtype=torch.int32).reshape(-1, 1)
-    return epilogue(acc.reshape(-1, k), constants, flat, residual_scale, lo, out_dtype, window).reshape(acc.shape)
+    out = epilogue(acc.reshape(-1, k), constants, flat, residual_scale, lo, out_dtype, window, activation, out_factor)
+    return out.reshape(acc.shape)
 
 
 def max_pool2d_int8(

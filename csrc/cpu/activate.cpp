@@ -1,6 +1,7 @@
 #include "activate.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "activate_kernel.h"
@@ -44,9 +45,16 @@ void activate(const ActivateArgs& a, Activation activation) {
   for_rows("activate", whole, [=](int64_t, const float* x, int64_t length, float* out) { kernel(x, length, out); });
 }
 
-void scale_rows(const ActivateArgs& a, const float* scale) {
-  const auto kernel = kernels().scale;
-  for_rows("scale_rows", a, [=](int64_t i, const float* x, int64_t length, float* out) { kernel(x, length, scale[i], out); });
+void affine_rows(const ActivateArgs& a, const AffineRows& map) {
+  const auto kernel = kernels().affine;
+  for_rows("affine_rows", a, [=](int64_t i, const float* x, int64_t length, float* out) {
+    const int64_t c = i % map.channels;
+    kernel(x, length, map.scale[c], map.shift != nullptr ? map.shift[c] : 0.0f, map.lo, map.hi, out);
+  });
+}
+
+void copy_rows(const ActivateArgs& a) {
+  for_rows("copy_rows", a, [](int64_t, const float* x, int64_t length, float* out) { std::memcpy(out, x, length * sizeof(float)); });
 }
 
 }  // namespace cnncomp

@@ -1,4 +1,4 @@
-// Activations that are no clamp, and factors of channels, on fp32 images.
+// Activations that are no clamp, affine maps of channels, and copies, of fp32 images.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,17 @@ struct ActivateArgs {
 // std::invalid_argument for another activation, and for rows that overlap.
 void activate(const ActivateArgs& args, Activation activation);
 
-// out = x * scale, (rows).
-void scale_rows(const ActivateArgs& args, const float* scale);
+// Of each row: out = clamp(x * scale + shift, lo, hi).
+struct AffineRows {
+  const float* scale;  // (channels)
+  const float* shift;  // (channels), or null
+  int64_t channels;    // row i is of channel i % channels
+  float lo, hi;
+};
+
+void affine_rows(const ActivateArgs& args, const AffineRows& affine);
+
+// out = x
+void copy_rows(const ActivateArgs& args);
 
 }  // namespace cnncomp

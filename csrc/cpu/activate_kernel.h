@@ -9,7 +9,7 @@ namespace cnncomp {
 
 struct ActivateKernels {
   void (*activate[kActivations])(const float* x, int64_t length, float* out);
-  void (*scale)(const float* x, int64_t length, float scale, float* out);
+  void (*affine)(const float* x, int64_t length, float scale, float shift, float lo, float hi, float* out);
 };
 
 extern const ActivateKernels kActivateBaseline;

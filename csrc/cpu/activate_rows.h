@@ -61,16 +61,16 @@ void activate_row(const float* x, int64_t length, float* out) {
 }
 
 template <class V>
-void scale_row(const float* x, int64_t length, float scale, float* out) {
-  const typename V::Vec factor = V::broadcast(scale);
-  map_row<V>(x, length, out, [=](typename V::Vec v) __attribute__((always_inline)) { return V::mul(v, factor); });
+void affine_row(const float* x, int64_t length, float scale, float shift, float lo, float hi, float* out) {
+  const typename V::Vec a = V::broadcast(scale), b = V::broadcast(shift), low = V::broadcast(lo), high = V::broadcast(hi);
+  map_row<V>(x, length, out, [=](typename V::Vec v) __attribute__((always_inline)) { return V::clamp(V::fma(v, a, b), low, high); });
 }
 
 template <class V>
 constexpr ActivateKernels activate_kernels_of() {
   return {{activate_row<V, Activation::sigmoid>, activate_row<V, Activation::silu>, activate_row<V, Activation::hardsigmoid>,
            activate_row<V, Activation::hardswish>},
-          scale_row<V>};
+          affine_row<V>};
 }
 
 }  // namespace

@@ -16,6 +16,12 @@ const PoolKernels& kernels() {
   return CNNCOMP_FP32_KERNELS(kPool);
 }
 
+int64_t pooled_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
+  const int64_t floor = output_size(in, taps, stride, pad, dilation);
+  const bool more = ceil_mode && (in + 2 * pad - dilation * (taps - 1) - 1) % stride != 0 && floor * stride < in + pad;
+  return floor + more;
+}
+
 struct Scratch {
   std::vector<float> line;
   std::vector<const float*> rows;
@@ -28,10 +34,10 @@ void max_pool2d(const MaxPool2dArgs& a) {
   check_window(kName, a);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const PoolKernels& pool = kernels();
-  const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
-  const int64_t q = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  const int64_t p = pooled_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h, a.ceil_mode);
+  const int64_t q = pooled_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w, a.ceil_mode);
   const int64_t x_pitch = checked_pitch(kName, a.x_pitch, a.h * a.w), out_pitch = checked_pitch(kName, a.out_pitch, p * q);
-  const int64_t reach = a.w + 2 * a.pad_w + kPoolSlack * a.stride_w;
+  const int64_t reach = a.w + 2 * a.pad_w + (kPoolSlack + 1) * a.stride_w;
   parallel_for(a.num_threads, a.n * a.c, [&](int64_t plane) {
     static thread_local Scratch scratch;
     scratch.line.assign(reach, kLowest);

@@ -11,6 +11,7 @@ struct MaxPool2dArgs {
   float* out;  // (n, c, p, q)
   int num_threads;
   int64_t x_pitch = 0, out_pitch = 0;  // floats from a channel to the next; 0: no gap
+  bool ceil_mode = false;              // windows may reach beyond the padding, if they begin before it
 };
 
 // The greatest value of each window, NaN if it holds one; -infinity for a window outside the image. Throws

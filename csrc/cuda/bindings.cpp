@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/passes.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -35,7 +36,8 @@ cuda::Conv2d make_conv(uintptr_t x, int x_dtype, int n, int h, int w, int c, uin
   conv.epilogue = {reinterpret_cast<const float*>(constants), reinterpret_cast<const void*>(residual),
                    reinterpret_cast<void*>(out),              dtype_of(residual_dtype),
                    dtype_of(out_dtype),                       residual_scale,
-                   lo};
+                   lo,                                        cuda::Activation::kNone,
+                   1.0f};
   conv.x_dtype = dtype_of(x_dtype), conv.x_signed = conv.x_dtype == cuda::DType::kInt8;
   conv.n = n, conv.h = h, conv.w = w, conv.c = c, conv.k = k, conv.r = r, conv.s = s;
   conv.stride_h = stride_h, conv.stride_w = stride_w, conv.pad_h = pad_h, conv.pad_w = pad_w;
@@ -44,6 +46,17 @@ cuda::Conv2d make_conv(uintptr_t x, int x_dtype, int n, int h, int w, int c, uin
   return conv;
 }
 
+// What a function's inputs are. The plans of kernels for halves, and to_units, look at types themselves.
+enum class Inputs { kBytes, kOthers };
+
+void check_inputs(const char*, Inputs, const cuda::Quantize&) {}
+void check_inputs(const char* name, Inputs inputs, const cuda::Conv2d& c) {
+  if (inputs == Inputs::kBytes && cuda::size_of(c.x_dtype) != 1)
+    throw std::invalid_argument(std::string(name) + ": x: got dtype code " + std::to_string(static_cast<int>(c.x_dtype)) +
+                                ", expected 0 (uint8) or 1 (int8)");
+}
+
+bool empty(const cuda::Quantize& q) { return q.n == 0 || q.pixels == 0 || q.c == 0; }
 bool empty(const cuda::Conv2d& c) { return c.n == 0 || c.h <= 0 || c.w <= 0 || c.p() <= 0 || c.q() <= 0; }
 
 py::dict as_dict(const cuda::Launch& launch) {
@@ -59,27 +72,32 @@ py::dict as_dict(const cuda::Launch& launch) {
   return d;
 }
 
-// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d
-// and one that plans it for a device of which it knows some numbers.
-template <typename... Args, typename... About>
-void define(py::module_& m, const char* name, const char* doc, cuda::Conv2d (*make)(Args...),
-            cuda::Launch (*plan)(const cuda::Conv2d&, About...)) {
+// Defines `name` (plans and launches on a device and stream) and `plan_name` (plans only) for a function that makes a Conv2d or
+// another request, and one that plans it for a device of which it knows some numbers.
+template <typename Request, typename... Args, typename... About>
+void define(py::module_& m, const char* name, const char* doc, Inputs inputs, Request (*make)(Args...),
+            cuda::Launch (*plan)(const Request&, About...)) {
+  auto checked = [name, inputs, make](Args... args) {
+    const Request request = make(args...);
+    check_inputs(name, inputs, request);
+    return request;
+  };
   m.def(
       name,
-      [make, plan](int device, uintptr_t stream, About... about, Args... args) {
-        const cuda::Conv2d conv = make(args...);
-        if (!empty(conv)) cuda::run(plan(conv, about...), device, reinterpret_cast<void*>(stream));
+      [checked, plan](int device, uintptr_t stream, About... about, Args... args) {
+        const Request request = checked(args...);
+        if (!empty(request)) cuda::run(plan(request, about...), device, reinterpret_cast<void*>(stream));
       },
       doc, py::call_guard<py::gil_scoped_release>());
   m.def((std::string("plan_") + name).c_str(),
-        [make, plan](About... about, Args... args) { return as_dict(plan(make(args...), about...)); },
+        [checked, plan](About... about, Args... args) { return as_dict(plan(checked(args...), about...)); },
         "The kernel, grid, block and parameter bytes that the call would launch with. Touches no device.");
 }
 
-cuda::Conv2d make_linear(uintptr_t x, bool x_signed, int m, int c, uintptr_t weight, int k, uintptr_t constants,
+cuda::Conv2d make_linear(uintptr_t x, int x_dtype, int m, int c, uintptr_t weight, int k, uintptr_t constants,
                          uintptr_t residual, int residual_dtype, float residual_scale, float lo, uintptr_t out,
                          int out_dtype) {
-  return make_conv(x, x_signed, m, 1, 1, c, weight, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, constants, residual, residual_dtype,
+  return make_conv(x, x_dtype, m, 1, 1, c, weight, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, constants, residual, residual_dtype,
                    residual_scale, lo, out, out_dtype);
 }
 
@@ -87,17 +105,41 @@ cuda::Conv2d make_image(uintptr_t x, int x_dtype, int n, int h, int w, int c, ui
   return make_conv(x, x_dtype, n, h, w, c, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0f, 0.0f, out, x_dtype);
 }
 
-// The same with trailing arguments: workspace, its bytes, and the caller's wish.
+cuda::Conv2d make_pool(uintptr_t x, int x_dtype, int n, int h, int w, int c, int r, int s, int stride_h, int stride_w, int pad_h,
+                       int pad_w, int dil_h, int dil_w, uintptr_t out) {
+  return make_conv(x, x_dtype, n, h, w, c, 0, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, c, 0, 0, 0, 0.0f, 0.0f, out,
+                   x_dtype);
+}
+
+cuda::Conv2d make_mean_shift(uintptr_t x, int x_dtype, int n, int h, int w, int c, int k, int r, int s, int stride_h, int stride_w,
+                             int pad_h, int pad_w, int dil_h, int dil_w, int groups, uintptr_t shift, uintptr_t out) {
+  return make_conv(x, x_dtype, n, h, w, c, 0, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, shift, 0, 0, 0.0f,
+                   0.0f, out, 2);
+}
+
+cuda::Quantize make_quantize(uintptr_t x, int x_dtype, int n, int pixels, int c, bool channels_last, float inv_scale, uintptr_t out,
+                             int out_dtype) {
+  if (n < 0 || pixels < 0 || c < 0) throw std::invalid_argument("quantize: a negative size");
+  return {reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), dtype_of(x_dtype), dtype_of(out_dtype), n, pixels, c,
+          channels_last, inv_scale};
+}
+
+// A layer with trailing arguments: workspace, its bytes, the caller's wish, activation (0 none, 1 SiLU, 2 hardswish), and the factor
+// behind it.
 template <auto kMake, typename... Args>
-cuda::Conv2d with_workspace(Args... args, uintptr_t workspace, int64_t bytes, const std::string& tile, int parts) {
+cuda::Conv2d with_options(Args... args, uintptr_t workspace, int64_t bytes, const std::string& tile, int parts, int activation,
+                          float out_factor) {
   cuda::Conv2d conv = kMake(args...);
+  if (activation < 0 || activation > 2)
+    throw std::invalid_argument("activation: got " + std::to_string(activation) + ", expected 0 to 2");
   conv.workspace = {reinterpret_cast<void*>(workspace), bytes};
   conv.wish = {tile, parts};
+  conv.epilogue.activation = static_cast<cuda::Activation>(activation), conv.epilogue.out_factor = out_factor;
   return conv;
 }
 template <auto kMake, typename... Args>
-auto add_workspace(cuda::Conv2d (*)(Args...)) {
-  return &with_workspace<kMake, Args...>;
+auto add_options(cuda::Conv2d (*)(Args...)) {
+  return &with_options<kMake, Args...>;
 }
 
 }  // namespace
@@ -106,40 +148,53 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "int8 CUDA kernels on raw device pointers; see cnncomp.ops.cuda.";
   py::register_exception<cuda::CudaError>(m, "CudaError", PyExc_RuntimeError);
   define(m, "conv2d_int8",
-         "conv2d_int8(device, stream, multiprocessors, x, x_signed, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
+         "conv2d_int8(device, stream, multiprocessors, x, x_dtype, n, h, w, c, weight, k, r, s, stride_h, stride_w, pad_h, "
          "pad_w, dil_h, dil_w, groups, constants, residual, residual_dtype, residual_scale, lo, out, out_dtype, workspace, "
-         "workspace_bytes, tile, parts)",
-         add_workspace<&make_conv>(&make_conv), &cuda::plan_conv2d_int8);
+         "workspace_bytes, tile, parts, activation, out_factor)",
+         Inputs::kBytes, add_options<&make_conv>(&make_conv), &cuda::plan_conv2d_int8);
   define(m, "linear_int8",
-         "linear_int8(device, stream, multiprocessors, x, x_signed, m, c, weight, k, constants, residual, residual_dtype, "
-         "residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts)",
-         add_workspace<&make_linear>(&make_linear), &cuda::plan_conv2d_int8);
+         "linear_int8(device, stream, multiprocessors, x, x_dtype, m, c, weight, k, constants, residual, residual_dtype, "
+         "residual_scale, lo, out, out_dtype, workspace, workspace_bytes, tile, parts, activation, out_factor)",
+         Inputs::kBytes, add_options<&make_linear>(&make_linear), &cuda::plan_conv2d_int8);
   define(m, "conv2d_sparse24_int8",
          "conv2d_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as conv2d_int8; weight: packed by "
          "cnncomp.sparsity.pack_2to4; shared: bytes of shared memory of a multiprocessor. sm_80 and later.",
-         &make_conv, &cuda::plan_conv2d_sparse24_int8);
+         Inputs::kBytes, &make_conv, &cuda::plan_conv2d_sparse24_int8);
   define(m, "conv2d_sparse24_f16",
          "conv2d_sparse24_f16(device, stream, multiprocessors, shared, x, x_dtype, ...), as conv2d_sparse24_int8, of float16 or "
          "bfloat16.",
-         &make_conv, &cuda::plan_conv2d_sparse24_f16);
-  for (auto [name, plan] : {std::pair{"conv2d_blocks_int8", &cuda::plan_conv2d_blocks_int8},
-                            std::pair{"conv2d_blocks_f16", &cuda::plan_conv2d_blocks_f16}})
-    define(m, name, "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_gathered. sm_80 and later.",
-           &make_conv, plan);
-  for (auto [name, plan] : {std::pair{"conv2d_vectors_int8", &cuda::plan_conv2d_vectors_int8},
-                            std::pair{"conv2d_vectors_f16", &cuda::plan_conv2d_vectors_f16}})
-    define(m, name,
-           "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
-           "cnncomp.sparsity.vectors.to_units. sm_80 and later.",
-           &make_conv, plan);
+         Inputs::kOthers, &make_conv, &cuda::plan_conv2d_sparse24_f16);
+  const char* blocks =
+      "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_gathered. sm_80 and later.";
+  define(m, "conv2d_blocks_int8", blocks, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_blocks_int8);
+  define(m, "conv2d_blocks_f16", blocks, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_blocks_f16);
+  const char* vectors =
+      "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
+      "cnncomp.sparsity.vectors.to_units. sm_80 and later.";
+  define(m, "conv2d_vectors_int8", vectors, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_vectors_int8);
+  define(m, "conv2d_vectors_f16", vectors, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vectors_f16);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
-         &make_linear, &cuda::plan_conv2d_sparse24_int8);
+         Inputs::kBytes, &make_linear, &cuda::plan_conv2d_sparse24_int8);
   define(m, "to_units",
          "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
          "multiple of 16 bytes.",
-         &make_image, &cuda::plan_to_units);
+         Inputs::kOthers, &make_image, &cuda::plan_to_units);
+  define(m, "max_pool2d_int8",
+         "max_pool2d_int8(device, stream, x, x_dtype, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, out): of 8-bit "
+         "NHWC images.",
+         Inputs::kBytes, &make_pool, &cuda::plan_max_pool2d_int8);
+  define(m, "mean_shift_int8",
+         "mean_shift_int8(device, stream, x, x_dtype, n, h, w, c, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, "
+         "shift, out): shift[k] times the sum of the inputs under each output's window, float32 like the output.",
+         Inputs::kBytes, &make_mean_shift, &cuda::plan_mean_shift_int8);
+  define(m, "mean_pool2d", "mean_pool2d(device, stream, x, x_dtype, n, h, w, c, out): over all pixels of float32 NHWC images.",
+         Inputs::kOthers, &make_image, &cuda::plan_mean_pool2d);
+  define(m, "quantize",
+         "quantize(device, stream, x, x_dtype, n, pixels, c, channels_last, inv_scale, out, out_dtype): floats (n, pixels, c), or "
+         "(n, c, pixels) without channels_last, to 8-bit (n, pixels, c).",
+         Inputs::kOthers, &make_quantize, &cuda::plan_quantize);
   m.attr("WORKSPACE_BYTES") = cuda::kWorkspaceBytes;
   m.def(
       "capture_id",

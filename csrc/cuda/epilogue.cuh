@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/activation.cuh"
 #include "cuda/arch.cuh"
 #include "cuda/launch.h"
 
@@ -15,6 +16,7 @@ struct EpilogueParams {
   int32_t k;        // output channels of all groups: the row length of out and residual
   int32_t limit;    // output channels of one group of the grid
   int32_t vectors;  // 1: channels come in whole aligned vectors, so no element has to be looked at alone
+  int32_t bytes;    // 8-bit output and no activation but a clamp, 1: and no residual, 2: an 8-bit residual; else 0
 };
 
 // Parameters for a kernel whose grid has `limit` channels a group and whose threads hold `vec` neighbouring ones.
@@ -23,7 +25,9 @@ inline EpilogueParams epilogue_params(const Conv2d& conv, int32_t limit, int vec
   auto fits = [&](const void* p, DType type) { return aligned(p, type == DType::kFloat32 ? 16 : vec * size_of(type)); };
   const bool vectors = vec >= 4 && limit % vec == 0 && aligned(e.constants, 16) &&
                        fits(e.out, e.out_dtype) && fits(e.residual, e.residual_dtype);
-  return {e, conv.k, limit, vectors ? 1 : 0};
+  const bool bytes = size_of(e.out_dtype) == 1 && e.activation == Activation::kNone;
+  const int with_residual = size_of(e.residual_dtype) == 1 ? 2 : 0;
+  return {e, conv.k, limit, vectors ? 1 : 0, !bytes ? 0 : e.residual == nullptr ? 1 : with_residual};
 }
 
 template <int kVec>
@@ -77,7 +81,6 @@ __device__ __forceinline__ void store_floats(const float (&t)[kVec], float* dst,
   }
 }
 
-// float16 and bfloat16, where the operands of the product are such.
 __device__ __forceinline__ float to_float(int32_t v) { return __int2float_rn(v); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
@@ -122,19 +125,21 @@ __device__ __forceinline__ ChannelConstants<kVec> load_constants(const EpilogueP
   ChannelConstants<kVec> c;
   const int real = real_channels<kVec>(p, channel);
   const float* row = p.e.constants + group * p.limit + channel;
-  load_floats(c.scale, row, real);
-  load_floats(c.bias, row + p.k, real);
-  load_floats(c.hi, row + 2 * static_cast<int64_t>(p.k), real);
+  auto load = [&](int count) {
+    load_floats(c.scale, row, count);
+    load_floats(c.bias, row + p.k, count);
+    load_floats(c.hi, row + 2 * static_cast<int64_t>(p.k), count);
+  };
+  if (real == kVec)  // once for all three
+    load(kVec);
+  else
+    load(real);
   return c;
 }
 
-// Narrow: what is not float32 in memory, uint8_t for both 8-bit types.
-template <typename Narrow, int kVec>
-__device__ __forceinline__ void load_residual(float (&out)[kVec], const Epilogue& e, int64_t offset, int real) {
-  if (e.residual_dtype == DType::kFloat32) return load_floats(out, static_cast<const float*>(e.residual) + offset, real);
-  if constexpr (sizeof(Narrow) == 2) return load_halves(out, static_cast<const Narrow*>(e.residual) + offset, real);
-  const uint8_t* src = static_cast<const uint8_t*>(e.residual) + offset;
-  const int flip = e.residual_dtype == DType::kInt8 ? 0x80 : 0;  // s8 = (byte ^ 0x80) - 0x80
+template <int kVec>
+__device__ __forceinline__ void load_bytes(float (&out)[kVec], const uint8_t* src, DType type, int real) {
+  const int flip = type == DType::kInt8 ? 0x80 : 0;  // s8 = (byte ^ 0x80) - 0x80
   alignas(kVec) uint8_t bytes[kVec] = {};
   if (real == kVec) {
     using W = typename Word<kVec>::type;
@@ -176,14 +181,15 @@ __device__ __forceinline__ void store_bytes(const float (&t)[kVec], uint8_t* dst
   }
 }
 
-template <typename Narrow, int kVec>
-__device__ __forceinline__ void store(const float (&t)[kVec], const Epilogue& e, int64_t offset, int real) {
-  if (e.out_dtype == DType::kFloat32)
-    store_floats(t, static_cast<float*>(e.out) + offset, real);
-  else if constexpr (sizeof(Narrow) == 2)
-    store_halves(t, static_cast<Narrow*>(e.out) + offset, real);
-  else
-    store_bytes(t, static_cast<uint8_t*>(e.out) + offset, real);
+// Calls f with a pointer to what `type` is in memory; Narrow is uint8_t, for any, or the one type besides float32.
+template <typename Narrow, typename F>
+__device__ __forceinline__ void with_type(DType type, F&& f) {
+  if (type == DType::kFloat32) return f(static_cast<float*>(nullptr));
+  if constexpr (sizeof(Narrow) == 1) {
+    if (type == DType::kFloat16) return f(static_cast<__half*>(nullptr));
+    if (type == DType::kBfloat16) return f(static_cast<__nv_bfloat16*>(nullptr));
+  }
+  f(static_cast<Narrow*>(nullptr));
 }
 
 // Where a channel's value of a pixel lies in out and residual.
@@ -191,23 +197,86 @@ __device__ __forceinline__ int64_t offset_of(const EpilogueParams& p, int64_t pi
   return pixel * p.k + group * p.limit + channel;
 }
 
-// Scales, clamps, rounds and stores `acc` at `offset`; `real` of real_channels, not 0.
+template <int kVec>
+__device__ __forceinline__ void add_residual(float (&t)[kVec], const float (&residual)[kVec], float scale) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(t[i], __fmul_rn(residual[i], scale));
+}
+
+template <int kVec>
+__device__ __forceinline__ void clamp(float (&t)[kVec], float lo, const float (&hi)[kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) t[i] = smaller(larger(t[i], lo), hi[i]);
+}
+
+// What comes after scale and bias, for all types and activations, of one channel or of a whole vector.
+template <typename Narrow, int kVec>
+__device__ __forceinline__ void finish_whole(float (&t)[kVec], const float (&hi)[kVec], const Epilogue& e, int64_t offset) {
+  constexpr int kReal = kVec == 1 ? -1 : kVec;
+  if (e.residual != nullptr) {
+    float residual[kVec];
+    with_type<Narrow>(e.residual_dtype, [&](auto* type) {
+      const auto* src = static_cast<const std::remove_pointer_t<decltype(type)>*>(e.residual) + offset;
+      if constexpr (sizeof(*type) == 4) load_floats(residual, src, kReal);
+      if constexpr (sizeof(*type) == 2) load_halves(residual, src, kReal);
+      if constexpr (sizeof(*type) == 1) load_bytes(residual, src, e.residual_dtype, kReal);
+    });
+    add_residual(t, residual, e.residual_scale);
+  }
+  if constexpr (sizeof(Narrow) == 1) {
+    if (e.activation != Activation::kNone) activate(t, e.activation, e.out_factor);
+  }
+  clamp(t, e.lo, hi);
+  with_type<Narrow>(e.out_dtype, [&](auto* type) {
+    auto* dst = static_cast<decltype(type)>(e.out) + offset;
+    if constexpr (sizeof(*type) == 4) store_floats(t, dst, kReal);
+    if constexpr (sizeof(*type) == 2) store_halves(t, dst, kReal);
+    if constexpr (sizeof(*type) == 1) store_bytes(t, dst, kReal);
+  });
+}
+
+// values[i] without an address: registers have none.
+template <int kVec>
+__device__ __forceinline__ float element(const float (&values)[kVec], int i) {
+  float found = values[0];
+#pragma unroll
+  for (int j = 1; j < kVec; ++j) found = i == j ? values[j] : found;
+  return found;
+}
+
+// The same of `real` channels, of real_channels. Those of no whole vector go one by one, in a loop, for there are many copies of
+// this code in a kernel.
+template <typename Narrow, int kVec>
+__device__ __forceinline__ void finish_any(float (&t)[kVec], const ChannelConstants<kVec>& c, const Epilogue& e, int64_t offset,
+                                           int real) {
+  if (kVec > 1 && real == kVec) return finish_whole<Narrow>(t, c.hi, e, offset);
+#pragma unroll 1
+  for (int i = 0; i < -real; ++i) {
+    float one[1] = {element(t, i)};
+    const float hi[1] = {element(c.hi, i)};
+    finish_whole<Narrow>(one, hi, e, offset + i);
+  }
+}
+
+// Scales, clamps, rounds and stores `acc` at `offset`; `real` of real_channels, not 0. Narrow: what is not float32 in memory,
+// uint8_t where it may be any. Bytes, which layers in a chain give each other, come first and pay for nothing else.
 template <int kVec, typename Narrow = uint8_t, typename Sum>
 __device__ __forceinline__ void finish_at(const Sum (&acc)[kVec], const ChannelConstants<kVec>& c, const EpilogueParams& p,
                                           int64_t offset, int real) {
-  float t[kVec], residual[kVec];
+  float t[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(__fmul_rn(to_float(acc[i]), c.scale[i]), c.bias[i]);
-  if (p.e.residual != nullptr) {
-    load_residual<Narrow>(residual, p.e, offset, real);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) t[i] = __fadd_rn(t[i], __fmul_rn(residual[i], p.e.residual_scale));
+  if (sizeof(Narrow) == 1 && p.bytes != 0) {
+    if (p.bytes == 2) {
+      float residual[kVec];
+      load_bytes(residual, static_cast<const uint8_t*>(p.e.residual) + offset, p.e.residual_dtype, real);
+      add_residual(t, residual, p.e.residual_scale);
+    }
+    clamp(t, p.e.lo, c.hi);
+    store_bytes(t, static_cast<uint8_t*>(p.e.out) + offset, real);
+  } else {
+    finish_any<Narrow>(t, c, p.e, offset, real);
   }
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    t[i] = smaller(larger(t[i], p.e.lo), c.hi[i]);
-  }
-  store<Narrow>(t, p.e, offset, real);
 }
 
 // The same of channels `channel`... of `group` at output pixel `pixel`.

@@ -18,6 +18,9 @@ enum class DType : int32_t { kUint8 = 0, kInt8 = 1, kFloat32 = 2, kFloat16 = 3, 
 inline bool is_half(DType type) { return type == DType::kFloat16 || type == DType::kBfloat16; }
 inline int size_of(DType type) { return type == DType::kFloat32 ? 4 : is_half(type) ? 2 : 1; }
 
+// Besides a clamp.
+enum class Activation : int32_t { kNone = 0, kSilu = 1, kHardswish = 2 };
+
 // The one epilogue of docs/design.md. residual may be null; it is laid out like out.
 struct Epilogue {
   const float* constants;  // (3, k): scale, bias, hi
@@ -27,6 +30,8 @@ struct Epilogue {
   DType out_dtype;
   float residual_scale;
   float lo;
+  Activation activation;
+  float out_factor;  // with an activation: 1 / the step of the output
 };
 
 // Zeros that a kernel may use and leaves as zeros: room for the sums of blocks that share a tile's reduction. Kernels that run at

@@ -1,7 +1,8 @@
-"""Sigmoids and their kin, and factors of channels: the kernels, and how they get into networks."""
+"""What lies between layers, on kernels of this package: sigmoids and their kin, affine maps of channels, concatenation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from torch import Tensor, fx, nn
 
 import cnncomp
 from cnncomp import _cpu
-from cnncomp.errors import ArgumentError, InferenceOnlyError
+from cnncomp.errors import ArgumentError, DtypeError, InferenceOnlyError
 from cnncomp.executor import Recording
-from cnncomp.nn import Activation, MeanPool2d, ScaleChannels
+from cnncomp.nn import Activation, ChannelAffine, ConcatChannels, MeanPool2d, ScaleChannels
 from cnncomp.ops.activate import ACTIVATIONS
 from tests.helpers import mask_weights
 
@@ -201,3 +202,80 @@ def test_hooked_activations_stay() -> None:
     seen.clear()
     model(x)
     assert seen
+
+
+def test_affine_maps_of_channels(isa: str) -> None:
+    torch.manual_seed(0)
+    x, scale, shift = torch.randn(3, 5, 7, 9), torch.randn(5), torch.randn(5)
+    layer = ChannelAffine(5, -0.5, 1.5)
+    layer.scale, layer.shift = scale, shift
+    expected = (x.double() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).clamp(-0.5, 1.5)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(layer(image), expected.float(), rtol=1e-6, atol=1e-6)
+    grad = torch.randn(1, 5, 2, 2, requires_grad=True)
+    layer(grad).sum().backward()
+    assert grad.grad is not None
+    for wrong in ((x[0], scale, shift), (x, scale[:4], shift), (x, scale, shift[:4])):
+        with pytest.raises(ArgumentError):
+            torch.ops.cnncomp.affine_channels(*wrong, 0.0, 1.0)
+
+
+class PreActivated(nn.Module):
+    """A block as DenseNet's: BatchNorm and ReLU before the convolutions, images one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
+        self.last, self.plain = nn.BatchNorm2d(14, affine=False), nn.Conv2d(14, 4, 1)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        x = torch.cat([x, self.conv(torch.relu(self.norm(x)))], dim=1)
+        return self.plain(self.pool(self.last(x)))
+
+
+def test_norms_that_no_layer_takes_in(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = mask_weights(PreActivated(), 0.8).eval(), torch.randn(2, 3, 20, 18)
+    for norm in (net.norm, net.last):
+        for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            if t is not None:
+                nn.init.uniform_(t, 0.5, 1.5)
+    model = cnncomp.convert(net, x, measure=False, cache=False)
+    found = [m for m in model.modules() if isinstance(m, ChannelAffine)]
+    assert sorted((m.lo, m.hi) for m in found) == [(-math.inf, math.inf), (0.0, math.inf)]
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
+            assert torch.equal(model(x), model.network(x))
+        assert {node.op for node in python_nodes(model, x)} == {"placeholder"}
+    cnncomp.save(model, tmp_path / "net.cnncomp")
+    assert torch.equal(cnncomp.load(tmp_path / "net.cnncomp")(x), model(x))
+
+
+def test_norms_that_others_see_stay() -> None:
+    net, x = mask_weights(PreActivated(), 0.8).eval(), torch.randn(2, 3, 20, 18)
+    seen: list[Tensor] = []
+    net.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    net.last = nn.BatchNorm2d(14, track_running_stats=False)  # its statistics are the batch's
+    model = cnncomp.convert(net, x, measure=False, cache=False)
+    assert not any(isinstance(m, ChannelAffine) for m in model.modules())
+    torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
+    assert seen
+
+
+def test_images_one_behind_the_other() -> None:
+    torch.manual_seed(0)
+    images = [torch.randn(2, c, 5, 6) for c in (3, 1, 0, 7)]
+    strided = torch.randn(2, 8, 5, 6)[:, ::2]
+    last = [t.contiguous(memory_format=torch.channels_last) for t in images]
+    assert torch.ops.cnncomp.concat_channels(last).is_contiguous(memory_format=torch.channels_last)
+    for given in (images, last, images[:1], [images[0], images[0]], [images[3], strided]):
+        assert torch.equal(torch.ops.cnncomp.concat_channels(given), torch.cat(given, 1))
+        assert torch.equal(ConcatChannels()(*given), torch.cat(given, 1))
+    for wrong in ([images[0], torch.randn(1, 3, 5, 6)], [images[0], torch.randn(2, 3, 5, 5)], [torch.randn(2, 3)]):
+        with pytest.raises(ArgumentError, match="tensors"):
+            torch.ops.cnncomp.concat_channels(wrong)
+    with pytest.raises(DtypeError):
+        torch.ops.cnncomp.concat_channels([images[0], images[1].double()])
