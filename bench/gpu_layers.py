@@ -60,8 +60,8 @@ def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple
     place = memory.pointer
     plan = _cuda.plan_conv2d_int8(
         sms, place(x), False, batch, shape.h, shape.w, shape.c, place(weight), shape.k, shape.r, shape.s, *g.stride, *g.padding,
-        *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0, place(workspace), workspace.nbytes, "", 0,
-        0, 1.0,
+        *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), 0,
+        place(workspace), workspace.nbytes, "", 0, 0, 1.0,
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read = int(share * x.nbytes)

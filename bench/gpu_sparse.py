@@ -35,8 +35,10 @@ from bench.gpu_model import (
 from bench.gpu_peers import conv_candidates
 from bench.layers import GPU_NETWORKS, ConvShape, gpu_shapes
 from cnncomp import _cuda
-from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors
-from cnncomp.sparsity.vectors import RUN, UNIT, columns
+from cnncomp.ops.cuda_sparse import GATHERED
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm, vnm
+from cnncomp.sparsity.blocks import as_blocks
+from cnncomp.sparsity.vectors import RUN, columns
 from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, round_up, too_many_taps, why_not
 from tests import cuda_emulated as emulated
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
@@ -52,17 +54,31 @@ class Mask(NamedTuple):
     sparsity: float
 
     def pattern(self, dtype: str) -> str:
+        if self.format == "vnm":
+            return f"{vnm.RUN}:2:{self.m}"
         if self.format == "vectors":
             return f"{4 if dtype == 'int8' else 1}x{RUN}"
         return "2:4" if self.format == "sparse24" else f"block64x{16 if dtype == 'int8' else 8}"
 
+    @property
+    def m(self) -> int:
+        """Input channels of which an output has two."""
+        return round(2 / (1 - self.sparsity))
+
+    @property
+    def sparse_tensor_cores(self) -> bool:
+        return self.format in ("sparse24", "vnm")
+
     def packed(self, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> Tensor:
         """A packed weight (K, C/G, R, S) of ones and zeros: the values change no count. 2:4: the first and the third of four
-        input channels; blocks: as many in each slice of 64 outputs, at random; runs: at random."""
+        input channels; blocks: as many in each slice of 64 outputs, at random; runs: at random; V:2:M: of
+        four random input channels of each M the first and the third, or the others, in turn."""
         if self.format == "sparse24":
             weight = torch.zeros(shape, dtype=dtype)
             weight[:, ::2] = 1
             return pack_2to4(weight, groups)
+        if self.format == "vnm":
+            return pack_vnm(_vnm(shape, self.m, groups).to(dtype), self.m, groups)
         vectors = self.format == "vectors"
         rows, chunk = (RUN, columns(dtype)) if vectors else (SLICE, CHUNK_BYTES // dtype.itemsize)
         slices, chunks = groups * -(-shape[0] // groups // rows), -(-shape[1] // chunk)
@@ -74,10 +90,22 @@ class Mask(NamedTuple):
         return pack_vectors(kept, groups) if vectors else pack_gathered(kept, groups)
 
 
+def _vnm(shape: tuple[int, ...], m: int, groups: int) -> Tensor:
+    """V:2:M ones and zeros (K, C/G, R, S)."""
+    k, c, r, s = shape
+    blocks = as_blocks(torch.zeros(shape), vnm.RUN, m, groups)
+    score = torch.rand(len(blocks), 1, *blocks.shape[2:], generator=torch.Generator().manual_seed(0))
+    rank = score.argsort(3).argsort(3)
+    turn = torch.arange(vnm.RUN)[:, None, None, None] % 2
+    kept = ((rank < vnm.COLUMNS) & (rank % 2 == turn)).reshape(groups, -1, *blocks.shape[2:])
+    return kept[:, : k // groups].reshape(k, -1, r, s)[:, :c].contiguous()
+
+
 MASKS = (
     Mask("sparse24", 0.5),
     *(Mask("blocks", zeros) for zeros in (0.5, 0.75, 0.9, 0.95)),
     *(Mask("vectors", zeros) for zeros in (0.5, 0.65, 0.75, 0.85, 0.9, 0.95)),
+    *(Mask("vnm", 1 - 2 / m) for m in (8, 16, 20, 40)),
 )
 
 
@@ -94,11 +122,10 @@ class Image(NamedTuple):
 
 
 def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype) -> Image:
-    """Those of a layer; of runs of outputs in whole units of images and, for 8 bits, whole fours of channels, as
-    :func:`cnncomp.ops.cuda_sparse.conv2d` makes them."""
-    if mask.format != "vectors":
+    """Those of a layer; of formats that gather channel by channel as :func:`cnncomp.ops.cuda_sparse.conv2d` makes them."""
+    if mask.format not in GATHERED:
         return Image(batch, shape.h, shape.w, shape.c)
-    channels = shape.groups * round_up(shape.c // shape.groups, columns(dtype))
+    channels = shape.groups * round_up(shape.c // shape.groups, GATHERED[mask.format].columns(dtype))
     if shape.r == shape.s == shape.stride == 1 and shape.padding == 0:
         return Image(batch * shape.h * shape.w, 1, 1, channels)
     return Image(batch, shape.h, shape.w, channels)
@@ -114,15 +141,17 @@ def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) 
     return result, Launch(**{**vars(launch), "registers": registers_of(plan["kernel"], arch)})
 
 
-def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype) -> float:
+def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype, format: str = "vectors") -> float:
     """Microseconds of the copy of activations into units of images: of its kernel, or, where the channels are no whole pieces
     of 16 bytes and torch copies them, at the memory's speed."""
+    unit = GATHERED[format].unit(dtype, image.n)
     each, moved = dtype.itemsize, 2 * image.elements() * dtype.itemsize
     if image.c * each % CHUNK_BYTES:
         return (moved / (CALIBRATION.dram * gpu.dram) + LAUNCH) * 1e6
     memory, code = GlobalMemory(), emulated.DTYPE_CODE[dtype]
-    x, out = (torch.zeros(n * image.h * image.w * image.c, dtype=dtype) for n in (image.n, round_up(image.n, UNIT)))
-    plan = _cuda.plan_to_units(memory.pointer(x), code, *image, memory.pointer(out))
+    x, out = (torch.zeros(n * image.h * image.w * image.c, dtype=dtype) for n in (image.n, round_up(image.n, unit)))
+    copy = _cuda.plan_to_byte_units if format == "vnm" and each == 1 else _cuda.plan_to_units
+    plan = copy(memory.pointer(x), code, *image, memory.pointer(out))
     launch = Launch(math.prod(plan["grid"]), plan["block"], 0, moved, input_bytes=x.nbytes)
     key = (emulated.digest(emulated.source_of(plan["kernel"])), plan["kernel"], image, BLOCKS, L1)
     return float(model(*counted(key, lambda: _run(plan, "80", memory, launch)), gpu)["us"])
@@ -135,11 +164,12 @@ def run_sparse(
     ``dtype``: "int8", with u8 input and output, or "fp16"."""
     g, half = shape.geometry, dtype == "fp16"
     kind, of_weight = (torch.float16, torch.float16) if half else (torch.uint8, torch.int8)
-    vectors = mask.format == "vectors"
-    if too_many_taps(g.kernel_size) if vectors else why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
+    gathered = GATHERED.get(mask.format)
+    if too_many_taps(g.kernel_size) if gathered else why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
         return None
     memory, image = GlobalMemory(), image_of(shape, batch, mask, kind)
-    x = torch.zeros(image._replace(n=round_up(image.n, UNIT)).elements() if vectors else image.elements(), dtype=kind)
+    images = round_up(image.n, gathered.unit(kind, image.n)) if gathered else image.n
+    x = torch.zeros(image._replace(n=images).elements(), dtype=kind)
     weight = mask.packed((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight, shape.groups)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=kind)
     constants, place, code = torch.ones(3, shape.k), memory.pointer, emulated.DTYPE_CODE[kind]
@@ -151,9 +181,8 @@ def run_sparse(
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read, grid = int(share * x.nbytes), plan["grid"]
     least = read + weight.nbytes + out.nbytes + constants.nbytes
-    sparse = mask.format == "sparse24"
-    sweeps = 1 if vectors else grid[1] * grid[2]
-    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, sweeps, sparse=sparse)
+    sweeps = 1 if gathered else grid[1] * grid[2]
+    launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, sweeps, sparse=mask.sparse_tensor_cores)
     source = emulated.source_of(plan["kernel"])
     key = (emulated.digest(source), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask)
     return counted(key, lambda: _run(plan, arch, memory, launch)), plan["kernel"]
@@ -197,10 +226,10 @@ def records(
                 "sparsity": mask.sparsity,
             }
             kind = torch.uint8 if dtype == "int8" else torch.float16
-            copied = mask.format == "vectors"
+            gathered, image = GATHERED.get(mask.format), image_of(shape, batch, mask, kind)
             about |= {
                 "us_varied": varied(counts, launch, gpu),
-                "pass_us": units_pass(image_of(shape, batch, mask, kind), gpu, kind) if copied else 0.0,
+                "pass_us": units_pass(image, gpu, kind, mask.format) if gathered else 0.0,
             }
             about["dense_us"] = dense_us(shape, batch, gpu, dtype)
             found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))

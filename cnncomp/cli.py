@@ -110,7 +110,7 @@ def compress(
     weights: Weights = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to make zero, without training after it.")] = 0.0,
     pattern: Annotated[
-        str, typer.Option(help="Which weights go together: unstructured, 2:4, 1x4, block16x16, channel, ...")
+        str, typer.Option(help="Which weights go together: unstructured, 2:4, 64:2:16, 1x4, block16x16, channel, ...")
     ] = "unstructured",
     reconstruct: Annotated[
         bool | None,

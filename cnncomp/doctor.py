@@ -39,6 +39,8 @@ from cnncomp.nn import (
     SparseQuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
+    VnmQuantConv2d,
+    VnmQuantLinear,
     quantize_weight,
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
@@ -148,9 +150,10 @@ Check = Callable[[torch.device], bool]
 
 
 def _sparse(*shape: int) -> Tensor:
-    """A random weight (K, C, ...), mostly zeros, with nothing in odd input channels: a pattern of all sparse kernels."""
-    even = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)) % 2 == 0
-    return torch.randn(shape) * (torch.rand(shape) < 0.2) * even
+    """A random weight (K, C, ...), mostly zeros, with something in every fourth input channel alone: a pattern of all sparse
+    kernels."""
+    fourth = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)) % 4 == 0
+    return torch.randn(shape) * (torch.rand(shape) < 0.4) * fourth
 
 
 def _conv_int8(device: torch.device, cls: type[QuantConv2d] = QuantConv2d) -> bool:
@@ -226,6 +229,8 @@ CHECKS: dict[str, Check] = {
     "linear_blocks_int8": partial(_linear_int8, cls=BlocksQuantLinear),
     "conv2d_vectors_int8": partial(_conv_int8, cls=VectorsQuantConv2d),
     "linear_vectors_int8": partial(_linear_int8, cls=VectorsQuantLinear),
+    "conv2d_vnm_int8": partial(_conv_int8, cls=VnmQuantConv2d),
+    "linear_vnm_int8": partial(_linear_int8, cls=VnmQuantLinear),
     "conv2d_depthwise": _conv_depthwise,
     "conv2d_dense": _conv_dense,
     "linear_dense": _linear_dense,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cnncomp.ops import cuda, cuda_sparse
-from cnncomp.sparsity import gathered, vectors
+from cnncomp.sparsity import gathered, vectors, vnm
 from cnncomp.sparsity.two_four import packed_shape
 from cnncomp.sparsity.weights import round_up
 from tests import cuda_emulated as emulated
@@ -72,28 +72,33 @@ class EmulatedModule:
         a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
         dtype = torch.int8 if kind == "int8" else torch.float16
         logical, groups = (a["k"], a["c"] // a["groups"], a["r"], a["s"]), a["groups"]
+        runs_of = {"vectors": vectors, "vnm": vnm}.get(format)
         if format == "sparse24":
             weights = math.prod(packed_shape(logical, dtype, groups))
-        elif format == "vectors":
-            runs = groups * -(-(a["k"] // groups) // vectors.RUN)
+        elif runs_of:
+            runs = groups * -(-(a["k"] // groups) // runs_of.RUN)
             pieces = int(host_bytes(a["weight"], 4 * runs + 4).view(np.int32)[-1])
-            weights = vectors.table_bytes(runs) + pieces * vectors.piece_bytes(dtype)
+            weights = vectors.table_bytes(runs) + pieces * runs_of.piece_bytes(dtype)
         else:
             slices = groups * -(-(a["k"] // groups) // 64)
             steps = int(host_bytes(a["weight"], 4 * slices + 4).view(np.int32)[-1])
             weights = gathered.table_bytes(slices) + steps * gathered.STEP_BYTES
         plan = functools.partial(getattr(_cuda, f"plan_conv2d_{format}_{kind}"), multiprocessors, shared)
-        images = round_up(a["n"], vectors.UNIT) if format == "vectors" else a["n"]
+        images = round_up(a["n"], runs_of.unit(dtype, a["n"])) if runs_of else a["n"]
         x = images * a["h"] * a["w"] * a["c"] * dtype.itemsize
         self._run(plan, a, x, weights, a["n"] * math.prod(out_size(a)))
 
-    def to_units(
-        self, device: int, stream: int, x: int, x_dtype: int, n: int, h: int, w: int, c: int, out: int
-    ) -> None:
+    def to_units(self, device: int, stream: int, *image: int) -> None:
+        self._copy(_cuda.plan_to_units, vectors.UNIT, *image)
+
+    def to_byte_units(self, device: int, stream: int, *image: int) -> None:
+        self._copy(_cuda.plan_to_byte_units, vnm.unit(torch.int8, image[2]), *image)
+
+    def _copy(self, plan: Any, unit: int, x: int, x_dtype: int, n: int, h: int, w: int, c: int, out: int) -> None:
         pixel = h * w * c * (1 if x_dtype < 2 else 2)
-        memory, source, target = GlobalMemory(), host_bytes(x, n * pixel), host_bytes(out, round_up(n, 8) * pixel)
+        memory, source, target = GlobalMemory(), host_bytes(x, n * pixel), host_bytes(out, round_up(n, unit) * pixel)
         placed = memory.allocate(source), x_dtype, n, h, w, c, memory.allocate(target)
-        emulated.run_planned(_cuda.plan_to_units(*placed), "80", memory)
+        emulated.run_planned(plan(*placed), "80", memory)
         target[:] = memory.fetch(placed[-1], target)
 
     def quantize(self, device: int, stream: int, *arguments: Any) -> None:

@@ -102,14 +102,24 @@ def _sections(sass: str) -> dict[str, str]:
     return found
 
 
+#: Parts of the names of kernels that gather activations.
+GATHERING = ("_blocks_", "_vectors_", "_vnm_")
 #: Passes over activations: no products, and the same code on all architectures.
-PASSES = ("to_units", "quantize", "max_pool2d_int8", "mean_pool2d", "mean_shift_int8", "mean_shift_depthwise_int8")
+PASSES = (
+    "to_units",
+    "to_byte_units",
+    "quantize",
+    "max_pool2d_int8",
+    "mean_pool2d",
+    "mean_shift_int8",
+    "mean_shift_depthwise_int8",
+)
 
 
 def archs_of(kernel: str) -> tuple[str, ...]:
     """Architectures that a kernel is looked at on: not on Turing, whose tensor cores have no sparse operand; of kernels that
     gather activations and passes, whose code is the same from sm_80 on, the first alone."""
-    if "_blocks_" in kernel or "_vectors_" in kernel or kernel in PASSES:
+    if kernel in PASSES or any(part in kernel for part in GATHERING):
         return ("80",)
     return ARCHS[1:] if "_sparse24_" in kernel else ARCHS
 
@@ -125,6 +135,9 @@ def dynamic_shared(name: str, arch: str) -> int:
     if "_vectors_" in kernel:
         pixels, _, pieces, stages, element = map(int, numbers[:5])
         return stages * pieces * (1024 + 32 * pixels + 64 * element)
+    if "_vnm_" in kernel:
+        pixels, _, pieces, stages, _, element = map(int, numbers[:6])
+        return stages * pieces * (2048 + 512 // element + 64 * pixels + 512 // element)
     if kernel in PASSES:
         return 0
     if "_sparse24_" in kernel:
@@ -139,6 +152,7 @@ MUCH_OR_LITTLE = {
     "_sparse24_": (("128 128 64 1 3", "128 64 32 1 3"), ("128 128 32 1 3", "128 64 32 1 2")),
     "_blocks_": (("128 32 3",), ("128 32 2",)),
     "_vectors_": (("128 64 2 3",), ("128 64 2 2",)),
+    "_vnm_": (("128 32 2 3",), ("128 32 2 2",)),
 }
 
 
@@ -209,7 +223,7 @@ def problems(row: Row) -> list[str]:
     name, *numbers = row.kernel.split()
     products, group = count(row.loop, "MMA"), row.loop["IGMMA"]
     # Pixels of runs of bytes are not loaded as matrices.
-    loads = "LDS" if name == "conv2d_vectors_int8" else "LDSM"
+    loads = "LDS" if name in ("conv2d_vectors_int8", "conv2d_vnm_int8") else "LDSM"
     if row.arch == "90a" and name in WARPGROUP and int(numbers[0]) % 64 == 0:
         others = products - group  # ptxas ends a group behind a branch by an HGMMA of nothing
         if group < 2 or others > 1 or row.loop["LDSM"]:
@@ -219,12 +233,14 @@ def problems(row: Row) -> list[str]:
     bytewise = name == "conv2d_runs_int8" or (name == "conv2d_int8" and numbers[6] == "1")
     if not bytewise:
         # Where the next step's activations are.
-        places = 1 if "_blocks_" in row.kernel or "_vectors_" in row.kernel else 0
+        places = 1 if any(part in row.kernel for part in GATHERING) else 0
         if row.arch != "75" and (row.loop["LDGSTS"] < 2 or row.loop["LDG"] > places):
             found.append(
                 f"the main loop has {row.loop['LDGSTS']} asynchronous copies and {row.loop['LDG']} plain loads"
             )
-        if row.loop["PRMT"]:
+        # Bytes of four channels that are gathered one by one are turned, two for each word.
+        turned = row.loop["IMMA"] * 2 if name == "conv2d_vnm_int8" else 0
+        if row.loop["PRMT"] > turned:
             found.append(f"the main loop has {row.loop['PRMT']} PRMT")
     return found
 

@@ -20,13 +20,15 @@ from cnncomp.nn import (
     Sparse24QuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
+    VnmQuantConv2d,
+    VnmQuantLinear,
 )
 from cnncomp.ops import cuda_sparse, reference
-from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm
 from tests import cuda_emulated as emulated
 from tests.cuda_device import emulated_device
 from tests.helpers import random_8bit
-from tests.test_packers import masked_2to4, masked_blocks
+from tests.test_packers import masked_2to4, masked_blocks, masked_vnm
 
 needs_nvcc = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 INT8 = torch.int8
@@ -179,6 +181,67 @@ def test_launch_of_linear_vectors():
     assert torch.equal(torch.ops.cnncomp.linear_vectors_int8(x, packed, constants, *rest), expected)
     with pytest.raises(ArgumentError, match="whole pieces of 1056"):
         torch.ops.cnncomp.linear_vectors_int8(x, packed[:-1], constants, *rest)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel_size, stride, padding", [((3, 2), (2, 1), (1, 0)), ((1, 1), (1, 1), (0, 0))])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+@pytest.mark.parametrize("channels", [30, 32])
+def test_launch_of_vnm(dtype, channels, kernel_size, stride, padding):
+    """Channels that torch copies into units and others, batches that are no whole units, pixels that stand for images."""
+    half = dtype == torch.float16
+    x, kind = torch.randint(0, 3, (3, 2 * channels, 7, 9)).to(dtype), dtype if half else INT8
+    weight = masked_vnm(torch.randint(-2, 3, (140, channels, *kernel_size)).to(kind), 64, 10, 2)
+    geometry, constants = (stride, padding, (1, 2), 2), random_constants(140)
+    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+    res = torch.randint(-8, 9, acc.shape).to(kind)
+    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
+    args = (x, pack_vnm(weight, 10, 2), constants, res, 0.25, 3.0, kernel_size, *geometry, dtype)
+    with emulated_device():
+        got = cuda_sparse.conv2d("vnm", *args)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
+    op = torch.ops.cnncomp.conv2d_vnm_f16 if half else torch.ops.cnncomp.conv2d_vnm_int8
+    assert torch.equal(op(*args), expected)  # on the CPU
+
+
+@needs_nvcc
+def test_launch_of_linear_vnm():
+    weight = masked_vnm(torch.randint(-127, 128, (70, 46, 1, 1), dtype=INT8), 64, 8)
+    x, constants, rest = random_8bit((2, 5, 46), INT8), random_constants(70), (None, 0.0, 0.0, torch.uint8)
+    expected = reference.linear_int8(x.flatten(0, 1), weight.flatten(1), constants, *rest).reshape(2, 5, 70)
+    packed = pack_vnm(weight, 8)
+    with emulated_device():
+        assert torch.equal(cuda_sparse.linear("vnm", x, packed, constants, *rest), expected)
+    assert torch.equal(torch.ops.cnncomp.linear_vnm_int8(x, packed, constants, *rest), expected)
+
+
+def test_vnm_layers_on_a_cpu_are_the_dense_ones():
+    geometry, spec = Geometry(40, 24, (3, 3), padding=(1, 1)), QuantSpec(0.02, torch.uint8)
+    weight = masked_vnm(torch.randint(-127, 128, (24, 40, 3, 3), dtype=INT8), 64, 20)
+    args = (torch.rand(24) / 1000 + 1e-4, torch.randn(24), spec, Clamp(0.0))
+    x = torch.rand(2, 40, 5, 6)
+    sparse, dense = VnmQuantConv2d(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
+    assert torch.equal(sparse(x), dense(x)) and torch.equal(sparse.weight_int8(), weight)
+    sparse = VnmQuantLinear(weight[:, :, 0, 0], *args)
+    again = VnmQuantLinear.build(sparse.config(), sparse.tensors())
+    flat = torch.rand(3, 40)
+    assert torch.equal(again(flat), QuantLinear(weight[:, :, 0, 0], *args)(flat))
+    with pytest.raises(
+        PatternError, match=r"\d+ channels with non-zeros at output channels 0 to 23, input channels 0 to 7"
+    ):
+        VnmQuantConv2d(geometry, weight + 1, *args)
+
+
+@pytest.mark.parametrize("m, reason", [(8, None), (16, None), (4, "not 64:2:M for any M of at least 8")])
+def test_why_a_layer_is_not_vnm(m, reason):
+    weight = masked_vnm(torch.randn(128, 32, 3, 3), 64, m)
+    layer = DenseConv2d(Geometry(32, 128, (3, 3)), weight, None)
+    layer.info.input = QuantSpec(0.02, torch.uint8)
+    applies = next(c for c in table(layer) if c.kernel == "conv2d_vnm_int8").applies
+    assert applies(layer) == reason
+    stem = DenseConv2d(Geometry(3, 64, (3, 3)), masked_2to4(torch.randn(64, 3, 3, 3)), None)
+    stem.info.input = QuantSpec(0.02, torch.uint8)
+    assert "0% of the input channels" in str(applies(stem))
 
 
 def test_why_a_layer_has_no_runs():

@@ -10,7 +10,7 @@ import torch
 
 from bench.gpu_hardware import gpu_of
 from bench.layers import ConvShape
-from cnncomp.sparsity import unpack_2to4, unpack_gathered
+from cnncomp.sparsity import unpack_2to4, unpack_gathered, unpack_vnm, vnm
 from cnncomp.sparsity.blocks import kept_fraction
 from tests import cuda_emulated as emulated
 
@@ -72,6 +72,19 @@ def test_runs_take_their_share_of_the_dense_products():
     assert (mask.pattern("int8"), mask.pattern("fp16")) == ("4x32", "1x32")
 
 
+def test_vnm_takes_half_of_what_its_columns_take():
+    mask = gpu_sparse.Mask("vnm", 1 - 2 / 16)
+    shape = (140, 64, 3, 3)
+    weight = unpack_vnm(mask.packed(shape, torch.int8, 2), shape, torch.int8, 2)
+    assert weight.sum() == weight.numel() // 8 and vnm.kept_columns(weight, 16, 2) == 0.25
+    assert vnm.find_m(weight, 2) == 16 and mask.pattern("int8") == "64:2:16"
+    for dtype, batch in (("int8", 16), ("fp16", 8)):
+        run = gpu_sparse.run_sparse(LAYER, batch, "80", gpu_of("80"), dtype, mask)
+        assert run is not None and run[0][1].sparse
+        columns, of_piece = LAYER.c * 9 // 4, 64 if dtype == "int8" else 32
+        assert run[0][0]["tensor_ops"] == 2 * 64 * -(-columns // of_piece) * of_piece * batch * 64
+
+
 def test_pixels_of_1x1_convolutions_are_images_and_the_copy_is_charged():
     mask, gpu = gpu_sparse.Mask("vectors", 0.9), gpu_of("80")
     pointwise = ConvShape("net", "layer", 1, 30, 7, 7, 64, 1, 1, 1, 0, 1, 1)
@@ -94,8 +107,28 @@ def test_report_and_records(monkeypatch, tmp_path, capsys):
     gpu_sparse.main()
     other, row, *blocks = json.loads(out.read_text())
     ops = [r["counters"]["tensor_ops"] for r in blocks]
-    assert [r["sparsity"] for r in blocks] == [0.5, 0.75, 0.9, 0.95, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95]
-    assert ops[3] < ops[0] and ops[-1] < ops[4] and [r["pass_us"] > 0 for r in blocks] == [False] * 4 + [True] * 6
+    assert [r["sparsity"] for r in blocks] == [
+        0.5,
+        0.75,
+        0.9,
+        0.95,
+        0.5,
+        0.65,
+        0.75,
+        0.85,
+        0.9,
+        0.95,
+        0.75,
+        0.875,
+        0.9,
+        0.95,
+    ]
+    assert (
+        ops[3] < ops[0]
+        and ops[-5] < ops[4]
+        and ops[-1] < ops[-4]
+        and [r["pass_us"] > 0 for r in blocks] == [False] * 4 + [True] * 10
+    )
     assert other == {"kernel": "other"} and row["pattern"] == "2:4" and row["arch"] == "sm_80"
     text = capsys.readouterr().out
     assert (

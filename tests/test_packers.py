@@ -27,6 +27,7 @@ from cnncomp.sparsity import (
     unpack_gathered,
     unpack_vectors,
     unpack_vnm,
+    vnm,
 )
 from cnncomp.sparsity.blocks import as_blocks
 from cnncomp.sparsity.gathered import STEP_BYTES as STEP_BYTES_GATHERED
@@ -149,14 +150,61 @@ def test_blocks_take_what_it_says():
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(shapes(), st.sampled_from(DTYPES), st.integers(1, 70), st.integers(4, 20))
-def test_vnm_there_and_back(sizes, dtype, v, m):
+@given(shapes(), st.sampled_from(DTYPES), st.integers(4, 40), st.floats(0, 1))
+def test_vnm_there_and_back(sizes, dtype, m, density):
     shape, groups = sizes
     torch.manual_seed(sum(shape))
-    weight = masked_vnm(random_weight(shape, dtype), v, m, groups)
-    packed = pack_vnm(weight, v, m, groups)
-    assert torch.equal(unpack_vnm(packed, shape, dtype, v, m, groups), weight)
-    assert bool((packed.columns.int().diff() > 0).all()) and int(packed.columns.max()) < m
+    weight = masked_vnm(random_weight(shape, dtype), 64, m, groups) * (torch.rand(shape) < density).to(dtype)
+    packed = pack_vnm(weight, m, groups)
+    vnm.check_packed(packed, shape, dtype, groups)
+    assert torch.equal(unpack_vnm(packed, shape, dtype, groups), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vnm_takes_what_it_says(dtype):
+    """The longest run comes first, fours of zeros are left out; a weight is found by its place and the instruction's layout."""
+    weight, deep = torch.zeros(128, 160, 3, 2, dtype=dtype), vnm.depth(dtype)
+    weight[10, 19, 2, 1] = 5
+    weight[64:, ::8, 0], weight[64:, 2::8, 0] = 1, 1  # 20 fours at two taps, two channels of each
+    packed = pack_vnm(weight, 8)
+    start, pieces = table_bytes(2), -(-40 * 4 // deep)
+    assert len(packed) == start + (pieces + 1) * vnm.piece_bytes(dtype)
+    assert packed[:start].view(torch.int32).tolist()[:5] == [0, pieces, pieces + 1, 1, 0]
+    last = packed[start + pieces * vnm.piece_bytes(dtype) :]
+    places = last[vnm.value_bytes(dtype) :].view(torch.int32)
+    # One four, of channels 16, 17, 18 and 19, of which the last alone is used.
+    assert (places >= 0).sum() == 1 and places.max() == 19 * 256 + 2 * 16 + 1
+    # Channel 10 = 8 * 1 + 2 * 1 + 0: row 1 of tile 1, lane 4, the first register; one of the two kept of the four.
+    values = last[: vnm.KEPT_BYTES].view(dtype)
+    assert values.count_nonzero() == 1 and 5 in values[(512 + 4 * 16) // dtype.itemsize :][:2].tolist()
+    meta = last[vnm.KEPT_BYTES : vnm.value_bytes(dtype)].view(torch.uint8)
+    for nibble in (meta & 15, meta >> 4):
+        assert bool((nibble >> 2 > (nibble & 3)).all())
+    with pytest.raises(ArgumentError, match=f"whole pieces of {vnm.piece_bytes(dtype)}"):
+        vnm.check_packed(packed[:-1], weight.shape, dtype, 1)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("m", vnm.SIZES)
+def test_the_m_of_a_weight_is_found(m, groups):
+    torch.manual_seed(m)
+    dense = torch.randn(groups * 70, 240, 2, 2) + 10  # no zero of its own
+    weight = masked_vnm(dense, 64, m, groups)
+    assert vnm.find_m(weight, groups) == m and vnm.find_m(dense, groups) is None
+    assert vnm.kept_columns(weight, m, groups) == pytest.approx(4 / m, abs=0.01)  # the last M may lie beyond
+    assert vnm.find_m(masked_2to4(dense), groups) is None
+    with pytest.raises(PatternError, match="64:2:M, M one of"):
+        vnm.check_m(dense, groups)
+
+
+@pytest.mark.parametrize("dtype, images, size", [(torch.uint8, 19, 16), (torch.int8, 7, 8), (torch.bfloat16, 19, 8)])
+def test_units_of_channels(dtype, images, size):
+    x = torch.randint(1, 100, (images, 6, 3, 4)).to(dtype)
+    units = vnm.to_units(x)
+    assert units.shape == (6, -(-images // size), 3, 4, size) and vnm.unit(dtype, images) == size
+    for image, channel, row, column in [(0, 0, 0, 0), (images - 1, 5, 2, 3), (6, 5, 1, 2), (images // 2, 3, 0, 1)]:
+        assert units[channel, image // size, row, column, image % size] == x[image, channel, row, column]
+    assert units.sum(dtype=torch.float64) == x.sum(dtype=torch.float64) and units.is_contiguous()
 
 
 def test_vnm_names_the_first_offence():
@@ -166,14 +214,14 @@ def test_vnm_names_the_first_offence():
         r"5 channels with non-zeros at output channels 64 to 99, input channels 8 to 15, tap \(1, 2\), expected 64:2:8"
     )
     with pytest.raises(PatternError, match=expected):
-        pack_vnm(weight, 64, 8)
+        pack_vnm(weight, 8)
     weight[68] = 0
-    pack_vnm(weight, 64, 8)
+    pack_vnm(weight, 8)
     weight[3, :3, 2, 0] = 1
     with pytest.raises(
         PatternError, match="3 non-zeros of an output channel at output channels 0 to 63, input channels 0 to 7"
     ):
-        pack_vnm(weight, 64, 8)
+        pack_vnm(weight, 8)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -200,7 +248,7 @@ def test_bitmap_is_found_without_the_packer():
 
 def test_formats_refuse():
     bad = torch.full((4, 4, 1, 1), float("inf"), dtype=torch.float16)
-    for pack in (partial(pack_blocks, rows=2, cols=2), partial(pack_vnm, v=2, m=4), pack_bitmap, fits):
+    for pack in (partial(pack_blocks, rows=2, cols=2), partial(pack_vnm, m=4), pack_bitmap, fits):
         with pytest.raises(ArgumentError, match="infinite"):
             pack(bad)
         with pytest.raises(DtypeError, match=r"torch\.float64"):
@@ -212,7 +260,9 @@ def test_formats_refuse():
     with pytest.raises(ArgumentError, match="cols: got 0"):
         pack_blocks(zeros, 1, 0)
     with pytest.raises(ArgumentError, match="m: got 3"):
-        pack_vnm(zeros, 2, 3)
+        pack_vnm(zeros, 3)
+    with pytest.raises(ArgumentError, match="16 x 1"):
+        pack_vnm(torch.zeros(4, 4, 16, 1, dtype=torch.int8), 8)
     for pattern in ("4:2", "2x", "64:3:8"):
         with pytest.raises(PatternError, match="patterns"):
             fits(zeros, patterns=[pattern])

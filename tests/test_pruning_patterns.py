@@ -15,7 +15,8 @@ from cnncomp.errors import ArgumentError, CalibrationError, PatternError
 from cnncomp.models import ArticleNet
 from cnncomp.pruning import mask_of, parse_pattern, prune, remove_masks, score_targets, sparsity_of, targets_of
 from cnncomp.pruning.allocation import by_sensitivity, erdos_renyi, sensitivity_of
-from cnncomp.pruning.patterns import NM, Blocks, grouped
+from cnncomp.pruning.patterns import NM, VNM, Blocks, grouped
+from cnncomp.sparsity.vnm import first_violation_vnm
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 9), st.integers(1, 4))
 
@@ -65,7 +66,43 @@ def test_n_of_m_along_input_channels(shape: tuple[int, int, int, int], m: int, n
     assert torch.equal(keep, expected)
 
 
-@given(shape=shapes, pattern=st.sampled_from(["unstructured", "2:4", "1x3", "3x1", "2x2"]), seed=st.integers(0, 99))
+@given(shape=shapes, v=st.integers(1, 8), m=st.integers(5, 9), seed=st.integers(0, 99))
+def test_two_of_four_shared_columns(shape: tuple[int, int, int, int], v: int, m: int, seed: int) -> None:
+    """The columns of the largest sums, and of each row the two largest in them."""
+    g, kg, cg, t = shape
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    keep = VNM(2, m, v).keep(score)
+    for a, k0, c0, d in torch.cartesian_prod(
+        *(torch.arange(0, n, s) for n, s in zip(shape, (1, v, m, 1), strict=True))
+    ).tolist():
+        block = score[a, k0 : k0 + v, c0 : c0 + m, d]
+        columns = block.sum(0).argsort(descending=True)[:4]
+        best = torch.zeros_like(block, dtype=torch.bool)
+        for row in range(len(block)):
+            best[row, columns[block[row, columns].argsort(descending=True)[:2]]] = True
+        assert torch.equal(keep[a, k0 : k0 + v, c0 : c0 + m, d], best)
+
+
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_vnm_in_layers(reconstruct: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(24, 20, 3, groups=2), nn.Conv2d(20, 10, 1), nn.Flatten(), nn.Linear(10, 6))
+    data = [torch.randn(8, 24, 3, 3)] if reconstruct else None
+    prune(model, pattern="8:2:6", include_first_last=True, reconstruct=reconstruct, data=data)
+    for i, groups in ((0, 2), (1, 1), (3, 1)):
+        weight = model[i].weight.detach()
+        weight = weight if weight.dim() == 4 else weight[..., None, None]
+        assert first_violation_vnm(weight, 8, 6, groups) is None and weight.count_nonzero() > weight.numel() // 5
+    assert sparsity_of(model).layers[0].remark == "masked 8:2:6: last 2 output channels share theirs"
+    with pytest.raises(ArgumentError, match="expected None or 0.6667, which pattern '8:2:6' gives"):
+        prune(model, 0.5, "8:2:6")
+
+
+@given(
+    shape=shapes,
+    pattern=st.sampled_from(["unstructured", "2:4", "3:2:5", "1x3", "3x1", "2x2"]),
+    seed=st.integers(0, 99),
+)
 def test_what_is_masked_stays_masked(shape: tuple[int, int, int, int], pattern: str, seed: int) -> None:
     score, parsed = tied(shape, seed), parse_pattern(pattern)
     masked = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3
@@ -134,7 +171,9 @@ def test_patterns_survive_training_and_copies(pattern: str) -> None:
     assert sparsity_of(remove_masks(model)).zeros == zeros > 0
 
 
-@pytest.mark.parametrize("pattern", ["2:2", "3:2", "0:4", "2:4:8", "0x4", "x4", "4x", "channels", "", None, 3])
+@pytest.mark.parametrize(
+    "pattern", ["2:2", "3:2", "0:4", "2:4:8", "0:2:8", "64:2:4", "64:3:8", "0x4", "x4", "4x", "channels", "", None, 3]
+)
 def test_unknown_patterns(pattern: object) -> None:
     with pytest.raises(PatternError, match="expected one of 'unstructured', 'n:m'"):
         prune(ArticleNet(), 0.5, pattern=pattern)  # type: ignore[arg-type]

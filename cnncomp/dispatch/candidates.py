@@ -27,6 +27,8 @@ from cnncomp.nn import (
     SparseQuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
+    VnmQuantConv2d,
+    VnmQuantLinear,
     quantize_weight,
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
@@ -34,6 +36,7 @@ from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
 from cnncomp.sparsity.two_four import first_violation
 from cnncomp.sparsity.vectors import QUAD, RUN
+from cnncomp.sparsity.vnm import find_m, kept_columns
 from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, too_many_taps, why_not
 
 #: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
@@ -157,7 +160,7 @@ def _why_not_packed(layer: ConvertedLayer) -> str | None:
 
 def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
     reason = _why_not_packed(layer)
-    if reason is None and (where := first_violation(_weight4d(layer))):
+    if reason is None and (where := first_violation(weight4d(layer))):
         reason = f"not 2:4: {where}"
     return reason
 
@@ -165,28 +168,50 @@ def _is_2to4_quantized(layer: ConvertedLayer) -> str | None:
 def _has_empty_blocks(layer: ConvertedLayer) -> str | None:
     if reason := _why_not_packed(layer):
         return reason
-    groups = layer.geometry.groups if isinstance(layer, DenseConv2d) else 1
-    empty = 1 - kept_fraction(_weight4d(layer), SLICE, CHUNK_BYTES, groups)
+    empty = 1 - kept_fraction(weight4d(layer), SLICE, CHUNK_BYTES, groups_of(layer))
     if empty >= MIN_SPARSITY:
         return None
     return f"{empty:.0%} of the {SLICE}x{CHUNK_BYTES} blocks are zero: their kernel needs {MIN_SPARSITY:.0%}"
 
 
-def _has_empty_runs(layer: ConvertedLayer) -> str | None:
+def _why_not_gathered(layer: ConvertedLayer) -> str | None:
+    """Why no kernel that gathers rows of inputs for runs of outputs can run a layer, None if one can."""
     if reason := _why_no_zeros_in_int8(layer):
         return reason
     conv = layer.geometry if isinstance(layer, DenseConv2d) else None
     if conv and conv.depthwise:
         return "depthwise: no outputs share their inputs"
-    if conv and (reason := too_many_taps(conv.kernel_size)):
+    return too_many_taps(conv.kernel_size) if conv else None
+
+
+def _has_empty_runs(layer: ConvertedLayer) -> str | None:
+    if reason := _why_not_gathered(layer):
         return reason
-    empty = 1 - kept_fraction(_weight4d(layer), RUN, QUAD, conv.groups if conv else 1)
+    empty = 1 - kept_fraction(weight4d(layer), RUN, QUAD, groups_of(layer))
     if empty >= MIN_SPARSITY:
         return None
     return f"{empty:.0%} of the runs of {RUN}x{QUAD} weights are zero: their kernel needs {MIN_SPARSITY:.0%}"
 
 
-def _weight4d(layer: ConvertedLayer) -> Tensor:
+def _is_vnm_quantized(layer: ConvertedLayer) -> str | None:
+    if reason := _why_not_gathered(layer):
+        return reason
+    weight, groups = weight4d(layer), groups_of(layer)
+    if (m := find_m(weight, groups)) is None:
+        return "not 64:2:M for any M of at least 8"
+    empty = 1 - kept_columns(weight, m, groups)
+    if empty >= MIN_SPARSITY:
+        return None
+    return f"{max(0.0, empty):.0%} of the input channels of 64 outputs are zero: V:2:M needs {MIN_SPARSITY:.0%}"
+
+
+def groups_of(layer: ConvertedLayer) -> int:
+    """Groups of a convolution; 1 of a linear layer."""
+    return layer.geometry.groups if isinstance(layer, DenseConv2d) else 1
+
+
+def weight4d(layer: ConvertedLayer) -> Tensor:
+    """The weight (K, C/G, R, S) of a dense layer."""
     weight = _weight(layer)
     return weight if weight.dim() == 4 else weight[..., None, None]
 
@@ -245,6 +270,7 @@ CONV_CANDIDATES = (
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
     Candidate("conv2d_blocks_int8", Q8, NHWC, ("cuda",), _has_empty_blocks, _quant_conv(BlocksQuantConv2d)),
     Candidate("conv2d_vectors_int8", Q8, NHWC, ("cuda",), _has_empty_runs, _quant_conv(VectorsQuantConv2d)),
+    Candidate("conv2d_vnm_int8", Q8, NHWC, ("cuda",), _is_vnm_quantized, _quant_conv(VnmQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
@@ -255,6 +281,7 @@ LINEAR_CANDIDATES = (
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
     Candidate("linear_blocks_int8", Q8, NCHW, ("cuda",), _has_empty_blocks, _quant_linear(BlocksQuantLinear)),
     Candidate("linear_vectors_int8", Q8, NCHW, ("cuda",), _has_empty_runs, _quant_linear(VectorsQuantLinear)),
+    Candidate("linear_vnm_int8", Q8, NCHW, ("cuda",), _is_vnm_quantized, _quant_linear(VnmQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
 )
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from cnncomp.dispatch import modelled
 from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.graph.chain import output_specs, passes_8bit, source
@@ -68,7 +69,8 @@ def _noise(shape: Sequence[int], device: torch.device) -> Tensor:
 class Chooser:
     """Options and measured times of one graph's layers.
 
-    ``inputs``: for each layer node, the float tensors that it was called with on the example input.
+    ``inputs``: for each layer node, the float tensors that it was called with on the example input. ``modelled``: what the
+    model said of its sparse kernels, where they were chosen by it.
     """
 
     gm: fx.GraphModule
@@ -77,6 +79,7 @@ class Chooser:
     layers: dict[fx.Node, ConvertedLayer] = field(init=False)
     options: dict[fx.Node, list[Option]] = field(init=False)
     why_not: dict[fx.Node, str] = field(init=False)
+    modelled: dict[fx.Node, str] = field(init=False, default_factory=dict)
     _measured: dict[object, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,8 +89,18 @@ class Chooser:
             self.options[node], self.why_not[node] = options_for(layer, self.device.type)
 
     def heuristic(self) -> Assignment:
-        """The choice without measurement."""
-        return {node: heuristic(layer, self.options[node]) for node, layer in self.layers.items()}
+        """The choice without measurement; on a GPU, where sparse kernels are concerned, by the model."""
+        if self.device.type != "cuda":
+            return {node: heuristic(layer, self.options[node]) for node, layer in self.layers.items()}
+        return {node: self._by_the_model(node, layer) for node, layer in self.layers.items()}
+
+    def _by_the_model(self, node: fx.Node, layer: ConvertedLayer) -> Option:
+        options, shape = self.options[node], node.meta.get("shape", ())
+        best, self.modelled[node] = modelled.choose(layer, options, modelled.arch_of(self.device), shape)
+        if best is not None:
+            return best
+        known = [o for o in options if o.candidate.dense or o.candidate.kernel in ("conv2d_int8", "linear_int8")]
+        return heuristic(layer, known)
 
     def measure(self, progress: Callable[[str], None]) -> None:
         """Time every option of every layer on its own, in its preferred formats."""

@@ -221,6 +221,8 @@ def _named(options: list[Option], kernel: str, layer: str) -> Option:
 
 def _reason(chooser: Chooser, node: fx.Node, option: Option, measured: bool) -> str:
     """One line: why a layer stayed dense, or what a compressed kernel gained."""
+    if not measured and (modelled := chooser.modelled.get(node)):
+        return modelled
     if not option.candidate.dense:
         if not measured:
             return "rule of thumb"

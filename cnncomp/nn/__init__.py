@@ -13,6 +13,8 @@ from cnncomp.nn.packed_quant import (
     Sparse24QuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
+    VnmQuantConv2d,
+    VnmQuantLinear,
 )
 from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
 from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
@@ -38,6 +40,8 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
         SparseQuantLinear,
         VectorsQuantConv2d,
         VectorsQuantLinear,
+        VnmQuantConv2d,
+        VnmQuantLinear,
     )
 }
 
@@ -74,6 +78,8 @@ __all__ = [
     "SparseQuantLinear",
     "VectorsQuantConv2d",
     "VectorsQuantLinear",
+    "VnmQuantConv2d",
+    "VnmQuantLinear",
     "dequantize_weight",
     "quantize_weight",
 ]

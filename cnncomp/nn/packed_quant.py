@@ -11,9 +11,11 @@ from cnncomp.nn.sparse_quant import ZerosQuant
 from cnncomp.ops.conv2d_blocks import BLOCKS
 from cnncomp.ops.conv2d_sparse24 import SPARSE24
 from cnncomp.ops.conv2d_vectors import VECTORS
+from cnncomp.ops.conv2d_vnm import VNM
 from cnncomp.ops.packed import Format
-from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm
 from cnncomp.sparsity.two_four import check_2to4
+from cnncomp.sparsity.vnm import check_m
 
 
 class _PackedQuant(ZerosQuant):
@@ -90,6 +92,17 @@ class _Vectors(_PackedQuant):
         return pack_vectors(weight, self.groups)
 
 
+class _Vnm(_PackedQuant):
+    _format = VNM
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        check_m(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
+        return super()._pack(weight)
+
+    def _pack_format(self, weight: Tensor) -> Tensor:
+        return pack_vnm(weight, check_m(weight, self.groups), self.groups)
+
+
 class Sparse24QuantConv2d(_Sparse24, _PackedConv2d):
     """int8 convolution whose weights have at most two non-zeros in four neighbouring input channels, on a GPU's sparse tensor
     cores.
@@ -147,3 +160,25 @@ class VectorsQuantLinear(_Vectors, _PackedLinear):
     """int8 linear with runs of 32 outputs. See :class:`VectorsQuantConv2d`."""
 
     kernel = "linear_vectors_int8"
+
+
+class VnmQuantConv2d(_Vnm, _PackedConv2d):
+    """int8 convolution whose weights are 64:2:M (:mod:`cnncomp.sparsity.vnm`), on a GPU's sparse tensor cores.
+
+    Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it. Batches are filled up to 8, or to whole 16.
+
+    M is the one that packs the weights most tightly.
+
+    Raises:
+        PatternError: a weight that is 64:2:M for no M; the message names what breaks the smallest one.
+        DeviceError: a GPU before sm_80.
+        ArgumentError: mean-shift weights.
+    """
+
+    kernel = "conv2d_vnm_int8"
+
+
+class VnmQuantLinear(_Vnm, _PackedLinear):
+    """int8 linear with 64:2:M weights. See :class:`VnmQuantConv2d`."""
+
+    kernel = "linear_vnm_int8"

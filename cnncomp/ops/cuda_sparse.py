@@ -11,8 +11,11 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
 from cnncomp.ops.library import contiguous, conv_out_size
-from cnncomp.sparsity.vectors import UNIT, columns, to_units
+from cnncomp.sparsity import vectors, vnm
 from cnncomp.sparsity.weights import CHUNK_BYTES, too_many_taps, why_not
+
+#: Formats whose kernels gather activations that lie channel by channel in units of images.
+GATHERED = {"vectors": vectors, "vnm": vnm}
 
 
 def check_device(device: torch.device) -> None:
@@ -52,10 +55,10 @@ def conv2d(
     """Convolution with packed sparse weights. No synchronisation.
 
     Args:
-        name: Of the format: "sparse24", "blocks" or "vectors".
-        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; always for "vectors".
-        weight: From :func:`cnncomp.sparsity.pack_2to4`, :func:`cnncomp.sparsity.pack_gathered` or
-            :func:`cnncomp.sparsity.pack_vectors`, int8 or of x's dtype.
+        name: Of the format: "sparse24", "blocks", "vectors" or "vnm".
+        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; always for "vectors" and "vnm".
+        weight: From :func:`cnncomp.sparsity.pack_2to4`, :func:`cnncomp.sparsity.pack_gathered`,
+            :func:`cnncomp.sparsity.pack_vectors` or :func:`cnncomp.sparsity.pack_vnm`, int8 or of x's dtype.
         constants: (3, K) float32: scale, bias, hi.
         residual: Shape of the output; float32, or 8-bit beside an 8-bit x, or of x's dtype; None for none.
         residual_scale: Factor of the residual.
@@ -69,12 +72,12 @@ def conv2d(
 
     Raises:
         DeviceError: a device before sm_80.
-        ArgumentError: input channels of a group that are no multiple of 16 bytes (but for "vectors"), more than 15 rows or
-            columns of taps, 2^31 bytes of input, types that do not belong together.
+        ArgumentError: input channels of a group that are no multiple of 16 bytes (but for "vectors" and "vnm"), more than 15
+            rows or columns of taps, 2^31 bytes of input, types that do not belong together.
     """
     n, c = x.shape[:2]
-    vectors = name == "vectors"
-    if reason := too_many_taps(kernel_size) if vectors else why_not(c, kernel_size, groups, x.itemsize):
+    gathered = name in GATHERED
+    if reason := too_many_taps(kernel_size) if gathered else why_not(c, kernel_size, groups, x.itemsize):
         raise ArgumentError("weight", f"{c} channels, {tuple(kernel_size)} taps, {groups} groups", reason)
     p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     k = constants.shape[1]
@@ -87,8 +90,8 @@ def conv2d(
     residual = contiguous(residual, torch.channels_last)
     launch = getattr(cuda._module(), f"conv2d_{name}_{'int8' if x.itemsize == 1 else 'f16'}")
     try:
-        if vectors:
-            x, sizes = _units(x, kernel_size, stride, padding, groups)
+        if gathered:
+            x, sizes = _units(name, x, kernel_size, stride, padding, groups)
         else:
             x, sizes = _aligned(x.contiguous(memory_format=torch.channels_last)), (n, *x.shape[2:], c)
         launch(
@@ -101,22 +104,25 @@ def conv2d(
 
 
 def _units(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+    name: str, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """``x`` in units of eight images, and the N, H, W and C that the kernel is told. Of a convolution that looks at each pixel
-    alone, pixels are images: whatever the batch, units are full. torch copies channels that are no whole
-    pieces of 16 bytes."""
+    """``x`` in the units of images of a format, and the N, H, W and C that its kernel is told. Of a convolution that looks at
+    each pixel alone, pixels are images: whatever the batch, units are full. torch copies channels that are no whole pieces of
+    16 bytes."""
     if tuple(kernel_size) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
     n, c, h, w = x.shape
-    if c * x.itemsize % CHUNK_BYTES or c // groups % columns(x.dtype):
-        units = to_units(x, groups)
+    fmt = GATHERED[name]
+    columns, images = fmt.columns(x.dtype), fmt.unit(x.dtype, n)
+    if c * x.itemsize % CHUNK_BYTES or c // groups % columns:
+        units = fmt.to_units(x, groups)
     else:
-        x, quad = _aligned(x.contiguous(memory_format=torch.channels_last)), columns(x.dtype)
-        units = x.new_empty((c // quad, -(-n // UNIT), h, w, UNIT, *[quad] * (quad > 1)))
+        x = _aligned(x.contiguous(memory_format=torch.channels_last))
+        units = x.new_empty((c // columns, -(-n // images), h, w, images, *[columns] * (columns > 1)))
         arguments = (x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, units.data_ptr())
-        cuda._module().to_units(*cuda._launch_arguments(x)[:2], *arguments)
-    return units, (len(x), x.shape[2], x.shape[3], len(units) * columns(x.dtype))
+        copy = cuda._module().to_byte_units if name == "vnm" and x.itemsize == 1 else cuda._module().to_units
+        copy(*cuda._launch_arguments(x)[:2], *arguments)
+    return units, (len(x), x.shape[2], x.shape[3], len(units) * columns)
 
 
 def _aligned(x: Tensor) -> Tensor:

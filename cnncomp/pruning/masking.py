@@ -89,11 +89,13 @@ def prune(
         sparsity: Fraction of zeros, 0 to 1, among the weights of the layers that are pruned. None: 0.9, or what an n:m
             pattern gives, which takes no other.
         pattern: "unstructured": any weight may go. "n:m", e.g. "2:4": at most n non-zeros in each m consecutive input
-            channels. "RxC" or "blockRxC": R output × C input channels at one kernel tap stay or go together, so that
-            "1x4" is runs along the input channels, "8x1" runs along the output channels, "block16x16" both. Channels
-            are counted within a group. Where they are no multiple, blocks at the edge are smaller, n:m counts as if
-            zeros followed, and a layer with n input channels or fewer stays dense: :func:`cnncomp.sparsity_of` says so.
-            "channel" takes whole channels out and masks nothing: :func:`cnncomp.prune_channels`, by default half of them.
+            channels. "V:2:M", e.g. "64:2:16": of each M input channels, V output channels share four, and each keeps two
+            of them (GPU kernels are for V = 64). "RxC" or "blockRxC": R output × C input channels at one kernel tap stay
+            or go together, so that "1x4" is runs along the input channels, "8x1" runs along the output channels,
+            "block16x16" both. Channels are counted within a group. Where they are no multiple, blocks at the edge are
+            smaller, n:m counts as if zeros followed, and a layer with n input channels or fewer stays dense:
+            :func:`cnncomp.sparsity_of` says so. "channel" takes whole channels out and masks nothing:
+            :func:`cnncomp.prune_channels`, by default half of them.
         scope: "global" ranks all weights together, "layer" prunes each layer to ``sparsity``.
         include_first_last: Prune also the first and the last layer in ``model.named_modules()`` order: they hold few
             weights and cost the most accuracy.

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from cnncomp.errors import PatternError
 
 #: The forms that :func:`parse_pattern` takes.
-PATTERNS = ("unstructured", "n:m", "RxC", "blockRxC")
+PATTERNS = ("unstructured", "n:m", "V:2:M", "RxC", "blockRxC")
 
 _GONE = -1.0  # the score of a weight that is masked already: below all others
 
@@ -125,17 +126,44 @@ class NM:
         return keep & (score > _GONE)
 
 
+@dataclass(frozen=True)
+class VNM(NM):
+    """Of each m input channels, ``v`` output channels share four, and each has at most n = 2 non-zeros among them.
+
+    VENOM (Castro et al., SC 2023): the four of the largest summed score stay, then of each row the two largest. Output channels
+    at the edge of a group share theirs in a smaller block; input channels as in :class:`NM`.
+    """
+
+    v: int
+    COLUMNS: ClassVar[int] = 4
+
+    def __str__(self) -> str:
+        return f"{self.v}:{self.n}:{self.m}"
+
+    def note(self, shape: Sequence[int]) -> str:
+        edge = f"last {shape[1] % self.v} output channels share theirs" if shape[1] % self.v else ""
+        return "; ".join(filter(None, (super().note(shape), edge)))
+
+    def keep(self, score: Tensor) -> Tensor:
+        """bool in the shape of the grouped ``score``; of equal columns and weights the last stay."""
+        g, kg, cg, t = score.shape
+        alive = torch.nn.functional.pad(score.clamp(min=0), (0, 0, 0, 0, 0, -kg % self.v))
+        columns = alive.view(g, -1, self.v, cg, t).sum(2)
+        chosen = NM(self.COLUMNS, self.m).keep(columns).repeat_interleave(self.v, 1)[:, :kg]
+        return super().keep(torch.where(chosen, score, _GONE))
+
+
 Pattern = Blocks | NM
 
 
 def parse_pattern(pattern: str) -> Pattern:
     """The pattern of that name.
 
-    "unstructured"; "n:m", e.g. "2:4"; "RxC" or "blockRxC": blocks of R output × C input channels, so that "1x4" is runs
-    of four along the input channels and "8x1" runs of eight along the output channels.
+    "unstructured"; "n:m", e.g. "2:4"; "V:2:M", e.g. "64:2:16"; "RxC" or "blockRxC": blocks of R output × C input channels,
+    so that "1x4" is runs of four along the input channels and "8x1" runs of eight along the output channels.
 
     Raises:
-        PatternError: another form, n not in 1..m−1, or an empty block.
+        PatternError: another form, n not in 1..m−1, M below 5, or an empty block.
     """
     if isinstance(pattern, str):
         if pattern == "unstructured":
@@ -144,11 +172,16 @@ def parse_pattern(pattern: str) -> Pattern:
             n, m = map(int, match.groups())
             if 1 <= n < m:
                 return NM(n, m)
+        if match := re.fullmatch(r"(\d+):2:(\d+)", pattern):
+            v, m = map(int, match.groups())
+            if v >= 1 and m > VNM.COLUMNS:
+                return VNM(2, m, v)
         if match := re.fullmatch(r"(?:block)?(\d+)x(\d+)", pattern):
             rows, cols = map(int, match.groups())
             if rows >= 1 and cols >= 1:
                 return Blocks(rows, cols)
-    forms = "'unstructured', 'n:m' with 1 <= n < m such as '2:4', 'RxC' such as '1x4' or '8x1', 'blockRxC'"
+    nm = "'n:m' with 1 <= n < m such as '2:4', 'V:2:M' with M > 4 such as '64:2:16'"
+    forms = f"'unstructured', {nm}, 'RxC' such as '1x4' or '8x1', 'blockRxC'"
     raise PatternError("pattern", repr(pattern), f"one of {forms}")
 
 

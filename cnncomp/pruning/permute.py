@@ -60,7 +60,7 @@ def permute_channels(
     from cnncomp.structured import channels_of
 
     parsed = parse_pattern(pattern)
-    if not isinstance(parsed, NM):
+    if type(parsed) is not NM:  # V:2:M chooses its columns
         raise PatternError("pattern", repr(pattern), "an n:m pattern, which an order of channels matters to")
     by_name = {t.name: t for t in targets if len(t.layers) == 1 and t.groups == 1}
     groups = channels_of(model, example_inputs).groups

@@ -8,14 +8,13 @@ from cnncomp.sparsity.fit import PATTERNS, Fit, fits
 from cnncomp.sparsity.gathered import pack_gathered, unpack_gathered
 from cnncomp.sparsity.two_four import pack_2to4, unpack_2to4
 from cnncomp.sparsity.vectors import pack_vectors, unpack_vectors
-from cnncomp.sparsity.vnm import PackedVNM, pack_vnm, unpack_vnm
+from cnncomp.sparsity.vnm import pack_vnm, unpack_vnm
 
 __all__ = [
     "PATTERNS",
     "Fit",
     "PackedBitmap",
     "PackedBlocks",
-    "PackedVNM",
     "fits",
     "pack_2to4",
     "pack_bitmap",

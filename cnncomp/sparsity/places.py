@@ -23,10 +23,15 @@ def gathered_blocks(weight: Tensor, rows: int, cols: int, groups: int) -> Packed
         DtypeError, ArgumentError: as :func:`cnncomp.sparsity.weights.check_weight`; more taps than a place can say.
     """
     check_weight(weight, groups, DTYPES)
+    check_taps(weight)
+    return pack_blocks(weight, rows, cols, groups)
+
+
+def check_taps(weight: Tensor) -> None:
+    """Raise :class:`ArgumentError` for a weight of more taps than a place can say."""
     r, s = weight.shape[2:]
     if max(r, s) > MOST_TAPS:
         raise ArgumentError("weight", f"a kernel of {r} x {s}", f"at most {MOST_TAPS} rows and columns of taps")
-    return pack_blocks(weight, rows, cols, groups)
 
 
 def fill_pieces(

@@ -85,24 +85,32 @@ def pack_2to4(weight: Tensor, groups: int = 1) -> Tensor:
     """
     check_weight(weight, groups, DTYPES)
     fours = _rows(weight, groups).unflatten(1, (-1, 4))
-    filled = (fours != 0).to(torch.uint8)
-    bits = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=weight.device)
-    code = (filled * bits).sum(2, dtype=torch.uint8).long()
-    if bool((filled.sum(2, dtype=torch.uint8) > 2).any()):
+    if bool(((fours != 0).sum(2, dtype=torch.uint8) > 2).any()):
         check_2to4(weight, groups)
-    table = torch.tensor([_FIRST, _SECOND], device=weight.device)
-    place = table.t()[code]
-    values = fours.gather(2, place)
-    nibble = (place[..., 0] + 4 * place[..., 1]).to(torch.uint8)
-    kept = _pack_values(values, weight.dtype)
-    meta = _pack_metadata(nibble, weight.dtype)
+    values, nibble = compress(fours)
+    kept = pack_values(values, weight.dtype)
+    meta = pack_metadata(nibble, weight.dtype)
     return torch.cat([kept, meta], 2).unflatten(0, (groups, -1))
+
+
+def compress(fours: Tensor) -> tuple[Tensor, Tensor]:
+    """Fours (rows, n, 4) of at most two non-zeros each: what is kept (rows, n, 2), and their places (rows, n), 4 bits each."""
+    bits = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=fours.device)
+    code = ((fours != 0).to(torch.uint8) * bits).sum(2, dtype=torch.uint8).long()
+    place = torch.tensor([_FIRST, _SECOND], device=fours.device).t()[code]
+    return fours.gather(2, place), (place[..., 0] + 4 * place[..., 1]).to(torch.uint8)
+
+
+def decompress(values: Tensor, nibble: Tensor) -> Tensor:
+    """The inverse of :func:`compress`."""
+    places = torch.stack([nibble & 3, nibble >> 2], 2).long()
+    return values.new_zeros(*nibble.shape, 4).scatter_(2, places, values)
 
 
 # Axes of what follows: slice, g (row % 8), tile i, half (row // 8), step, half f of the step, then what lies within it.
 
 
-def _pack_values(values: Tensor, dtype: torch.dtype) -> Tensor:
+def pack_values(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Kept values (rows, fours, 2) to (slices, steps, 4096) bytes."""
     words = values.contiguous().view(torch.int8).reshape(-1).view(torch.int32)
     words = words.reshape(
@@ -112,14 +120,14 @@ def _pack_values(values: Tensor, dtype: torch.dtype) -> Tensor:
     return ordered.view(torch.int8).reshape(words.shape[0], words.shape[4], VALUE_BYTES)
 
 
-def _unpack_values(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`_pack_values`."""
+def unpack_values(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`pack_values`."""
     words = packed.contiguous().view(torch.int32).reshape(*packed.shape[:2], 2, 4, 8, 4, 2, 2)
     back = words.permute(0, 4, 3, 7, 1, 2, 6, 5).contiguous()
     return back.view(torch.int8).flatten().view(dtype).reshape(packed.shape[0] * SLICE, -1, 2)
 
 
-def _pack_metadata(nibble: Tensor, dtype: torch.dtype) -> Tensor:
+def pack_metadata(nibble: Tensor, dtype: torch.dtype) -> Tensor:
     """Places of the kept (rows, fours), 4 bits each, to (slices, steps, bytes)."""
     pairs = nibble.reshape(nibble.shape[0], -1, 2)
     data = (pairs[..., 0] | pairs[..., 1] << 4).contiguous()
@@ -132,8 +140,8 @@ def _pack_metadata(nibble: Tensor, dtype: torch.dtype) -> Tensor:
     return ordered.contiguous().view(torch.int8).reshape(words.shape[0], words.shape[4], -1)
 
 
-def _unpack_metadata(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`_pack_metadata`: (rows, fours)."""
+def unpack_metadata(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`pack_metadata`: (rows, fours)."""
     slices, steps, _ = packed.shape
     if dtype.itemsize == 1:
         words = packed.contiguous().view(torch.int32).reshape(slices, steps, 2, 8, 2, 2, 4)
@@ -149,9 +157,8 @@ def unpack_2to4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, groups
     """The inverse of :func:`pack_2to4`: the weight of ``shape`` (K, C/G, R, S) and ``dtype``."""
     k, c, r, s = shape
     flat = packed.flatten(0, 1)
-    values = _unpack_values(flat[..., :VALUE_BYTES], dtype)
-    nibble = _unpack_metadata(flat[..., VALUE_BYTES:], dtype).long()
-    fours = values.new_zeros(*nibble.shape, 4).scatter_(2, torch.stack([nibble & 3, nibble >> 2], 2), values)
+    values = unpack_values(flat[..., :VALUE_BYTES], dtype)
+    fours = decompress(values, unpack_metadata(flat[..., VALUE_BYTES:], dtype))
     padded = round_up(c, CHUNK_BYTES // dtype.itemsize)
     rows = fours.reshape(groups, -1, fours.shape[1] * 4)[:, : k // groups, : r * s * padded]
     return rows.reshape(k, r * s, padded)[:, :, :c].transpose(1, 2).reshape(k, c, r, s).contiguous()

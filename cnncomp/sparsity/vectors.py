@@ -38,6 +38,11 @@ def columns(dtype: torch.dtype) -> int:
     return QUAD if dtype.itemsize == 1 else 1
 
 
+def unit(dtype: torch.dtype, images: int) -> int:
+    """Images whose pixels lie next to each other, of so many."""
+    return UNIT
+
+
 def depth(dtype: torch.dtype) -> int:
     """Positions of a piece."""
     return 32 // (columns(dtype) * dtype.itemsize)

@@ -173,6 +173,11 @@ PYBIND11_MODULE(_cuda, m) {
       "cnncomp.sparsity.vectors.to_units. sm_80 and later.";
   define(m, "conv2d_vectors_int8", vectors, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_vectors_int8);
   define(m, "conv2d_vectors_f16", vectors, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vectors_f16);
+  const char* vnm =
+      "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vnm; x: laid out by "
+      "cnncomp.sparsity.vnm.to_units. sm_80 and later.";
+  define(m, "conv2d_vnm_int8", vnm, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_vnm_int8);
+  define(m, "conv2d_vnm_f16", vnm, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vnm_f16);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",
@@ -181,6 +186,10 @@ PYBIND11_MODULE(_cuda, m) {
          "to_units(device, stream, x, x_dtype, n, h, w, c, out): NHWC images into units of eight, for conv2d_vectors_*; c is a "
          "multiple of 16 bytes.",
          Inputs::kOthers, &make_image, &cuda::plan_to_units);
+  define(m, "to_byte_units",
+         "to_byte_units(device, stream, x, x_dtype, n, h, w, c, out): 8-bit NHWC images into units of sixteen, up to eight into one "
+         "of eight, for conv2d_vnm_int8; c is a multiple of 16.",
+         Inputs::kBytes, &make_image, &cuda::plan_to_byte_units);
   define(m, "max_pool2d_int8",
          "max_pool2d_int8(device, stream, x, x_dtype, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, out): of 8-bit "
          "NHWC images.",

@@ -12,7 +12,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) conv2d_vectors_f16_kernel(c
   extern __shared__ __align__(128) int8_t stages[];
   VectorsSums<Tile, float> acc = {};
   const VectorsPlace<Tile> place(p);
-  vectors_main_loop<Tile, kBfloat16 ? Operand::kBfloat16 : Operand::kFloat16>(acc, p, place, shared_address(stages));
+  constexpr Operand kOperand = kBfloat16 ? Operand::kBfloat16 : Operand::kFloat16;
+  vectors_main_loop<Tile>(p, place, shared_address(stages), [&](uint32_t values, uint32_t rows, int first) {
+    multiply_piece<Tile, kOperand>(acc, values, rows, first);
+  });
   store_vectors<Tile, std::conditional_t<kBfloat16, __nv_bfloat16, __half>>(acc, p, place);
 }
 

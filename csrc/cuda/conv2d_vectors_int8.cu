@@ -9,7 +9,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) conv2d_vectors_int8_kernel(
   extern __shared__ __align__(128) int8_t stages[];
   VectorsSums<Tile, int32_t> acc = {};
   const VectorsPlace<Tile> place(p);
-  vectors_main_loop<Tile, kSigned ? Operand::kInt8 : Operand::kUint8>(acc, p, place, shared_address(stages));
+  constexpr Operand kOperand = kSigned ? Operand::kInt8 : Operand::kUint8;
+  vectors_main_loop<Tile>(p, place, shared_address(stages), [&](uint32_t values, uint32_t rows, int first) {
+    multiply_piece<Tile, kOperand>(acc, values, rows, first);
+  });
   store_vectors<Tile, uint8_t>(acc, p, place);
 }
 

@@ -127,8 +127,13 @@ Launch plan_conv2d_blocks_f16(const Conv2d& conv, int multiprocessors, int share
 Launch plan_conv2d_vectors_int8(const Conv2d& conv, int multiprocessors, int shared);
 Launch plan_conv2d_vectors_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 
-// Copies x into such units, to epilogue.out; channels in whole pieces of 16 bytes.
+// With weights packed by cnncomp/sparsity/vnm.py and x in units of images of a channel (vnm_tile.cuh), for sm_80 and later.
+Launch plan_conv2d_vnm_int8(const Conv2d& conv, int multiprocessors, int shared);
+Launch plan_conv2d_vnm_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
+
+// Copies x into such units, to epilogue.out; channels in whole pieces of 16 bytes. Those of vnm are others for 8 bits alone.
 Launch plan_to_units(const Conv2d& conv);
+Launch plan_to_byte_units(const Conv2d& conv);
 
 // Launches on `stream` of `device`, which is made current for the call. Throws CudaError.
 void run(const Launch& launch, int device, void* stream);

@@ -9,10 +9,10 @@ namespace cnncomp::cuda {
 // Why the kernels can't run a convolution; empty where they can.
 template <typename Tile>
 std::string vectors_refusal(const Conv2d& c) {
-  constexpr int channels = Tile::kElement == 2 ? 1 : 4;  // of a row
+  constexpr int channels = Tile::kColumns;
   const int64_t images = ceil_div(c.n, Tile::kUnit) * Tile::kUnit, pixel = int64_t{c.c} * Tile::kElement;
   const int64_t border = 2 * (c.pad_h + 1) * int64_t{c.w} * Tile::kUnit * Tile::kElement * channels;
-  if (c.c / c.groups % channels) return "input channels of a group that are no multiple of 4";
+  if (c.c / c.groups % channels) return "input channels of a group that are no multiple of " + std::to_string(channels);
   if (c.r > 15 || c.s > 15) return "a kernel of more than 15 rows or columns";
   if (images * c.h * c.w * pixel + border > INT32_MAX) return "an input of more than 2^31 bytes";
   if (!aligned(c.x, 16) || !aligned(c.weight, 16)) return "an input or weight that is not aligned to 16 bytes";
@@ -24,7 +24,7 @@ template <typename Tile>
 void set_vectors(Launch& launch, const Conv2d& c) {
   const std::string refusal = vectors_refusal<Tile>(c);
   if (!refusal.empty()) throw std::invalid_argument(launch.kernel + ": " + refusal);
-  constexpr int channels = Tile::kElement == 2 ? 1 : 4;
+  constexpr int channels = Tile::kColumns;
   const int32_t k_group = c.k / c.groups;
   const int64_t runs = ceil_div(k_group, Tile::kRun) * c.groups;
   const int64_t units = ceil_div(c.n, Tile::kUnit) * c.p() * c.q();

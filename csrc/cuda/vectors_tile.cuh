@@ -17,35 +17,54 @@
 
 namespace cnncomp::cuda {
 
-template <int kBlockP_, int kWarpP_, int kPieces_, int kStages_, int kElement_>
-struct VectorsTile {
-  static constexpr int kElement = kElement_;  // bytes
-  static constexpr int kBlockP = kBlockP_, kWarpP = kWarpP_, kStages = kStages_;
-  static constexpr int kRun = 32;                    // outputs
-  static constexpr int kUnit = 8;                    // images
-  static constexpr int kPieces = kPieces_;           // of a step; a piece is the depth of one mma
-  static constexpr int kRows = kElement == 2 ? 16 : 8;  // of a piece: channels, or fours of them
+// What a piece is, the depth of one mma.
+template <int kElement_>
+struct VectorsPiece {
+  static constexpr int kElement = kElement_;               // bytes
+  static constexpr int kRun = 32;                          // outputs
+  static constexpr int kUnit = 8;                          // images
+  static constexpr int kColumns = kElement == 2 ? 1 : 4;   // channels of a row
+  static constexpr int kParts = kElement * kColumns / 2;   // chunks of a unit at one pixel
+  static constexpr int kChunkBytes = 16;                   // that a thread copies at once
+  static constexpr int kRows = kElement == 2 ? 16 : 8;     // channels, or fours of them
+  static constexpr int kValueBytes = kRun * 32;
+  static constexpr int kTogether = 32;                     // pixels that a warp reads at once
+
+  // Of the sums of mma tile j: which of the warp's units this lane has, and of it the image, the first or second that it has.
+  __device__ __forceinline__ static int unit(int j, int lane) { return kElement == 2 ? j : j / 4 * 4 + lane % 4; }
+  __device__ __forceinline__ static int image(int j, int lane, int e) {
+    return kElement == 2 ? lane % 4 * 2 + e : 4 * e + j % 4;
+  }
+};
+
+// A tile of kRun outputs and kBlockP pixels, and its steps of kPieces pieces.
+template <typename Piece, int kBlockP_, int kWarpP_, int kPieces_, int kStages_>
+struct RunTile : Piece {
+  using Piece::kElement, Piece::kRun, Piece::kColumns, Piece::kRows, Piece::kValueBytes;
+  static constexpr int kBlockP = kBlockP_, kWarpP = kWarpP_, kPieces = kPieces_, kStages = kStages_;
   static constexpr int kStepRows = kPieces * kRows;
-  static constexpr int kRowBytes = kBlockP * (kElement == 2 ? 2 : 4);
-  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kRowBytes = kBlockP * kElement * kColumns;
+  static constexpr int kChunks = kRowBytes / Piece::kChunkBytes;
   static constexpr int kThreads = 32 * kBlockP / kWarpP;
   static constexpr int kGroups = kThreads / kChunks;  // rows that all threads copy at once
   static constexpr int kCopies = kStepRows / kGroups;
   static constexpr int kTilesC = kRun / 16, kTilesP = kWarpP / 8;  // mma tiles of a warp
   static constexpr int kVec = 2 * kTilesC;                         // neighbouring channels of a thread
-  static constexpr int kValueBytes = kRun * 32;                    // of a piece
-  static constexpr int kPieceBytes = kValueBytes + kRows * 4;      // and its places
+  static constexpr int kPieceBytes = kValueBytes + kRows * 4;      // values and places
   static constexpr int kStageBytes = kPieces * kValueBytes + kStepRows * kRowBytes;
   static constexpr int kTableBytes = kStepRows * 8;  // where the rows of a step are
   static_assert(kThreads % kChunks == 0 && kCopies % 4 == 0 && kRows % kCopies == 0, "a thread's rows are of one piece");
-  static_assert(kChunks >= 8 && kTilesP % 4 == 0, "rows that swizzle, and whole loads");
-  static_assert(kThreads >= kStepRows && kPieces * 64 % kThreads == 0, "a thread for each row, and all copy as much");
+  static_assert(kChunks >= 8 && kWarpP % Piece::kTogether == 0, "rows that swizzle, and whole loads");
+  static_assert(kThreads >= kStepRows, "a thread for each row");
 
   static std::string name() {
     return std::to_string(kBlockP) + "_" + std::to_string(kWarpP) + "_" + std::to_string(kPieces) + "_" +
            std::to_string(kStages);
   }
 };
+
+template <int kBlockP, int kWarpP, int kPieces, int kStages, int kElement>
+struct VectorsTile : RunTile<VectorsPiece<kElement>, kBlockP, kWarpP, kPieces, kStages> {};
 
 struct VectorsParams {
   EpilogueParams epilogue;
@@ -82,13 +101,15 @@ struct VectorsPlace {
   }
 };
 
-// 16 bytes to shared memory, zeros where `inside` lacks one of `bits`: nothing is read then.
-template <int kOffset>
+// kBytes, 8 or 16, to shared memory, zeros where `inside` lacks one of `bits`: nothing is read then.
+template <int kBytes, int kOffset>
 __device__ __forceinline__ void copy_row(uint32_t to, const int8_t* from, uint32_t inside, uint32_t bits) {
 #if !CNNCOMP_TURING
-  asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"((inside & bits) == bits ? 16 : 0),
-               "n"(kOffset)
-               : "memory");
+  const int read = (inside & bits) == bits ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read), "n"(kOffset) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0+%3], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(read), "n"(kOffset) : "memory");
 #endif
 }
 
@@ -111,12 +132,11 @@ struct VectorsLoader {
     const int begin = (2 * p.runs.value + 1 + 3) / 4 * 16;  // bytes of the table of runs
     piece = p.weight + begin + static_cast<int64_t>(at.begin) * Tile::kPieceBytes;
     left = at.end - at.begin;
-    constexpr int kParts = Tile::kElement == 2 ? 1 : 2;  // chunks of a unit
-    const int unit = at.unit0 + chunk() / kParts;
+    const int unit = at.unit0 + chunk() / Tile::kParts;
     // Of units past the last one too: a branch here could go on past the barrier.
     const int image = divide(unit, p.image), rest = unit - image * p.image.value, row = divide(rest, p.row);
     const int h0 = row * p.stride_h - p.pad_h, w0 = (rest - row * p.row.value) * p.stride_w - p.pad_w;
-    x += (image * p.h + h0) * p.row_bytes + w0 * p.unit_bytes + chunk() % kParts * 16;
+    x += (image * p.h + h0) * p.row_bytes + w0 * p.unit_bytes + chunk() % Tile::kParts * 16;
     inside = taps_inside(unit < p.units ? h0 : p.h, p.h, p.r, p.dil_h) | taps_inside(w0, p.w, p.s, p.dil_w) << 16;
 #pragma unroll
     for (int i = 0; i < Tile::kStages - 1; ++i) {
@@ -143,7 +163,7 @@ struct VectorsLoader {
                    : "memory");
   }
 
-  // Where chunk `chunk` of row `row` of a step is: rows that one instruction reads lie in different banks.
+  // Where piece `chunk` of 16 bytes of row `row` of a step is: rows that one instruction reads lie in different banks.
   __device__ __forceinline__ static constexpr uint32_t turn(int row) {
     return (Tile::kElement == 2 ? row & 7 : (row & 3) * 2) << 4;
   }
@@ -154,22 +174,25 @@ struct VectorsLoader {
   template <int kRow>
   __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t table) const {
     const uint4 two = load_shared_16(table + kRow * 8);
-    copy_row<kRow * Tile::kRowBytes>(to ^ turn(kRow), x + static_cast<int32_t>(two.x), inside, two.y);
-    copy_row<(kRow + 1) * Tile::kRowBytes>(to ^ turn(kRow + 1), x + static_cast<int32_t>(two.z), inside, two.w);
+    copy_row<Tile::kChunkBytes, kRow * Tile::kRowBytes>(to ^ turn(kRow), x + static_cast<int32_t>(two.x), inside, two.y);
+    copy_row<Tile::kChunkBytes, (kRow + 1) * Tile::kRowBytes>(to ^ turn(kRow + 1), x + static_cast<int32_t>(two.z), inside, two.w);
     if constexpr (kRow + 2 < Tile::kCopies) copy_rows<kRow + 2>(to, table);
   }
 
   __device__ __forceinline__ void load(const VectorsParams& p, uint32_t shared, int stage) {
     const uint32_t at = shared + stage * Tile::kStageBytes, rows = at + Tile::kPieces * Tile::kValueBytes;
+    constexpr int kOfPiece = Tile::kValueBytes / 16, kValues = Tile::kPieces * kOfPiece;
 #pragma unroll
-    for (int i = 0; i < Tile::kPieces * 64 / Tile::kThreads; ++i) {
-      const int chunk16 = threadIdx.x + i * Tile::kThreads, mine = chunk16 / 64;
-      if (mine < left) copy_async<16>(at + chunk16 * 16, piece + mine * Tile::kPieceBytes + chunk16 % 64 * 16, 16);
+    for (int i = 0; i < (kValues + Tile::kThreads - 1) / Tile::kThreads; ++i) {
+      const int chunk16 = threadIdx.x + i * Tile::kThreads, mine = chunk16 / kOfPiece;
+      if (kValues % Tile::kThreads != 0 && mine >= Tile::kPieces) break;
+      if (mine < left) copy_async<16>(at + chunk16 * 16, piece + mine * Tile::kPieceBytes + chunk16 % kOfPiece * 16, 16);
     }
     // A thread's first row is a multiple of the rows that swizzle differently, or its bits of the turn are free.
     static_assert(Tile::kCopies % (Tile::kElement == 2 ? 8 : 4) == 0, "turns are those of the first thread's rows");
     if (first_row() / Tile::kRows < left)
-      copy_rows<0>(rows + first_row() * Tile::kRowBytes + chunk() * 16, tables + stage * Tile::kTableBytes + first_row() * 8);
+      copy_rows<0>(rows + first_row() * Tile::kRowBytes + chunk() * Tile::kChunkBytes,
+                   tables + stage * Tile::kTableBytes + first_row() * 8);
     if (step >= Tile::kStages - 2) {
       write_table(p, stage + 1 == Tile::kStages ? 0 : stage + 1);
       find(2);
@@ -223,10 +246,11 @@ __device__ __forceinline__ void multiply_piece(VectorsSums<Tile, Sum>& acc, uint
   }
 }
 
-// The whole reduction: as many pieces as the run has, none where it is all zeros.
-template <typename Tile, Operand kOperand, typename Sum>
-__device__ __forceinline__ void vectors_main_loop(VectorsSums<Tile, Sum>& acc, const VectorsParams& p,
-                                                  const VectorsPlace<Tile>& place, uint32_t shared) {
+// The whole reduction: as many pieces as the run has, none where it is all zeros. multiply(values, rows, first): of a piece, as
+// multiply_piece.
+template <typename Tile, typename Multiply>
+__device__ __forceinline__ void vectors_main_loop(const VectorsParams& p, const VectorsPlace<Tile>& place, uint32_t shared,
+                                                  Multiply&& multiply) {
   VectorsLoader<Tile> loader(p, place, shared);
   int pieces = loader.left;
   __syncthreads();
@@ -237,13 +261,12 @@ __device__ __forceinline__ void vectors_main_loop(VectorsSums<Tile, Sum>& acc, c
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; ++i)
       if (i < pieces)  // the same for all
-        multiply_piece<Tile, kOperand>(acc, values + i * Tile::kValueBytes, rows + i * Tile::kRows * Tile::kRowBytes, first);
+        multiply(values + i * Tile::kValueBytes, rows + i * Tile::kRows * Tile::kRowBytes, first);
     pieces -= Tile::kPieces;
   });
 }
 
-// Epilogue and store of this thread's part: kVec neighbouring channels of two images of a unit in each mma tile; for 8 bits, one
-// image of each of four neighbouring tiles, twice.
+// Epilogue and store of this thread's part: kVec neighbouring channels of two images of a unit in each mma tile.
 template <typename Tile, typename Narrow, typename Sum>
 __device__ __forceinline__ void store_vectors(const VectorsSums<Tile, Sum>& acc, const VectorsParams& p,
                                               const VectorsPlace<Tile>& place) {
@@ -254,11 +277,11 @@ __device__ __forceinline__ void store_vectors(const VectorsSums<Tile, Sum>& acc,
   const ChannelConstants<kVec> constants = load_constants<kVec>(p.epilogue, place.group, channel);
 #pragma unroll
   for (int j = 0; j < Tile::kTilesP; ++j) {
-    const int unit = warp_unit + (Tile::kElement == 2 ? j : j / 4 * 4 + lane % 4);
+    const int unit = warp_unit + Tile::unit(j, lane);
     const int block = divide(unit, p.image), rest = unit - block * p.image.value;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int image = block * Tile::kUnit + (Tile::kElement == 2 ? lane % 4 * 2 + e : 4 * e + j % 4);
+      const int image = block * Tile::kUnit + Tile::image(j, lane, e);
       Sum values[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) values[i] = acc.value[i / 2][j][i % 2 * 2 + e];

@@ -90,6 +90,20 @@ struct ConvSizes {
 void same_everywhere(const std::string& what, int64_t out_bytes, bool floats,
                      const std::function<void(char* out, int threads)>& run);
 
+// Rows of an output with gaps between them, and the copy of it that is to be compared: gaps may hold anything.
+class Gapped {
+ public:
+  Gapped(int64_t rows, int64_t length, int64_t pitch) : rows_(rows), length_(length), pitch_(pitch), memory_(rows * pitch) {}
+  float* data() const { return memory_.data(); }
+  void copy(char* to) const {
+    for (int64_t i = 0; i < rows_; i++) std::memcpy(to + i * length_ * 4, memory_.data() + i * pitch_, length_ * 4);
+  }
+
+ private:
+  int64_t rows_, length_, pitch_;
+  Buffer<float> memory_;
+};
+
 using Check = void (*)(Random&);
 struct Registration {
   Registration(const char* kernel, Check check);

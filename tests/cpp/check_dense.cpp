@@ -37,9 +37,15 @@ void linear_dense(Random& random) {
 void pools(Random& random) {
   const ConvSizes z(random);
   const Buffer<float> x(random.many<float>(z.n * z.c * z.h * z.w));
-  same_everywhere("max_pool2d" + z.text(), z.n * z.c * z.p * z.q * 4, true, [&](char* to, int threads) {
+  const bool ceil_mode = random.chance(0.5);
+  const auto more = [&](int64_t in, int64_t pad, int64_t reach, int64_t stride, int64_t size) {
+    return size + (ceil_mode && (in + 2 * pad - reach) % stride != 0 && size * stride < in + pad);
+  };
+  const int64_t p = more(z.h, z.pad_h, z.dil_h * (z.r - 1) + 1, z.stride_h, z.p);
+  const int64_t q = more(z.w, z.pad_w, z.dil_w * (z.s - 1) + 1, z.stride_w, z.q);
+  same_everywhere("max_pool2d" + z.text(), z.n * z.c * p * q * 4, true, [&](char* to, int threads) {
     cnncomp::max_pool2d({x.data(), z.n, z.c, z.h, z.w, z.r, z.s, z.stride_h, z.stride_w, z.pad_h, z.pad_w, z.dil_h, z.dil_w,
-                         reinterpret_cast<float*>(to), threads});
+                         reinterpret_cast<float*>(to), threads, 0, 0, ceil_mode});
   });
   const bool last = random.chance(0.5);
   same_everywhere("mean_pool2d" + z.text(), z.n * z.c * 4, true, [&](char* to, int threads) {

@@ -48,15 +48,20 @@ class Weights {
 void conv2d_sparse(Random& random) {
   const ConvSizes z(random);
   const Weights weights(random, z.groups, z.c / z.groups, z.k / z.groups, z.r * z.s);
-  const int64_t out = z.n * z.k * z.p * z.q;
-  const Buffer<float> x(random.many<float>(z.n * z.c * z.h * z.w)), bias(random.many<float>(z.k));
-  const Buffer<float> residual(random.many<float>(out));
+  const int64_t pixels = z.p * z.q, images = z.n * z.k;
+  const bool gaps = random.chance(0.5);
+  const int64_t x_pitch = z.h * z.w + (gaps ? random.whole(0, 40) : 0), out_pitch = pixels + (gaps ? random.whole(0, 40) : 0);
+  const Buffer<float> x(random.many<float>(z.n * z.c * x_pitch)), bias(random.many<float>(z.k));
+  const Buffer<float> residual(random.many<float>(images * out_pitch));
   const bool with_bias = random.chance(0.5), with_residual = random.chance(0.5);
   const float lo = random.chance(0.5) ? 0.0f : -1e30f, hi = random.chance(0.5) ? 1.0f : 1e30f;
-  same_everywhere("conv2d_sparse" + z.text(), out * 4, true, [&](char* to, int threads) {
+  same_everywhere("conv2d_sparse" + z.text(), images * pixels * 4, true, [&](char* to, int threads) {
+    const Gapped out(images, pixels, out_pitch);
     cnncomp::conv2d_sparse({x.data(), z.n, z.c, z.h, z.w, weights.packed(), z.k, z.r, z.s, z.stride_h, z.stride_w, z.pad_h,
                             z.pad_w, z.dil_h, z.dil_w, z.groups, with_bias ? bias.data() : nullptr,
-                            with_residual ? residual.data() : nullptr, lo, hi, reinterpret_cast<float*>(to), threads});
+                            with_residual ? residual.data() : nullptr, lo, hi, out.data(), threads, x_pitch, out_pitch,
+                            out_pitch});
+    out.copy(to);
   });
 }
 
