@@ -41,7 +41,9 @@ def counted(key: object, run: Callable[[], tuple[Result, Launch]]) -> Counted:
         result, launch = run()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"counts": result.summary(), "launch": asdict(launch)}))
+        fences = sum(n for opcode, n in result.instructions.items() if opcode.startswith(("fence", "membar")))
+        counts = result.summary() | {"fences": fences}
+        partial.write_text(json.dumps({"counts": counts, "launch": asdict(launch)}))
         partial.rename(path)
     known = json.loads(path.read_text())
     return known["counts"], Launch(**known["launch"])

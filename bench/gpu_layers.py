@@ -27,7 +27,7 @@ def registers_of(kernel: str, arch: str) -> int:
     """Registers of a thread of a planned kernel, from its machine code."""
     source = emulated.source_of(kernel)
     wanted = cuda_gate.short_name(emulated.entry_of(kernel, emulated.ptx_of(source, arch)))
-    return next(row.registers for row in cuda_gate.rows(source, arch) if row.kernel == wanted)
+    return next(row.registers for row in cuda_gate.all_rows(source, arch) if row.kernel == wanted)
 
 
 @cache
@@ -66,8 +66,15 @@ def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read = int(share * x.nbytes)
     grid = plan["grid"]
-    least = read + weight.nbytes + out.nbytes + constants.nbytes
+    least = read + weight.nbytes + out.nbytes + constants.nbytes + _sums(plan) * grid[2]
     return plan, Launch(math.prod(grid), plan["block"], 0, least, "int8", read, grid[1] * grid[2])
+
+
+def _sums(plan: dict[str, Any]) -> int:
+    """Bytes of a group's 32-bit sums of tiles whose reduction blocks share."""
+    tile = re.search(r"_(\d+)x(\d+)_", plan["kernel"])
+    shared = (plan["grid"][0] - plan["whole"]) // plan["parts"] if plan["parts"] > 1 else 0
+    return 4 * shared * int(tile[1]) * int(tile[2]) if tile else 0
 
 
 def _channel_tiles(plan: dict[str, Any], shape: ConvShape) -> int:
@@ -77,10 +84,21 @@ def _channel_tiles(plan: dict[str, Any], shape: ConvShape) -> int:
 
 
 def _blocks(plan: dict[str, Any], shape: ConvShape) -> list[int] | None:
-    """The blocks to run: all where blocks share a tile's reduction, since the last of them does more than the others."""
-    if plan["grid"][2] > shape.groups:
+    """The blocks to run.
+
+    All where blocks share each tile's reduction, since the last of them does more than the others. Where they share that of the
+    last tiles alone, all that share some of these, spread over them, and blocks of other tiles in proportion.
+    """
+    grid, whole, parts = math.prod(plan["grid"]), plan["whole"], plan["parts"]
+    if parts == 1:
+        return sample_of(grid, BLOCKS, _channel_tiles(plan, shape))
+    if whole == 0:
         return None
-    return sample_of(math.prod(plan["grid"]), BLOCKS, _channel_tiles(plan, shape))
+    shared = (grid - whole) // parts
+    some = max(1, round(BLOCKS * shared / whole))
+    alone = sample_of(whole, max(BLOCKS, 8 * round(whole * some / shared / 8)))
+    chosen = [(2 * i + 1) * shared // (2 * some) for i in range(some)]
+    return [*(alone or range(whole)), *(whole + part * shared + tile for part in range(parts) for tile in chosen)]
 
 
 def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counted, str]:

@@ -119,7 +119,8 @@ def bounds(counts: Mapping[str, Any], launch: Launch, gpu: Gpu, step: float = CA
     if sampled:
         again = min(launch.sweeps, math.ceil(load / together)) - 1 if launch.input_bytes > gpu.l2 else 0
         dram = min(launch.least_bytes + again * launch.input_bytes, max(l2, launch.least_bytes))
-    barriers = counts["classes"].get("barrier", 0) * each / counts["warps"]
+    # Fences are counted in the same class, but no warp waits there for others.
+    barriers = (counts["classes"].get("barrier", 0) - counts.get("fences", 0)) * each / counts["warps"]
     rate = (gpu.int8_ops if launch.dtype == "int8" else gpu.fp16_ops) * (1 + launch.sparse)
     found = {
         "tensor": counts["tensor_ops"] * each * load / rate / clock,

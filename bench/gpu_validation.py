@@ -14,8 +14,9 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,28 @@ def spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     return float(x @ y) / norm if norm else 0.0
 
 
+def within_layers(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], layers: Sequence[list[int]]) -> tuple[float, float]:
+    """How two lists of times order the tiles of one layer, over all layers together.
+
+    Args:
+        a, b: Times.
+        layers: Places of each layer's tiles.
+
+    Returns:
+        Rank correlation of the times, each over its layer's geometric mean; of pairs of a layer's tiles that differ by more
+        than SPREAD in ``b``, the fraction that ``a`` orders alike.
+    """
+    x, y = (np.concatenate([np.log(t[where]) - np.log(t[where]).mean() for where in layers]) for t in (a, b))
+    pairs = [
+        pair
+        for where in layers
+        for pair in combinations(where, 2)
+        if abs(math.log(b[pair[0]] / b[pair[1]])) > math.log(SPREAD)
+    ]
+    alike = [(a[i] < a[j]) == (b[i] < b[j]) for i, j in pairs]
+    return spearman(x, y), sum(alike) / len(alike) if alike else 1.0
+
+
 def report(all_points: list[Point], us: np.ndarray[Any, Any]) -> str:
     """Errors on fitted and held-out points per GPU and dtype; ranking of tiles per held-out layer."""
     published = np.array([p.us for p in all_points])
@@ -211,6 +234,10 @@ def report(all_points: list[Point], us: np.ndarray[Any, Any]) -> str:
         return "\n".join([*lines, "tiles of one layer are not ranked without the convolutions (--conv)"])
     lines.append(
         f"tiles of a held-out layer: Spearman, mean {np.mean(found):.2f}, over {len(found)} layers whose tiles differ by 5 %;"
+    )
+    pooled, alike = within_layers(us, published, list(layers.values()))
+    lines.append(
+        f"of all layers together, times over their layer's mean: {pooled:.2f}; {alike:.0%} of pairs that differ by 5 % right;"
     )
     lines.append(
         f"the model's choice costs {np.exp(np.mean(np.log(loss))) - 1:.1%} in the geometric mean, at most {max(loss) - 1:.1%}"

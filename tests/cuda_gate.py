@@ -166,9 +166,14 @@ def shipped(name: str, arch: str) -> bool:
     return True
 
 
-@cache
 def rows(kernel: str, arch: str) -> tuple[Row, ...]:
     """All variants in csrc/cuda/<kernel>.cu that are taken on sm_<arch>, compiled for it."""
+    return tuple(row for row in all_rows(kernel, arch) if shipped(row.kernel, arch))
+
+
+@cache
+def all_rows(kernel: str, arch: str) -> tuple[Row, ...]:
+    """The same and those that are taken on other architectures alone."""
     cubin = str(emulated.compiled(kernel, arch, "cubin")[0])
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
@@ -184,8 +189,6 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
         sass = sections[mangled]
         opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.M))
         name = short_name(mangled)
-        if not shipped(name, arch):
-            continue
         memory = int(shared) + dynamic_shared(name, arch)
         blocks = blocks_per_sm(gpu_of(arch), threads, int(registers), memory)
         found.append(

@@ -23,7 +23,7 @@ ARCHS = (
     ("75", "80", "86", "89", "90a", "120a") if os.environ.get("CNNCOMP_GPU_FULL") else ("75", "80", "90a")
 )  # one per code path
 SMS = 108  # multiprocessors of an A100
-TILES = {"128x128": (128, 128), "256x64": (256, 64), "128x64": (128, 64), "64x64": (64, 64), "32x128": (32, 128)}
+TILES = {f"{m}x{n}": (m, n) for m, n in [(256, 128), (128, 128), (256, 64), (128, 64), (64, 64), (32, 128)]}
 WORKSPACE = 2 << 20
 INT_RANGE = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
 OUT_DTYPES = [torch.uint8, torch.int8, torch.float32]
@@ -125,6 +125,18 @@ def test_linear_in_parts(arch, tile):
     m, n = TILES[tile]
     for rows, c, k, parts in [(m, 128, n, 2), (3, 464, n + 9, 3), (m + 1, 80, 8, 7)]:
         check_linear(arch, rows, c, k, torch.int8, tile=tile, parts=parts)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tile", TILES)
+def test_last_tiles_are_shared(arch, tile):
+    """Four tiles for three multiprocessors, and five with the last rows and channels missing: those past three are shared."""
+    m, n = TILES[tile]
+    for pixels, k, c, r in [(2 * m, 2 * n, 1024, 1), (5 * m - 7, n - 3, 512, 3)]:
+        sizes = dict(n=1, c=c, h=1, w=pixels, k=k, r=1, s=r, padding=(0, r // 2), tile=tile, sms=3, parts=0)
+        tiles = math.ceil(pixels / m) * math.ceil(k / n)
+        assert check_conv(arch, **sizes, dtype=torch.int8).blocks > tiles
+        assert check_conv(arch, **sizes | dict(parts=1)).blocks == tiles
 
 
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
@@ -369,7 +381,7 @@ def test_plan_fills_the_multiprocessors():
         sizes = (*sizes, *g.stride, *g.padding, *g.dilation, 1)
         rest = (0, 0, 0, 0.0, 0.0, 0, 0)
         alone = _cuda.plan_conv2d_int8(SMS, *sizes, *rest, 0, 0, "", 0, 0, 1.0)
-        assert alone["grid"][2] == 1, "there is no workspace to share sums in"
+        assert alone["parts"] == 1, "there is no workspace to share sums in"
         plan = _cuda.plan_conv2d_int8(SMS, *sizes, *rest, 128, _cuda.WORKSPACE_BYTES, "", 0, 0, 1.0)
         if g.reduction >= 576:
             assert math.prod(plan["grid"]) >= 0.8 * SMS, (shape, plan)

@@ -22,7 +22,7 @@ from bench.gpu_model import (
     touched,
 )
 from bench.gpu_report import averages, compare, overview, ratios, report
-from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman
+from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman, within_layers
 from bench.layers import gpu_shapes
 from bench.plot import plot_gpu, plot_gpu_means
 from tests.ptx import emulate, load
@@ -140,6 +140,14 @@ def test_spearman():
     assert spearman(a, a**3) == 1 and spearman(a, -a) == -1 and spearman(a, np.ones(4)) == 0
     assert spearman(a, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
     assert ranks(np.array([5.0, 1.0, 5.0])).tolist() == [1.5, 0.0, 1.5]
+
+
+def test_ranking_within_layers():
+    """A layer that is slower as a whole says nothing of its tiles, nor do tiles that hardly differ."""
+    published = np.array([1.0, 2.0, 100.0, 103.0])
+    assert within_layers(published, published, [[0, 1], [2, 3]]) == (1, 1)
+    assert within_layers(np.array([2.0, 1.0, 103.0, 100.0]), published, [[0, 1], [2, 3]]) == (-1, 0)
+    assert within_layers(np.array([1.0, 2.0, 103.0, 100.0]), published, [[0, 1], [2, 3]]) == (pytest.approx(0.8), 1)
 
 
 def test_model_against_published_times():

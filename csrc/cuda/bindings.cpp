@@ -73,6 +73,8 @@ py::dict as_dict(const cuda::Launch& launch) {
   d["block"] = launch.block;
   d["shared"] = launch.shared;
   d["shared_turing"] = launch.shared_turing;
+  d["whole"] = launch.whole;
+  d["parts"] = launch.parts;
   d["params"] = py::bytes(launch.params.data(), launch.params.size());
   return d;
 }

@@ -78,6 +78,8 @@ struct Launch {
   uint32_t block = 0;
   uint32_t shared = 0;         // bytes of dynamic shared memory
   uint32_t shared_turing = 0;  // the same on sm_75
+  uint32_t whole = 0;          // where tiles' reductions are shared by `parts` blocks: blocks before those, with a tile each
+  int32_t parts = 1;
   std::vector<char> params;
 
   template <typename Params>

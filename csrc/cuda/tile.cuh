@@ -26,20 +26,23 @@ __device__ __forceinline__ uint32_t own_place() {
   return swizzle(threadIdx.x / Tile::kChunks, threadIdx.x % Tile::kChunks);
 }
 
-// How warps share a tile. On sm_90a four of them multiply together, and each has 16 of 64 rows and all columns.
+// How warps share a tile. On sm_90a four of them, a group, multiply together: each has 16 of 64 rows and all columns, and the
+// groups share the rows of the tile.
 template <typename Tile>
 struct Share {
   static constexpr bool kGroup = CNNCOMP_HOPPER && Tile::kBlockM % 64 == 0;
   static constexpr int kStepM = kGroup ? 64 : 16;  // rows from one mma tile of a warp to its next
-  static constexpr int kTilesM = kGroup ? Tile::kBlockM / 64 : Tile::kTilesM, kTilesN = kGroup ? Tile::kBlockN / 8 : Tile::kTilesN;
+  static constexpr int kGroups = kGroup ? Tile::kThreads / 128 : 1;
+  static constexpr int kTilesM = kGroup ? Tile::kBlockM / 64 / kGroups : Tile::kTilesM;
+  static constexpr int kTilesN = kGroup ? Tile::kBlockN / 8 : Tile::kTilesN;
   static constexpr int kWarpN = 8 * kTilesN;
-  static_assert(!kGroup || Tile::kThreads == 128, "one warpgroup");
+  static_assert(!kGroup || kTilesM * kGroups * 64 == Tile::kBlockM, "groups have the same number of rows");
 
   int m0, n0;  // first row and column of the thread's warp
 
   __device__ __forceinline__ Share() {
     const int warp = threadIdx.x / 32;
-    m0 = kGroup ? warp * 16 : warp % Tile::kWarpsM * Tile::kWarpM;
+    m0 = kGroup ? warp / 4 * (64 * kTilesM) + warp % 4 * 16 : warp % Tile::kWarpsM * Tile::kWarpM;
     n0 = kGroup ? 0 : warp / Tile::kWarpsM * Tile::kWarpN;
   }
 };
@@ -70,9 +73,12 @@ struct FragmentAddresses {
 template <typename Tile>
 __device__ __forceinline__ FragmentAddresses fragment_addresses(uint32_t tiles) {
   const uint32_t weights = tiles + Tile::kSlices * Tile::kBytesA;
-  if constexpr (Share<Tile>::kGroup) return {tiles, weights};
   const int lane = threadIdx.x % 32;
   const Share<Tile> share;
+  if constexpr (Share<Tile>::kGroup) {  // the group's first row; all of it has to name the same matrices
+    const int group = Share<Tile>::kGroups == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0);
+    return {tiles + group * Share<Tile>::kTilesM * 64 * Tile::kSliceBytes, weights};
+  }
   return {tiles + swizzle(share.m0 + lane % 16, lane / 16), weights + swizzle(share.n0 + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
 }
 
@@ -156,8 +162,8 @@ __device__ __forceinline__ void main_loop(Accumulators<Tile>& acc, Loader& loade
 // Sums of integers don't depend on their order. Leaves zeros behind, for the next kernel.
 template <typename Tile>
 __device__ __forceinline__ bool join_parts(Accumulators<Tile>& acc, const Schedule& schedule, const Work& work) {
-  if (schedule.parts == 1) return true;
-  int32_t* sums = schedule.sums + static_cast<int64_t>(work.tile) * (Tile::kBlockM * Tile::kBlockN) + threadIdx.x;
+  if (work.shared < 0) return true;
+  int32_t* sums = schedule.sums + static_cast<int64_t>(work.shared) * (Tile::kBlockM * Tile::kBlockN) + threadIdx.x;
   auto each = [&](auto f) {
 #pragma unroll
     for (int i = 0; i < Share<Tile>::kTilesM; ++i)
@@ -171,7 +177,7 @@ __device__ __forceinline__ bool join_parts(Accumulators<Tile>& acc, const Schedu
   const uint32_t flag = shared_tiles();
   if (threadIdx.x == 0) {
     __threadfence();
-    const uint32_t ticket = atomicInc(schedule.tickets + work.tile, schedule.parts - 1);  // wraps to 0 after the last
+    const uint32_t ticket = atomicInc(schedule.tickets + work.shared, schedule.parts - 1);  // wraps to 0 after the last
     __threadfence();
     store_shared(flag, ticket);
   }
