@@ -282,6 +282,20 @@ class _Recorder(fx.Interpreter):
                 self.pointers.append(Pointer(step, which, buffer, address - buffer.begin))
 
 
+def _filled(value: Any, env: dict[fx.Node, Any]) -> Any:
+    """A graph's result with values for nodes, in plain lists and dictionaries as its code would make them."""
+    if isinstance(value, fx.Node):
+        return env[value]
+    if isinstance(value, dict):
+        return {k: _filled(v, env) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_filled(v, env) for v in value]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
 class Recording:
     """A network recorded for one kind of inputs. Can be run by several threads at once, each in an arena of its own."""
 
@@ -365,10 +379,25 @@ class Recording:
             and (buffer := recorder.find(t.data_ptr())) is not None
         }  # fmt: skip
         kept = {*self.output.all_input_nodes, *self.views}
+        held = {n: self._memory_of(recorder, n) for n in called}
         for item in reversed(self.items):
-            if item.node is not None:
-                item.drop = [n for n in item.node.all_input_nodes if n not in kept]
-                kept.update(item.drop)
+            read = self._read_by(item, recorder, held)
+            item.drop = [n for n in dict.fromkeys(read) if n not in kept]
+            kept.update(item.drop)
+
+    @staticmethod
+    def _memory_of(recorder: _Recorder, node: fx.Node) -> set[int]:
+        """Buffers that the tensors of a node's value lie in, by id."""
+        tensors = [t for t in tree_leaves(recorder.values.get(node)) if isinstance(t, Tensor)]
+        return {id(b) for t in tensors if (b := recorder.find(t.data_ptr())) is not None}
+
+    @staticmethod
+    def _read_by(item: _Item, recorder: _Recorder, held: dict[fx.Node, set[int]]) -> list[fx.Node]:
+        """Nodes whose values an item reads: its inputs; of kernels, all nodes that keep the memory of an operand alive."""
+        if item.node is not None:
+            return item.node.all_input_nodes
+        buffers = {id(p.buffer) for p in recorder.pointers if item.first <= p.step < item.last and not p.buffer.ours}
+        return [n for n, memory in held.items() if memory & buffers]
 
     def valid(self, gm: nn.Module) -> bool:
         """Whether the network is still the one that was recorded."""
@@ -407,18 +436,16 @@ class Recording:
             node = item.node
             if node is None:
                 self.program.run(item.first, item.last, slots)
-                continue
-            value = self._call(node, env, given)
-            if item.outside:
-                leaves = tree_leaves(value)
+            else:
+                env[node] = value = self._call(node, env, given)
+                leaves = tree_leaves(value) if item.outside else []
                 for i, view in item.outside:
                     if i >= len(leaves) or not view.fits(leaves[i]):
                         raise NotRecordable("another shape than recorded")
                     slots[view.buffer.slot] = leaves[i].data_ptr()
-            env[node] = value
             for n in item.drop:
                 del env[n]
-        return map_arg(self.output.args[0], lambda n: env[n])
+        return _filled(self.output.args[0], env)
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any], given: Iterator[Any]) -> Any:
         if node.op == "placeholder":

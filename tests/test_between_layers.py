@@ -15,7 +15,7 @@ import cnncomp
 from cnncomp import _cpu
 from cnncomp.errors import ArgumentError, DtypeError, InferenceOnlyError
 from cnncomp.executor import Recording
-from cnncomp.nn import Activation, ChannelAffine, ConcatChannels, MeanPool2d, ScaleChannels
+from cnncomp.nn import Activation, ChannelAffine, ConcatChannels, MeanPool2d, QuantMaxPool2d, ScaleChannels
 from cnncomp.ops.activate import ACTIVATIONS
 from tests.helpers import mask_weights
 
@@ -279,3 +279,33 @@ def test_images_one_behind_the_other() -> None:
             torch.ops.cnncomp.concat_channels(wrong)
     with pytest.raises(DtypeError):
         torch.ops.cnncomp.concat_channels([images[0], images[1].double()])
+
+
+class Gated(nn.Module):
+    """Factors that are one for all images, or for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.rand(1, 8, 1, 1))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.conv(x) * self.gain * gate
+
+
+def test_factors_that_broadcast_at_another_batch() -> None:
+    net = mask_weights(Gated(), 0.8).eval()
+    model = cnncomp.convert(net, (torch.randn(1, 3, 6, 6), torch.rand(1, 8, 1, 1)), measure=False, cache=False)
+    assert any(isinstance(m, ScaleChannels) for m in model.modules())
+    with torch.no_grad():
+        for n, gate in ((1, (1, 8, 1, 1)), (4, (1, 8, 1, 1)), (4, (4, 8, 1, 1)), (2, (2, 8, 6, 6)), (2, (8, 1, 1))):
+            args = torch.randn(n, 3, 6, 6), torch.rand(gate)
+            for _ in range(3):
+                torch.testing.assert_close(model(*args), net(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_max_pools_of_whole_numbers() -> None:
+    for ceil_mode in (False, True):
+        pool = QuantMaxPool2d(3, 2, ceil_mode=ceil_mode)
+        for dtype in (torch.int64, torch.int32, torch.uint8, torch.int8):
+            x = torch.randint(0, 100, (1, 2, 8, 8)).to(dtype)
+            assert torch.equal(pool(x).long(), F.max_pool2d(x.long(), 3, 2, ceil_mode=ceil_mode))

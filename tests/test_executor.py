@@ -358,3 +358,26 @@ def test_kernels_of_one_layer() -> None:
 
 def test_a_network_that_is_no_graph() -> None:
     assert torch.equal(Recordings()(nn.ReLU(), (X,)), X.relu())
+
+
+class ReadLate(nn.Module):
+    """A value of torch's that a kernel reads after other functions of torch's, and after its last reader among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 16), conv(16, 16)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        x = torch.tanh(self.a(x))
+        y = torch.tan(torch.cos(torch.exp(x)))
+        return {"b": self.b(x.permute(0, 1, 2, 3)), "others": [y]}
+
+
+def test_values_of_torch_live_until_kernels_have_read_them() -> None:
+    x = torch.randn(1, 3, 56, 56)
+    model = recorded(sparse(ReadLate(), x), x)
+    for _ in range(3):
+        x = torch.randn_like(x)
+        got, expected = model(x), model.network(x)
+        assert torch.equal(got["b"], expected["b"]) and torch.equal(got["others"][0], expected["others"][0])
+        assert type(got) is dict and type(got["others"]) is list

@@ -244,3 +244,27 @@ def test_weights_laid_out_for_onednn_are_held_once_and_follow_the_layer() -> Non
         torch.testing.assert_close(fused(x, residual), plain(x, residual), rtol=1e-5, atol=1e-5)
         assert fused.plain is None and torch.equal(fused.weight, weight)
         fused(x.clone().requires_grad_()).sum().backward()
+
+
+class GivenUp(nn.Module):
+    """Changes in place that fusion understands, and one, of a view, for which it gives the graph up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.silu = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x * 2
+        z = self.relu(y)
+        w = z * 0.5
+        v = w.flatten(1)
+        self.silu(w)
+        return y, v, self.conv(z)
+
+
+def test_modules_of_a_graph_that_is_given_up_stay_as_they_were() -> None:
+    net, x = GivenUp().eval(), torch.randn(2, 3, 9, 9)
+    model = cnncomp.convert(net, x, measure=False, cache=False)
+    with torch.no_grad():
+        for got, expected in zip(model(x), net(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

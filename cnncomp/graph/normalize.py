@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from cnncomp.graph.arguments import positional
 from cnncomp.graph.modules import as_modules
-from cnncomp.graph.nodes import has_user_hooks, module_at
+from cnncomp.graph.nodes import has_user_hooks, module_at, put_module
 from cnncomp.graph.operations import arguments
 
 _IDENTITIES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
@@ -130,7 +131,10 @@ def _make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> None:
         module = module_at(gm, node)
         if has_user_hooks(module):
             raise CannotNormalize(f"{node.target} changes its input in place and has hooks")
-        module.inplace = False  # type: ignore[assignment]
+        # A copy: where the graph is given up, the module must still do in its own place what it did.
+        twin = copy.copy(module)
+        twin.inplace = False  # type: ignore[assignment]
+        put_module(gm, node, twin)
     elif node.op == "call_method" and hasattr(Tensor, _name(node)[:-1]):
         node.target = _name(node)[:-1]
     elif node.op == "call_function" and node.target in _OUT_OF_PLACE:

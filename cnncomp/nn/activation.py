@@ -63,7 +63,12 @@ class ScaleChannels(nn.Module):
     """``input * scale``: images (N, C, H, W) and a factor for each channel, (N, C, 1, 1), as in squeeze and excitation."""
 
     def forward(self, input: Tensor, scale: Tensor) -> Tensor:
-        if _ours(input) and _ours(scale) and input.is_contiguous():
+        each = input.dim() == 4 and tuple(scale.shape) == (
+            *input.shape[:2],
+            1,
+            1,
+        )  # or broadcast, at another batch than traced
+        if each and _ours(input) and _ours(scale) and input.is_contiguous():
             return torch.ops.cnncomp.scale_channels(input, scale)
         return input * scale
 

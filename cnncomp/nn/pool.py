@@ -26,7 +26,8 @@ class QuantMaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.return_indices or (input.is_floating_point() and not (_ours(input) and input.is_contiguous())):
+        eight_bit = input.dtype in (torch.uint8, torch.int8) and not self.ceil_mode
+        if self.return_indices or not (eight_bit or (_ours(input) and input.is_contiguous())):
             return super().forward(input)
 
         def pair(v: int | tuple[int, ...]) -> list[int]:
@@ -34,9 +35,9 @@ class QuantMaxPool2d(nn.MaxPool2d):
 
         stride = self.kernel_size if self.stride is None else self.stride
         window = (pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
-        if input.is_floating_point():
-            return torch.ops.cnncomp.max_pool2d(input, *window, self.ceil_mode)
-        return super().forward(input) if self.ceil_mode else torch.ops.cnncomp.max_pool2d_int8(input, *window)
+        if eight_bit:
+            return torch.ops.cnncomp.max_pool2d_int8(input, *window)
+        return torch.ops.cnncomp.max_pool2d(input, *window, self.ceil_mode)
 
     @classmethod
     def applies(cls, pool: nn.Module) -> TypeGuard[nn.MaxPool2d]:
