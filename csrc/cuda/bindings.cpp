@@ -183,7 +183,7 @@ PYBIND11_MODULE(_cuda, m) {
   const char* vnm =
       "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vnm; x: laid out by "
       "cnncomp.sparsity.vnm.to_units. sm_80 and later.";
-  define(m, "conv2d_vnm_int8", vnm, Inputs::kBytes, &make_conv, &cuda::plan_conv2d_vnm_int8);
+  define(m, "conv2d_vnm_int8", vnm, Inputs::kNoHalves, &make_conv, &cuda::plan_conv2d_vnm_int8);
   define(m, "conv2d_vnm_f16", vnm, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vnm_f16);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
