@@ -39,6 +39,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             dict(n=1, c=48, h=6, w=7, k=104, r=3, s=3, padding=(1, 1), residual=S8),
             dict(n=2, c=160, h=9, w=8, k=65, r=2, s=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
             dict(n=1, c=80, h=9, w=8, k=64, r=1, s=3, padding=(0, 1), residual=F32, out=F32),
+            dict(n=1, c=48, h=4, w=5, k=64, r=1, s=3, padding=(0, 1), out=torch.float16, residual=torch.float16),
             dict(n=2, c=224, h=5, w=9, k=144, r=3, s=3, padding=(1, 1), groups=2, parts=2),
             dict(n=3, c=48, h=9, w=15, k=24, r=1, s=1, stride=(2, 2)),
             dict(n=1, c=96, h=5, w=6, k=48, r=3, s=3, padding=(1, 1), groups=2, residual=S8),
@@ -69,6 +70,8 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [
             dict(n=1, c=208, h=9, w=8, k=72, r=1, s=1, residual=U8),
             dict(n=1, c=96, h=5, w=13, k=65, r=1, s=1, out=F32, residual=F32),
+            dict(n=1, c=32, h=5, w=7, k=72, r=1, s=1, out=torch.float16, residual=torch.float16),
+            dict(n=1, c=32, h=3, w=7, k=33, r=1, s=1, out=torch.bfloat16, residual=torch.bfloat16),
             *SMALL,
         ],
     ),

@@ -164,7 +164,7 @@ def test_instructions_of_a_useful_product(size, dtype, c, pixels, most):
     sizes = [m, pixels, pixels, c, c, pixels, pixels, c, c, 1, 1, 1, 1, 1, 1]
     grid = launch.cdiv(m, tile.block_m) * launch.cdiv(c, tile.block_n)
     counts = emulate(
-        load(compiled.asm["ptx"]), grid, 32 * tile.num_warps, [*tensors, out, 0.0, 0.0, *sizes],
+        load(compiled.asm["ptx"]), grid, 32 * tile.num_warps, [*tensors, out, 0.0, 0.0, 1.0, *sizes],
         shared=compiled.metadata.shared, blocks=sample_of(grid, 16), checks=Checks(races=False, blocks=False),
     ).summary()  # fmt: skip
     useful = m * c * 9 * c / (16 * 8 * 32) * counts["blocks"] / grid

@@ -44,7 +44,9 @@ def random_constants(k: int, products: int, out_dtype: torch.dtype, activation: 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, what: object) -> None:
     assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    if not torch.equal(got, expected):
+    if got.dtype == torch.bfloat16:  # the interpreter cuts digits off, where what Triton compiles rounds
+        torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=0)
+    elif not torch.equal(got, expected):
         at = (got != expected).nonzero()
         i = tuple(at[0].tolist())
         raise AssertionError(f"{what}: {len(at)} of {got.numel()} differ, first {i}: {got[i]}, expected {expected[i]}")
