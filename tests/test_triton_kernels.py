@@ -36,7 +36,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
-TYPES = {"u8": torch.uint8, "i8": torch.int8, "fp32": torch.float32}
+TYPES = {"u8": torch.uint8, "i8": torch.int8, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: n, c, h, w, k, r, s, stride, padding, dilation, groups. c and k are multiples of 16, as the attributes say, but in the last.
 COMPILED = {
     "3x3": (1, 80, 5, 6, 80, 3, 3, (1, 1), (1, 1), (1, 1), 1),
@@ -101,7 +101,9 @@ def conv_launch(tile: Any, expected: torch.Tensor, sizes: tuple[Any, ...]) -> tu
     return (cdiv(n * p * q, tile.block_m) * cdiv(k // groups, tile.block_n), groups, 1), integers
 
 
-@pytest.mark.parametrize("dtype, residual, out", [("u8", "i8", "u8"), ("i8", None, "fp32")])
+@pytest.mark.parametrize(
+    "dtype, residual, out", [("u8", "i8", "u8"), ("i8", None, "fp32"), ("u8", None, "bf16"), ("i8", "i8", "fp16")]
+)
 @pytest.mark.parametrize(
     ("arch", "name", "size"),
     [(80, "3x3", "MEDIUM"), (90, "3x3", "LARGE"), (120, "3x3", "MEDIUM"), (80, "stride and dilation", "SMALL"),
