@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnncomp.kernels.epilogue import store_epilogue
+from cnncomp.kernels.epilogue import store_both, store_epilogue
 from cnncomp.kernels.launch import Tile, cdiv, choose_tile, device_guard, in_words
 from cnncomp.kernels.products import flip_correction, operand
 
@@ -134,24 +134,10 @@ def conv2d_int8_kernel(
     acc += flip_correction(weight_ptr, channel, real, products, UNSIGNED, WORDS, N)[None, :]
     other += flip_correction(weight_ptr, channel + N, other_real, products, UNSIGNED, WORDS, N)[None, :]
 
-    offset = row.to(tl.int64)[:, None] * k + channel[None, :]
-    exists = (row < m)[:, None]
-    epilogue = constants_ptr, residual_ptr, out_ptr
-    store_epilogue(
-        acc, *epilogue, offset, exists & real[None, :], channel, k, residual_scale, lo, out_factor, ACTIVATION
-    )
-    store_epilogue(
-        other,
-        *epilogue,
-        offset + N,
-        exists & other_real[None, :],
-        channel + N,
-        k,
-        residual_scale,
-        lo,
-        out_factor,
-        ACTIVATION,
-    )
+    store_both(
+        acc, other, constants_ptr, residual_ptr, out_ptr, row, channel, (row < m)[:, None], real, other_real, k,
+        residual_scale, lo, out_factor, N, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit

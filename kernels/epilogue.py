@@ -43,6 +43,23 @@ def hardswish(t):
 
 
 @triton.jit
+def store_both(
+    acc, other, constants_ptr, residual_ptr, out_ptr, row, channel, exists, real, other_real, k, residual_scale, lo, out_factor,
+    N: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """:func:`store_epilogue` of a tile's two halves, the second N channels on: rows ``row``, of which some ``exists``."""
+    offset = row.to(tl.int64)[:, None] * k + channel[None, :]
+    store_epilogue(
+        acc, constants_ptr, residual_ptr, out_ptr, offset, exists & real[None, :], channel, k, residual_scale, lo, out_factor,
+        ACTIVATION,
+    )  # fmt: skip
+    store_epilogue(
+        other, constants_ptr, residual_ptr, out_ptr, offset + N, exists & other_real[None, :], channel + N, k, residual_scale,
+        lo, out_factor, ACTIVATION,
+    )  # fmt: skip
+
+
+@triton.jit
 def store_epilogue(
     acc, constants_ptr, residual_ptr, out_ptr, offset, mask, channel, k, residual_scale, lo, out_factor,
     ACTIVATION: tl.constexpr,
