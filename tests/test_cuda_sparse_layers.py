@@ -149,25 +149,32 @@ def test_why_a_layer_has_no_blocks():
     assert reason(weight) is None
 
 
+def check_launch(format, dtype, weight, packed, stride, padding):
+    """A convolution in two groups of three images, in the emulator and on the CPU, against the reference."""
+    half, kernel_size, outputs = dtype == torch.float16, weight.shape[2:], len(weight)
+    x = torch.randint(0, 3, (3, 2 * weight.shape[1], 7, 9)).to(dtype)
+    geometry, constants = (stride, padding, (1, 2), 2), random_constants(outputs)
+    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+    res = torch.randint(-8, 9, acc.shape).to(weight.dtype)
+    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
+    args = (x, packed, constants, res, 0.25, 3.0, kernel_size, *geometry, dtype)
+    with emulated_device():
+        got = cuda_sparse.conv2d(format, *args)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
+    op = getattr(torch.ops.cnncomp, f"conv2d_{format}_{'f16' if half else 'int8'}")
+    assert torch.equal(op(*args), expected)  # on the CPU
+
+
 @needs_nvcc
 @pytest.mark.parametrize("kernel_size, stride, padding", [((3, 2), (2, 1), (1, 0)), ((1, 1), (1, 1), (0, 0))])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
 @pytest.mark.parametrize("channels", [30, 32])
 def test_launch_of_vectors(dtype, channels, kernel_size, stride, padding):
     """Channels of a group that are no whole fours and others, batches that are no whole units, pixels that stand for images."""
-    half = dtype == torch.float16
-    x, kind = torch.randint(0, 3, (3, 2 * channels, 7, 9)).to(dtype), dtype if half else INT8
-    weight = masked_blocks(torch.randint(-2, 3, (80, channels, *kernel_size)).to(kind), 32, 1 if half else 4, 2, 0.4)
-    geometry, constants = (stride, padding, (1, 2), 2), random_constants(80)
-    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
-    res = torch.randint(-8, 9, acc.shape).to(kind)
-    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
-    args = (x, pack_vectors(weight, 2), constants, res, 0.25, 3.0, kernel_size, *geometry, dtype)
-    with emulated_device():
-        got = cuda_sparse.conv2d("vectors", *args)
-    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
-    op = torch.ops.cnncomp.conv2d_vectors_f16 if half else torch.ops.cnncomp.conv2d_vectors_int8
-    assert torch.equal(op(*args), expected)  # on the CPU
+    kind = dtype if dtype == torch.float16 else INT8
+    width = 1 if dtype == torch.float16 else 4
+    weight = masked_blocks(torch.randint(-2, 3, (80, channels, *kernel_size)).to(kind), 32, width, 2, 0.4)
+    check_launch("vectors", dtype, weight, pack_vectors(weight, 2), stride, padding)
 
 
 @needs_nvcc
@@ -189,19 +196,9 @@ def test_launch_of_linear_vectors():
 @pytest.mark.parametrize("channels", [30, 32])
 def test_launch_of_vnm(dtype, channels, kernel_size, stride, padding):
     """Channels that torch copies into units and others, batches that are no whole units, pixels that stand for images."""
-    half = dtype == torch.float16
-    x, kind = torch.randint(0, 3, (3, 2 * channels, 7, 9)).to(dtype), dtype if half else INT8
+    kind = dtype if dtype == torch.float16 else INT8
     weight = masked_vnm(torch.randint(-2, 3, (140, channels, *kernel_size)).to(kind), 64, 10, 2)
-    geometry, constants = (stride, padding, (1, 2), 2), random_constants(140)
-    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
-    res = torch.randint(-8, 9, acc.shape).to(kind)
-    expected = reference.epilogue(acc, constants, res, 0.25, 3.0, dtype)
-    args = (x, pack_vnm(weight, 10, 2), constants, res, 0.25, 3.0, kernel_size, *geometry, dtype)
-    with emulated_device():
-        got = cuda_sparse.conv2d("vnm", *args)
-    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, expected)
-    op = torch.ops.cnncomp.conv2d_vnm_f16 if half else torch.ops.cnncomp.conv2d_vnm_int8
-    assert torch.equal(op(*args), expected)  # on the CPU
+    check_launch("vnm", dtype, weight, pack_vnm(weight, 10, 2), stride, padding)
 
 
 @needs_nvcc
