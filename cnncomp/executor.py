@@ -147,8 +147,7 @@ class _Recorder(fx.Interpreter):
 
     def _hold(self, n: fx.Node, value: Any) -> None:
         """Note which buffers of ours the node's value lies in."""
-        buffers = (self.find(t.data_ptr()) for t in tree_leaves(value) if isinstance(t, Tensor))
-        self.held[n] = [buffer for buffer in buffers if buffer is not None and buffer.ours]
+        self.held[n] = [buffer for buffer in self.buffers_of(value) if buffer.ours]
         self.awaited[n] = len(n.users)
         for buffer in self.held[n]:
             buffer.holders += 1
@@ -209,9 +208,8 @@ class _Recorder(fx.Interpreter):
     def _read(self, n: fx.Node) -> None:
         """Note that the inputs of a node are read at this position."""
         for used in n.all_input_nodes:
-            for t in tree_leaves(self.values[used]):
-                if isinstance(t, Tensor) and (buffer := self.find(t.data_ptr())) is not None:
-                    buffer.dies = self.position
+            for buffer in self.buffers_of(self.values[used]):
+                buffer.dies = self.position
 
     def _lay_over(self, value: Tensor, over: fx.Node, operand: int) -> None:
         """Note that the output of the last step may lie where one of its operands is, all of a node's value, if the others
@@ -266,6 +264,11 @@ class _Recorder(fx.Interpreter):
             buffer = self.find(t.data_ptr()) if isinstance(t, Tensor) else None
             if buffer is not None and (tuple(t.shape) != buffer.image or not t.is_contiguous()):
                 buffer.image = None
+
+    def buffers_of(self, value: Any) -> list[Buffer]:
+        """Where the tensors in a value lie, as far as it is known."""
+        found = (self.find(t.data_ptr()) for t in tree_leaves(value) if isinstance(t, Tensor))
+        return [buffer for buffer in found if buffer is not None]
 
     def find(self, address: int) -> Buffer | None:
         return next((b for b in reversed(self.buffers) if b.begin <= address < b.end), None)
@@ -363,9 +366,7 @@ class Recording:
     def _seen_by_python(self, recorder: _Recorder) -> list[Buffer]:
         """Buffers with values that functions and modules between the kernels are given."""
         called = [i.node for i in self.items if i.node is not None]
-        values = tree_leaves([recorder.values[n] for node in called for n in node.all_input_nodes])
-        buffers = (recorder.find(t.data_ptr()) for t in values if isinstance(t, Tensor) and t.numel())
-        return [b for b in buffers if b is not None]
+        return recorder.buffers_of([recorder.values[n] for node in called for n in node.all_input_nodes])
 
     def _drop_values(self, recorder: _Recorder) -> None:
         """Which values of ours Python sees, and when each value is needed last."""
@@ -379,17 +380,11 @@ class Recording:
             and (buffer := recorder.find(t.data_ptr())) is not None
         }  # fmt: skip
         kept = {*self.output.all_input_nodes, *self.views}
-        held = {n: self._memory_of(recorder, n) for n in called}
+        held = {n: {id(b) for b in recorder.buffers_of(recorder.values.get(n))} for n in called}
         for item in reversed(self.items):
             read = self._read_by(item, recorder, held)
             item.drop = [n for n in dict.fromkeys(read) if n not in kept]
             kept.update(item.drop)
-
-    @staticmethod
-    def _memory_of(recorder: _Recorder, node: fx.Node) -> set[int]:
-        """Buffers that the tensors of a node's value lie in, by id."""
-        tensors = [t for t in tree_leaves(recorder.values.get(node)) if isinstance(t, Tensor)]
-        return {id(b) for t in tensors if (b := recorder.find(t.data_ptr())) is not None}
 
     @staticmethod
     def _read_by(item: _Item, recorder: _Recorder, held: dict[fx.Node, set[int]]) -> list[fx.Node]:
