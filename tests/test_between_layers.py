@@ -194,14 +194,15 @@ def test_what_drops_in_training_only_is_left_out() -> None:
     torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_hooked_activations_stay() -> None:
+def test_hooked_activations_and_pools_stay() -> None:
     net, x = mask_weights(Excited(), 0.8).eval(), torch.randn(1, 3, 30, 30)
     seen: list[Tensor] = []
-    net.act.register_forward_hook(lambda module, args, out: seen.append(out))
+    for module in (net.act, net.pool):
+        module.register_forward_hook(lambda module, args, out: seen.append(out))
     model = cnncomp.convert(net, x, measure=False, cache=False)
     seen.clear()
     model(x)
-    assert seen
+    assert len(seen) == 2
 
 
 def test_affine_maps_of_channels(isa: str) -> None:

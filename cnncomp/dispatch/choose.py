@@ -13,8 +13,8 @@ from cnncomp.dispatch import modelled
 from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.graph.chain import output_specs, passes_8bit, source
-from cnncomp.graph.nodes import has_user_hooks, input_node, module_at
-from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
+from cnncomp.graph.nodes import input_node, module_at
+from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantSpec
 from cnncomp.nn.base import JOINED_KERNEL
 from cnncomp.recordings import kernels_of
 
@@ -178,8 +178,6 @@ class Chooser:
 
         def make() -> Callable[[], object]:
             module = module_at(self.gm, node)
-            if QuantMaxPool2d.applies(module) and not has_user_hooks(module):
-                module = QuantMaxPool2d.from_float(module)
             x = to_format(_noise(shape, self.device), fmt, QuantSpec(1.0, torch.uint8))
             return lambda: module(x)
 

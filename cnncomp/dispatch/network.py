@@ -23,8 +23,8 @@ from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
 from cnncomp.graph import Traced
 from cnncomp.graph.chain import output_specs, source
-from cnncomp.graph.nodes import cloned, has_user_hooks, input_node, module_at, put_module
-from cnncomp.nn import MeanPool2d, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
+from cnncomp.graph.nodes import cloned, input_node, put_module
+from cnncomp.nn import QuantConv2d, QuantLinear, QuantSpec
 from cnncomp.progress import Advance
 from cnncomp.recordings import Recordings
 
@@ -256,11 +256,3 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
             if len(node.args) > 1 and (spec := specs.get(source(gm, input_node(node, 1)))) is not None:
                 step = spec.scale
             layer.set_output(specs.get(node), step)
-    for node in gm.graph.nodes:
-        if node.op != "call_module":
-            continue
-        module = module_at(gm, node)
-        if MeanPool2d.applies(module):
-            put_module(gm, node, MeanPool2d())
-        elif QuantMaxPool2d.applies(module) and not has_user_hooks(module):
-            put_module(gm, node, QuantMaxPool2d.from_float(module))

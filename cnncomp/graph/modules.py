@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from cnncomp.graph.nodes import has_user_hooks, module_at, put_module
 from cnncomp.graph.operations import CONCATENATING, arguments
-from cnncomp.nn import Activation, ConcatChannels, ScaleChannels
+from cnncomp.nn import Activation, ConcatChannels, MeanPool2d, QuantMaxPool2d, ScaleChannels
 
 _MAX_POOLS: tuple[Any, ...] = (F.max_pool2d, torch.max_pool2d)
 _MEANS: tuple[Any, ...] = (torch.mean, "mean")
@@ -32,10 +32,17 @@ def as_modules(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             module = module_at(gm, node)
-            if not has_user_hooks(module) and (ours := Activation.of(module)) is not None:
+            if not has_user_hooks(module) and (ours := _twin(module)) is not None:
                 put_module(gm, node, ours)
         elif node.op in ("call_function", "call_method") and (found := _module_for(node)) is not None:
             _call(gm, node, *found)
+
+
+def _twin(module: nn.Module) -> nn.Module | None:
+    """The module of ours that does the same as one of torch's."""
+    if MeanPool2d.applies(module):
+        return MeanPool2d()
+    return QuantMaxPool2d.from_float(module) if QuantMaxPool2d.applies(module) else Activation.of(module)
 
 
 def _module_for(node: fx.Node) -> tuple[nn.Module, list[fx.Node], bool] | None:
@@ -84,12 +91,12 @@ def _concat(node: fx.Node) -> tuple[nn.Module, list[fx.Node], bool] | None:
     return (ConcatChannels(), list(given), False) if images and dim in (1, -3) else None
 
 
-def _max_pool(node: fx.Node) -> nn.MaxPool2d | None:
+def _max_pool(node: fx.Node) -> QuantMaxPool2d | None:
     names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
     given: dict[str, Any] = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     if not set(given) <= set(names) or given.get("return_indices"):
         return None
-    return nn.MaxPool2d(**given)
+    return QuantMaxPool2d(**given)
 
 
 def _mean_pool(node: fx.Node) -> tuple[nn.Module, list[fx.Node], bool] | None:
@@ -99,13 +106,13 @@ def _mean_pool(node: fx.Node) -> tuple[nn.Module, list[fx.Node], bool] | None:
         return None
     if node.target is F.adaptive_avg_pool2d:
         (size,) = arguments(node, ("output_size",), (None,))
-        return (nn.AdaptiveAvgPool2d(1), inputs, False) if size in (1, (1, 1), [1, 1]) else None
+        return (MeanPool2d(), inputs, False) if size in (1, (1, 1), [1, 1]) else None
     if node.target not in _MEANS or not set(node.kwargs) <= {"dim", "keepdim"}:
         return None
     dims, keepdim = arguments(node, ("dim", "keepdim"), (None, False))
     if not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims if isinstance(d, int)) != [2, 3]:
         return None
-    return nn.AdaptiveAvgPool2d(1), inputs, not keepdim
+    return MeanPool2d(), inputs, not keepdim
 
 
 def _call(gm: fx.GraphModule, node: fx.Node, module: nn.Module, inputs: list[fx.Node], flat: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cnncomp._norms import fold_batch_norm
 from cnncomp.errors import ArgumentError
-from cnncomp.nn.base import INF, Clamp
+from cnncomp.nn.base import INF, Clamp, runs_float_kernels
 from cnncomp.ops.activate import is_dense
 
 _IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,11 +21,6 @@ _IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 _OF_TORCH = {nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Hardsigmoid: "hardsigmoid", nn.Hardswish: "hardswish"}
-
-
-def _ours(x: Tensor) -> bool:
-    """Whether the kernel takes ``x``: it is for floats on a CPU and has no gradient."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
 
 
 class Activation(nn.Module):
@@ -45,7 +40,7 @@ class Activation(nn.Module):
         self.kind = kind
 
     def forward(self, input: Tensor) -> Tensor:
-        if _ours(input) and is_dense(input):
+        if runs_float_kernels(input) and is_dense(input):
             return torch.ops.cnncomp.activate(input, self.kind)
         return _IN_TORCH[self.kind](input)
 
@@ -68,7 +63,7 @@ class ScaleChannels(nn.Module):
             1,
             1,
         )  # or broadcast, at another batch than traced
-        if each and _ours(input) and _ours(scale) and input.is_contiguous():
+        if each and runs_float_kernels(input, scale) and input.is_contiguous():
             return torch.ops.cnncomp.scale_channels(input, scale)
         return input * scale
 
@@ -93,7 +88,7 @@ class ChannelAffine(nn.Module):
         self.register_buffer("shift", torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
-        if _ours(input) and input.dim() == 4 and input.is_contiguous():
+        if runs_float_kernels(input) and input.dim() == 4 and input.is_contiguous():
             return torch.ops.cnncomp.affine_channels(input, self.scale, self.shift, self.lo, self.hi)
         scale, shift = (t.to(input.dtype).view(-1, 1, 1) for t in (self.scale, self.shift))
         return torch.addcmul(shift, input, scale).clamp(self.lo, self.hi)

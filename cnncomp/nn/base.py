@@ -154,6 +154,11 @@ class LayerInfo:
     weight_shift: Tensor | None = None  # set for the mean-shift scheme
 
 
+def runs_float_kernels(*tensors: Tensor) -> bool:
+    """Whether the float kernels between layers take these: they are for float32 on a CPU and have no gradient."""
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 and not t.requires_grad for t in tensors)
+
+
 #: Kernels that need no residual after they have written the output in its place.
 IN_PLACE_KERNELS = frozenset(("conv2d_sparse", "dense.direct"))
 #: The kernel of two layers of a recorded network that run in one where the second adds what the first gives.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cnncomp.nn.base import runs_float_kernels
+
 
 class ConcatChannels(nn.Module):
     """``torch.cat(inputs, 1)`` of images (N, C, H, W)."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        ours = all(
-            t.device.type == "cpu" and t.dtype == torch.float32 and t.dim() == 4 and not t.requires_grad for t in inputs
-        )
+        ours = runs_float_kernels(*inputs) and all(t.dim() == 4 for t in inputs)
         contiguous = all(t.is_contiguous() for t in inputs)
         if ours and (contiguous or all(t.is_contiguous(memory_format=torch.channels_last) for t in inputs)):
             return torch.ops.cnncomp.concat_channels(inputs)

@@ -7,10 +7,12 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from cnncomp.nn.base import runs_float_kernels
+
 
 def _ours(x: Tensor) -> bool:
-    """Whether the float kernels of a CPU can take ``x``: they have no gradient."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not x.requires_grad
+    """Whether the float kernels of a CPU can take ``x``, images."""
+    return runs_float_kernels(x) and x.dim() == 4
 
 
 def _on_gpu(x: Tensor) -> bool:
