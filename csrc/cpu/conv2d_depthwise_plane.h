@@ -25,7 +25,11 @@ struct Inside {
 // One channel.
 struct Plane : DepthwisePlanes {
   float first;  // what sums begin with
-  Plane(const DepthwisePlanes& a, int64_t i) : DepthwisePlanes(a), first(a.bias != nullptr ? a.bias[i] : 0.0f) {
+  const float* end;  // of all planes: before it may be written what is written over later. Null where a residual may lie there
+  Plane(const DepthwisePlanes& a, int64_t i)
+      : DepthwisePlanes(a),
+        first(a.bias != nullptr ? a.bias[i] : 0.0f),
+        end(a.residual != nullptr ? nullptr : a.out + (a.planes - 1) * a.out_pitch + a.p * a.q) {
     x += i * a.x_pitch;
     weight += i * a.r * a.s;
     if (residual != nullptr) residual += i * a.out_pitch;
@@ -33,12 +37,13 @@ struct Plane : DepthwisePlanes {
   }
 };
 
-// out[0..lanes) = clamp(v + residual), as far as the row goes.
-template <class V>
-void put(const Plane& a, typename V::Vec v, int64_t row, int64_t column) {
+// out[0..lanes) = clamp(v + residual), as far as the row goes; or, with SPILL, farther: some processors take long to store a part
+// of a vector. For callers that write the first columns of a row after the last ones of the rows before it.
+template <class V, bool SPILL>
+inline __attribute__((always_inline)) void put(const Plane& a, typename V::Vec v, int64_t row, int64_t column) {
   const int64_t at = row * a.q + column, left = a.q - column;
   const typename V::Vec lo = V::broadcast(a.lo), hi = V::broadcast(a.hi);
-  if (left >= V::kLanes) {
+  if (left >= V::kLanes || (SPILL && a.out + at + V::kLanes <= a.end)) {
     if (a.residual != nullptr) v = V::add(v, V::load(a.residual + at));
     V::store(a.out + at, V::clamp(v, lo, hi));
     return;
@@ -108,7 +113,7 @@ inline __attribute__((always_inline)) void square(const Plane& a, const typename
     }
   }
 #pragma GCC unroll 4
-  for (int b = 0; b < ROWS; b++) put<V>(a, sum[b], row + b, column);
+  for (int b = 0; b < ROWS; b++) put<V, true>(a, sum[b], row + b, column);
 }
 
 // A vector of columns of all output rows, plane by plane. INNER: all of its inputs, and what is loaded with them, lie inside
@@ -128,7 +133,7 @@ void square_columns(const DepthwisePlanes& a, int64_t column) {
 
 template <class V, int R, int S, int STRIDE>
 void square_planes(const DepthwisePlanes& a) {
-  for (int64_t column = 0; column < a.q; column += V::kLanes) {
+  for (int64_t column = (a.q - 1) / V::kLanes * V::kLanes; column >= 0; column -= V::kLanes) {
     const int64_t left = column * STRIDE - a.pad_w;
     if (left >= 0 && left + S - 1 + STRIDE * V::kLanes <= a.w) {
       square_columns<V, R, S, STRIDE, true>(a, column);
@@ -183,7 +188,7 @@ inline __attribute__((always_inline)) void shifted(const Plane& a, const typenam
       }
     }
 #pragma GCC unroll 4
-    for (int b = 0; b < ROWS; b++) put<V>(a, sum[b], row + b, column);
+    for (int b = 0; b < ROWS; b++) put<V, false>(a, sum[b], row + b, column);
   }
 }
 
@@ -216,7 +221,7 @@ void any_plane(const Plane& a) {
           sum = V::fma(V::broadcast(a.weight[r * a.s + s]), v, sum);
         }
       }
-      put<V>(a, sum, row, column);
+      put<V, true>(a, sum, row, column);
     }
   }
 }
