@@ -37,7 +37,7 @@ int64_t panel_begin(int64_t panel, int64_t panels, int64_t blocks, int64_t max_b
 
 thread_local AlignedArray<const uint8_t*> rows_scratch;
 thread_local AlignedArray<int32_t> window_scratch;
-thread_local AlignedArray<uint8_t> flip_scratch, folded_scratch;
+thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, line_scratch, weight_scratch;
 
 void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t flip, uint8_t* __restrict to) {
   for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ flip;
@@ -50,20 +50,21 @@ bool folds(const Conv2dInt8Args& a) { return a.groups == 1 && a.c < 4 && a.s > 1
 // Whether the top bits of int8 inputs can be flipped before the kernels see them: sums of windows need them as they were.
 bool can_flip(const Conv2dInt8Args& a) { return a.x_signed && !a.shifted; }
 
-// The same convolution by a window of one column, on an image with its padding, flipped if it can be. Its pixels overlap: c is
-// the step from one to the next.
+// The same convolution by a window of one column, on an image with its padding, flipped if it can be. Its pixels overlap, and c is
+// the step from one to the next; or, with `apart`, they are as many quads as a row of the window takes.
 struct Folded {
   Conv2dInt8Args args;
   std::vector<int8_t> weight;
 
-  explicit Folded(const Conv2dInt8Args& a) : args(a) {
+  Folded(const Conv2dInt8Args& a, bool apart) : args(a) {
     const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h), columns = (output_columns(a) - 1) * a.stride_w + a.s;
+    const int64_t step = a.c * a.stride_w, line = ceil_div(columns, a.stride_w) * step;  // bytes, as pixels overlap
     args.h = (p - 1) * a.stride_h + a.dil_h * (a.r - 1) + 1;
-    args.w = ceil_div(columns, a.stride_w);
-    args.c = a.c * a.stride_w;
+    args.w = apart ? output_columns(a) : line / step;
+    args.c = apart ? ceil_div(a.s * a.c, 4) * 4 : step;
     args.s = args.stride_w = 1;
     args.pad_h = args.pad_w = 0;
-    const int64_t row = args.w * args.c, left = std::min(row, a.pad_w * a.c), inside = std::min(row - left, a.w * a.c);
+    const int64_t row = args.w * args.c, left = std::min(line, a.pad_w * a.c), inside = std::min(line - left, a.w * a.c);
     uint8_t* const x = folded_scratch.get(a.n * args.h * row);
     args.x = x;
     const uint8_t flip = can_flip(a) ? 0x80 : 0;
@@ -73,9 +74,13 @@ struct Folded {
         std::memset(x + i * row, flip, row);
         return;
       }
-      std::memset(x + i * row, flip, left);
-      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, inside, flip, x + i * row + left);
-      std::memset(x + i * row + left + inside, flip, row - left - inside);
+      uint8_t* const to = apart ? line_scratch.get(line + args.c) : x + i * row;
+      std::memset(to, flip, left);
+      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, inside, flip, to + left);
+      std::memset(to + left + inside, flip, line - left - inside);
+      if (!apart) return;
+      std::memset(to + line, 0, args.c);
+      for (int64_t q = 0; q < args.w; q++) std::memcpy(x + i * row + q * args.c, to + q * step, args.c);
     });
     const int64_t rows = ceil_div(a.k, kBlock) * a.r, bytes = ceil_div(a.s * a.c, 4) * 4 * kBlock;
     weight.resize(rows * bytes);
@@ -87,6 +92,25 @@ struct Folded {
   }
 };
 
+// Whether bytes are better split into 16-bit halves once than by each tile. Quads of pixels must not overlap; sums of windows
+// are of bytes.
+bool splits(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t pixels) {
+  constexpr int64_t kMinTiles = 2;
+  return kernels.split != nullptr && !a.shifted && group_c == a.c / a.groups && group_c % 4 == 0 &&
+         pixels > kMinTiles * kernels.max_pixels[0];
+}
+
+// The same convolution on its input split.
+Conv2dInt8Args split_image(const Conv2dInt8Args& a, const Int8Kernels& kernels, uint8_t flip) {
+  Conv2dInt8Args split = a;
+  const int64_t row = a.w * a.c;
+  uint8_t* const x = image_scratch.get(2 * a.n * a.h * row);
+  parallel_for(a.num_threads, a.n * a.h, [&](int64_t i) { kernels.split(a.x + i * row, row, flip, x + 2 * i * row); });
+  split.x = x;
+  split.c = 2 * a.c;
+  return split;
+}
+
 // group_c: channels that a window sums over at each tap; q: columns of the output; flipped: whether the input is already.
 void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q, bool flipped) {
   const int64_t group_k = a.k / a.groups, taps = a.r * a.s;
@@ -95,26 +119,31 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const int64_t block_bytes = taps * quads * 4 * kBlock;
   std::vector<Tap> window_taps;
   for (int64_t t = 0; t < taps; t++) window_taps.push_back({t / a.s, t % a.s});
-  const ConvRows rows(a, 4 * quads, q, std::move(window_taps));
   const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
-  const int64_t pixels = rows.pixels();
-  const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
-  // Top bits flipped once for all panels.
-  const bool flips = can_flip(a) && !flipped && a.groups == 1 && rows.pixel_by_pixel();
+  const int64_t pixels = a.n * output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) * q;
+  // Top bits flipped and bytes split once for all panels: run by run where its pixels are those of the input.
+  const bool split = splits(a, kernels, group_c, pixels), by_run = a.groups == 1 && is_pixel_by_pixel(a, taps, q);
+  const uint8_t flip = can_flip(a) && !flipped ? 0x80 : 0;
+  const Conv2dInt8Args in = split && !by_run ? split_image(a, kernels, flip) : a;
+  const int64_t width = split ? 2 : 1;  // bytes of a channel
+  const ConvRows rows(in, width * 4 * quads, q, std::move(window_taps), split ? flip : 0);
+  const ConvPlan plan = make_plan(pixels, taps, width * a.c, a.groups, panels, a.num_threads);
+  const bool flips = flip != 0 && by_run;
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get(count * taps);
-    if (flips) {
-      const int64_t c = a.c, bytes = count * c;
-      uint8_t* const run_x = flip_scratch.get(bytes + 4);
-      flip_bytes(a.x + begin * c, bytes, 0x80, run_x);
-      std::memset(run_x + bytes, 0, 4);
-      for (int64_t i = 0; i < count; i++) table[i] = run_x + i * c;
+    if (by_run && (split || flips)) {
+      const int64_t bytes = count * a.c;
+      uint8_t* const run_x = run_scratch.get(width * bytes + 4);
+      if (split) kernels.split(a.x + begin * a.c, bytes, flip, run_x);
+      else flip_bytes(a.x + begin * a.c, bytes, flip, run_x);
+      std::memset(run_x + width * bytes, 0, 4);
+      for (int64_t i = 0; i < count; i++) table[i] = run_x + i * width * a.c;
     } else {
-      rows.fill(begin, count, g * a.c / a.groups, table);
+      rows.fill(begin, count, g * in.c / a.groups, table);
     }
     int32_t* window = nullptr;
     if (a.shifted) {
@@ -131,9 +160,10 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
         epilogue.shift = constants.shift(g, channel);
         epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !flipped,
+      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !split && !flipped,
                     a.weight + (g * blocks + block) * block_bytes, end - block, constants.init(g, channel), epilogue,
-                    fetches && panel + 1 < last ? next - end : 0});
+                    fetches && panel + 1 < last ? next - end : 0,
+                    split ? weight_scratch.get(2 * kernels.max_blocks * block_bytes) : nullptr});
     }
   });
 }
@@ -143,8 +173,11 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
 void conv2d_int8(const Conv2dInt8Args& a) {
   if (a.n * a.k == 0) return;
   if (a.depthwise) return depthwise_int8(a, int8_kernels());
-  if (folds(a)) return dense(Folded(a).args, int8_kernels(), a.s * a.c, output_columns(a), can_flip(a));
-  dense(a, int8_kernels(), a.c / a.groups, output_columns(a), false);
+  const Int8Kernels& kernels = int8_kernels();
+  if (!folds(a)) return dense(a, kernels, a.c / a.groups, output_columns(a), false);
+  const bool apart = kernels.split != nullptr && !a.shifted;  // so that they can be split
+  const Folded folded(a, apart);
+  dense(folded.args, kernels, apart ? folded.args.c : a.s * a.c, output_columns(a), can_flip(a));
 }
 
 }  // namespace cnncomp

@@ -19,30 +19,34 @@ struct Tap {
   bool none = false;
 };
 
+// Whether the output's pixels are the input's.
+inline bool is_pixel_by_pixel(const Conv2dInt8Args& a, int64_t taps, int64_t q) {
+  return taps == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 && q == a.w;
+}
+
 // Where the channels of the input pixel under each tap begin, for a run of output pixels. Taps outside the image, and those
 // that are none, point at zeros. No row reaches past the tensor: the last pixels' rows lie in a copy that zeros follow.
 class ConvRows {
  public:
-  // row_bytes: how much of a row is read; q: columns of the output; taps: of each pixel's pointers.
-  ConvRows(const Conv2dInt8Args& a, int64_t row_bytes, int64_t q, std::vector<Tap> taps)
+  // row_bytes: how much of a row is read; q: columns of the output; taps: of each pixel's pointers; zero: what zeros became
+  // where the input was split.
+  ConvRows(const Conv2dInt8Args& a, int64_t row_bytes, int64_t q, std::vector<Tap> taps, uint8_t zero = 0)
       : a_(a),
         p_(output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h)),
         q_(q),
         row_bytes_(row_bytes),
         size_(a.n * a.h * a.w * a.c),
         tail_size_(std::min(size_, row_bytes)),
-        pixel_by_pixel_(taps.size() == 1 && std::max(a.stride_h, a.stride_w) == 1 && std::max(a.pad_h, a.pad_w) == 0 &&
-                        q == a.w),
+        pixel_by_pixel_(is_pixel_by_pixel(a, static_cast<int64_t>(taps.size()), q)),
         zeros_(row_bytes),
         tail_(tail_size_ + row_bytes),
         taps_(std::move(taps)) {
     if (tail_size_ > 0) std::memcpy(tail_.data(), a.x + size_ - tail_size_, tail_size_);
+    for (int64_t i = 0; i < row_bytes; i += 2) zeros_[i] = zero;
     for (const Tap& tap : taps_) tap_offset_.push_back((tap.r * a.dil_h * a.w + tap.s * a.dil_w) * a.c);
   }
 
   int64_t pixels() const { return a_.n * p_ * q_; }
-  // Whether the output's pixels are the input's.
-  bool pixel_by_pixel() const { return pixel_by_pixel_; }
   int64_t taps() const { return static_cast<int64_t>(taps_.size()); }
 
   // rows: (count, taps). channel: where to begin in each input pixel.

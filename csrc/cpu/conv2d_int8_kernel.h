@@ -1,7 +1,8 @@
 // The register tile of the int8 convolution. Included by the int8 translation units of each instruction set.
 //
 // PIXELS x BLOCKS*16 accumulators; per tap and quad of input channels each pixel's quad is broadcast and meets the
-// weights of 16 channels at a time. int8 inputs have their top bit flipped (init holds the correction).
+// weights of 16 channels at a time. int8 inputs have their top bit flipped (init holds the correction). Without products of
+// bytes, what is used often is split into 16-bit halves beforehand.
 #pragma once
 
 #include "int8_epilogue.h"
@@ -9,9 +10,49 @@
 namespace cnncomp {
 namespace {
 
+// How a tile meets its inputs; int8 ones that are split were flipped then, and so are unsigned.
+enum Inputs : int { kUnsignedInputs, kSignedInputs, kSplitInputs };
+
+// An operand that was split lies in memory as its two halves.
+template <class S>
+inline __attribute__((always_inline)) typename S::Operand load_split(const uint8_t* p) {
+  return {S::load(p), S::load(p + S::kBytes)};
+}
+
+template <class S>
+inline __attribute__((always_inline)) typename S::Operand broadcast_split(const uint8_t* p) {
+  return {S::broadcast(p), S::broadcast(p + 4)};
+}
+
+template <class S>
+void split_weights(const int8_t* weight, int64_t bytes, uint8_t* to) {
+  for (int64_t i = 0; i < bytes; i += S::kBytes, to += 2 * S::kBytes) {
+    const auto w = S::weight(S::load(weight + i));
+    S::store(to, w.even);
+    S::store(to + S::kBytes, w.odd);
+  }
+}
+
+template <class S>
+void split_inputs(const uint8_t* from, int64_t count, uint8_t flip, uint8_t* to) {
+  const auto flips = S::set(static_cast<int32_t>(flip * 0x01010101u));
+  const auto split = [&](const uint8_t* x, uint8_t* out) __attribute__((always_inline)) {
+    const auto v = S::input(S::bit_xor(S::load(x), flips));
+    S::store(out, S::zip32_lo(v.even, v.odd));
+    S::store(out + S::kBytes, S::zip32_hi(v.even, v.odd));
+  };
+  int64_t i = 0;
+  for (; i + S::kBytes <= count; i += S::kBytes) split(from + i, to + 2 * i);
+  if (i == count) return;
+  uint8_t in[S::kBytes] = {}, out[2 * S::kBytes];
+  for (int64_t j = i; j < count; j++) in[j - i] = from[j];
+  split(in, out);
+  for (int64_t j = 0; j < 2 * (count - i); j++) to[2 * i + j] = out[j];
+}
+
 // The sums go to `out`, or, where that is null and the inputs are unsigned, through the epilogue. ahead: a block of weights to
 // fetch into the cache.
-template <class S, int BLOCKS, int PIXELS, bool SIGNED>
+template <class S, int BLOCKS, int PIXELS, Inputs INPUTS>
 void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds<BLOCKS>& bounds, const int8_t* ahead) {
   constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
   typename S::Int acc[PIXELS][V];
@@ -22,33 +63,41 @@ void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds
     for (int m = 0; m < PIXELS; m++) acc[m][v] = init;
   }
   const auto flip = S::set(static_cast<int32_t>(0x80808080u));
-  const int64_t taps = a.taps, bytes = 4 * a.quads, block_stride = taps * bytes * kBlock;
-  const int8_t* weight = a.weight;
+  constexpr int kWidth = INPUTS == kSplitInputs ? 2 : 1, kStep = 4 * kWidth;  // bytes of a byte, of a quad
+  const int64_t taps = a.taps, bytes = kStep * a.quads, block_stride = taps * bytes * kBlock;
+  const uint8_t* weight = INPUTS == kSplitInputs ? a.split : reinterpret_cast<const uint8_t*>(a.weight);
   const uint8_t* const* rows = a.rows + pixel * taps;
   for (int64_t tap = 0; tap < taps; tap++) {
     const uint8_t* x[PIXELS];
 #pragma GCC unroll 16
     for (int m = 0; m < PIXELS; m++) x[m] = rows[m * taps + tap];
-    for (int64_t c = 0; c < bytes; c += 4, weight += 4 * kBlock) {
+    for (int64_t c = 0; c < bytes; c += kStep, weight += kStep * kBlock) {
       if (ahead != nullptr) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += 4 * kBlock;
       }
       typename S::Operand w[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; v++)
-        w[v] = S::weight(S::load(weight + (v / kPerBlock) * block_stride + (v % kPerBlock) * S::kBytes));
+      for (int v = 0; v < V; v++) {
+        const uint8_t* const from = weight + (v / kPerBlock) * block_stride + (v % kPerBlock) * kWidth * S::kBytes;
+        if constexpr (INPUTS == kSplitInputs) w[v] = load_split<S>(from);
+        else w[v] = S::weight(S::load(from));
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < PIXELS; m++) {
-        auto quad = S::broadcast(x[m] + c);
-        if constexpr (SIGNED) quad = S::bit_xor(quad, flip);
-        const auto input = S::input(quad);
+        typename S::Operand input;
+        if constexpr (INPUTS == kSplitInputs) {
+          input = broadcast_split<S>(x[m] + c);
+        } else {
+          const auto quad = S::broadcast(x[m] + c);
+          input = S::input(INPUTS == kSignedInputs ? S::bit_xor(quad, flip) : quad);
+        }
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[v]);
       }
     }
   }
-  if constexpr (!SIGNED) {
+  if constexpr (INPUTS != kSignedInputs) {
     if (out == nullptr) return store_tile<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
   }
 #pragma GCC unroll 16
@@ -61,7 +110,7 @@ template <int BLOCKS>
 using ConvTile = void (*)(const ConvPanel&, int64_t, int32_t*, const ByteBounds<BLOCKS>&, const int8_t*);
 
 // tile[PIXELS - 1] for PIXELS up to MAX.
-template <class S, int BLOCKS, int MAX, bool SIGNED>
+template <class S, int BLOCKS, int MAX, Inputs INPUTS>
 struct ConvTiles {
   ConvTile<BLOCKS> tile[MAX];
   constexpr ConvTiles() : tile() { fill<MAX>(); }
@@ -69,7 +118,7 @@ struct ConvTiles {
  private:
   template <int PIXELS>
   constexpr void fill() {
-    tile[PIXELS - 1] = conv_tile<S, BLOCKS, PIXELS, SIGNED>;
+    tile[PIXELS - 1] = conv_tile<S, BLOCKS, PIXELS, INPUTS>;
     if constexpr (PIXELS > 1) fill<PIXELS - 1>();
   }
 };
@@ -121,9 +170,16 @@ constexpr int kEpiloguePixels = 28;
 // FEW: quads whose weights fit in the registers.
 template <class S, int BLOCKS, int MAX, int FEW = 0>
 void conv_blocks(const ConvPanel& a) {
-  static constexpr ConvTiles<S, BLOCKS, MAX, false> unsigned_tiles;
-  static constexpr ConvTiles<S, BLOCKS, MAX, true> signed_tiles;
-  const ConvTile<BLOCKS>* const tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
+  static constexpr ConvTiles<S, BLOCKS, MAX, kUnsignedInputs> unsigned_tiles;
+  static constexpr ConvTiles<S, BLOCKS, MAX, kSignedInputs> signed_tiles;
+  const ConvTile<BLOCKS>* tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
+  if constexpr (S::kSplits) {
+    static constexpr ConvTiles<S, BLOCKS, MAX, kSplitInputs> split_tiles;
+    if (a.split != nullptr) {
+      tiles = split_tiles.tile;
+      split_weights<S>(a.weight, BLOCKS * a.taps * a.quads * 4 * kBlock, a.split);
+    }
+  }
   const Int8Epilogue& e = a.epilogue;
   const ByteBounds<BLOCKS> bounds(e);
   // Signed inputs, which for most layers were flipped before, are not worth kernels of their own; they go through memory.
@@ -135,7 +191,7 @@ void conv_blocks(const ConvPanel& a) {
   constexpr int64_t kTiles = kEpiloguePixels / MAX;
   alignas(64) int32_t acc[kTiles * MAX * BLOCKS * kBlock];
   // Tiles of equal size, give or take one: no tile is left with a single pixel.
-  const int64_t first = direct && !past && a.taps == 1 ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
+  const int64_t first = FEW > 0 && direct && !past && a.taps == 1 && a.split == nullptr ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
   const int64_t pixels = a.pixels - first, count = (pixels + MAX - 1) / MAX;
   int64_t done = first, end = first;
   for (int64_t i = 0; i < count; i++) {

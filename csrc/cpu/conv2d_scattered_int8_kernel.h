@@ -106,7 +106,7 @@ void sum_scattered(const SparseInt8Tile& a) {
 // Tiles of up to MAX vectors.
 template <class S, int MAX>
 struct SparseInt8Tiles : SparseInt8Kernels {
-  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, {}, gather_quads<S>,
+  constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, S::kSplits, {}, gather_quads<S>,
                                            finish_sums<S>, turn<S, true>, turn<S, false>, sum_bytes,
                                            {sum_scattered<S, 1>, sum_scattered<S, 2>}, gather_channels<S>} {
     fill<MAX>();

@@ -35,6 +35,7 @@ struct Plan {
   int64_t tile_vectors, tile, tiles, plane_length;
   int64_t group_c, group_k, blocks, k_ranges;
   int64_t element;                  // channels next to each other in a plane: a quad, or 1
+  int64_t halves;                   // planes of an element: 2 where kernels split it
   int64_t quads, block_quads;       // elements of a group, of a block
   int64_t block_planes;             // elements of a block that there is room for
   int64_t plane_stride, element_stride;  // bytes
@@ -45,7 +46,8 @@ struct Plan {
   Int8Constants constants;
 
   int64_t planes() const { return rows.planes() * columns.planes(); }
-  int64_t block_bytes() const { return planes() * block_planes * plane_length * element; }
+  int64_t half_bytes() const { return plane_length * element; }
+  int64_t block_bytes() const { return planes() * block_planes * plane_length * element * halves; }
 };
 
 struct Scratch {
@@ -95,7 +97,7 @@ void choose_layout(const Conv2dSparseInt8Args& a, int64_t lanes, Plan& plan) {
 // that the weights are read more often than that is worth. Of at most `limit` vectors.
 void choose_tile(const SparseInt8Kernels& kernels, int64_t limit, Plan& plan) {
   constexpr int64_t kCache = 28 << 10;
-  const int64_t fits = kCache / (kQuad * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
+  const int64_t fits = kCache / (kQuad * plan.halves * plan.block_quads * plan.planes()) - plan.rows.span * plan.pitch;
   constexpr int64_t kLeast = 112;  // pixels; measured on a Zen 4 core over ResNet-50's layers
   const int64_t least = std::min<int64_t>(kLeast / kernels.lanes, kernels.max_tile);
   const bool quads = plan.element == kQuad;
@@ -117,7 +119,7 @@ void make_offsets(const Conv2dSparseInt8Args& a, Plan& plan) {
                                 " (quads of) channels is too large for this image");
   }
   plan.offset.clear();
-  const int64_t plane_bytes = plan.plane_length * plan.element;
+  const int64_t plane_bytes = plan.half_bytes() * plan.halves;
   plan.steps = plan.rows.span == 0 && plan.planes() == a.r * a.s;
   plan.plane_stride = plan.steps ? plane_bytes : plan.block_planes * plane_bytes;
   plan.element_stride = plan.steps ? plan.planes() * plane_bytes : plane_bytes;
@@ -184,6 +186,7 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   plan.group_c = a.c / a.groups;
   plan.group_k = a.k / a.groups;
   plan.element = a.weights.scattered ? 1 : kQuad;
+  plan.halves = kernels.splits && !a.weights.scattered ? 2 : 1;
   plan.quads = ceil_div(plan.group_c, plan.element);
   plan.block_quads = std::min(a.weights.block, plan.quads);
   plan.blocks = ceil_div(plan.quads, a.weights.block);
@@ -249,7 +252,9 @@ void shift_planes(const Plan& plan, int64_t i, const Shifted& shifted, uint8_t* 
   const int64_t bytes = (plan.tile + plan.rows.span * plan.pitch) * plan.element;
   uint8_t* to = block + i * plan.plane_stride;
   const uint8_t* x = block + from * plan.plane_stride + shifted.pixels * plan.element;
-  for (int64_t quad = 0; quad < plan.block_quads; quad++, to += stride, x += stride) std::memcpy(to, x, bytes);
+  for (int64_t quad = 0; quad < plan.block_quads; quad++, to += stride, x += stride)
+    for (int64_t half = 0; half < plan.halves; half++)
+      std::memcpy(to + half * plan.half_bytes(), x + half * plan.half_bytes(), bytes);
 }
 
 // Copies all that a tile reads of a group, one block of input channels after the other.
@@ -271,7 +276,7 @@ const uint8_t* copy_planes(const Conv2dSparseInt8Args& a, const Plan& plan, cons
       const int64_t quad = b * plan.block_quads;
       gather({scratch.pointers.data(), plan.plane_length, part.group * plan.group_c + quad * plan.element,
               std::min(plan.block_quads, plan.quads - quad), a.x_signed,
-              planes + b * block_bytes + i * plan.plane_stride, plan.element_stride});
+              planes + b * block_bytes + i * plan.plane_stride, plan.element_stride, plan.half_bytes()});
     }
   }
   return planes;
@@ -335,6 +340,7 @@ SparseInt8Tile make_tile(const Conv2dSparseInt8Args& a, const Plan& plan, const 
   t.index = a.weights.index;
   t.step = plan.steps ? plan.plane_stride : 0;
   t.offset = plan.offset.data();
+  t.odd = plan.half_bytes();
   t.init = plan.constants.init(group);
   // They stay in cache while the blocks of input channels go by.
   t.sums = sums.get(kSparseInt8Channels * plan.tile);

@@ -2,7 +2,8 @@
 //
 // The input is copied to planes of quads: four channels of a pixel are one 32-bit lane, so a vector holds a quad of kLanes
 // pixels. A non-zero quad of weights is broadcast and meets T such vectors; each tap is a flat offset into the planes.
-// int8 inputs have their top bit flipped on the way (init holds the correction).
+// int8 inputs have their top bit flipped on the way (init holds the correction). Without products of bytes, quads are split into
+// 16-bit halves on the way, each in a plane of its own: non-zeros meet them often.
 #pragma once
 
 #include "int8_epilogue.h"
@@ -33,6 +34,23 @@ inline void load_columns(const uint8_t* const* rows, int64_t at, typename S::Int
 }
 
 template <class S>
+inline __attribute__((always_inline)) void store_quads(const SparseInt8Gather& a, uint8_t* to, typename S::Int quads) {
+  if constexpr (S::kSplits) {
+    const auto halves = S::input(quads);
+    S::store(to, halves.even);
+    S::store(to + a.odd, halves.odd);
+  } else {
+    S::store(to, quads);
+  }
+}
+
+template <class S>
+inline __attribute__((always_inline)) typename S::Operand load_quads(const SparseInt8Tile& a, const uint8_t* from) {
+  if constexpr (S::kSplits) return {S::load(from), S::load(from + a.odd)};
+  else return S::input(S::load(from));
+}
+
+template <class S>
 void gather_quads(const SparseInt8Gather& a) {
   const auto flip = S::set(a.x_signed ? static_cast<int32_t>(0x80808080u) : 0);
   for (int64_t p = 0; p < a.pixels; p += S::kLanes) {
@@ -43,7 +61,7 @@ void gather_quads(const SparseInt8Gather& a) {
       const int count = a.quads - quad < 4 ? static_cast<int>(a.quads - quad) : 4;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++)
-        if (i < count) S::store(dst + i * a.quad_stride, S::bit_xor(v[i], flip));
+        if (i < count) store_quads<S>(a, dst + i * a.quad_stride, S::bit_xor(v[i], flip));
     }
   }
 }
@@ -64,7 +82,7 @@ inline __attribute__((always_inline)) void add_quads(const SparseInt8Tile& a, in
     const auto w = S::weight(S::broadcast(reinterpret_cast<const uint8_t*>(a.values) + 4 * static_cast<int64_t>(i)));
     const uint8_t* const x = input_at<STEPS>(a, a.index[i]);
 #pragma GCC unroll 16
-    for (int t = 0; t < T; t++) to[t] = S::dot(to[t], S::input(S::load(x + t * S::kBytes)), w);
+    for (int t = 0; t < T; t++) to[t] = S::dot(to[t], load_quads<S>(a, x + t * S::kBytes), w);
   };
   int32_t i = begin;
   if constexpr (T < (S::kLanes == 16 ? 5 : 4)) {

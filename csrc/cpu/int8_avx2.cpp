@@ -10,6 +10,6 @@ constexpr int kPixels[kMaxBlocks] = {4};  // 16 registers: 4 x 2 accumulators, t
 
 }  // namespace
 
-const Int8Kernels kInt8Avx2 = int8_kernels_of<8, Vec256, Vec128>(conv_one_block<Vec256, kPixels[0]>, kPixels);
+const Int8Kernels kInt8Avx2 = int8_kernels_of<10, Vec256, Vec128>(conv_one_block<Vec256, kPixels[0]>, kPixels);
 
 }  // namespace cnncomp

@@ -41,6 +41,7 @@ struct ConvPanel {
   const int32_t* init;     // (blocks * 16): what the accumulators start from
   Int8Epilogue epilogue;
   int64_t next_blocks;     // of the panel behind this one, 0 for none: they are fetched into the cache meanwhile
+  uint8_t* split;          // where the rows were split (Int8Kernels::split): twice the panel's bytes for its weights; or null
 };
 
 struct DepthwisePanel {
@@ -83,6 +84,7 @@ struct SparseInt8Gather {
   bool x_signed;
   uint8_t* dst;
   int64_t quad_stride;
+  int64_t odd;                 // bytes from the even halves of a quad's pixels to the odd ones, if kernels split them
 };
 
 // One tile of output pixels, one block of input channels, a range of output channels.
@@ -94,6 +96,7 @@ struct SparseInt8Tile {
   const uint8_t* x;       // of this block
   int64_t step;           // index * step bytes from x is what a weight meets; or, where that is 0, ...
   const int32_t* offset;  // ... as many as is said here for each index
+  int64_t odd;            // see SparseInt8Gather
   const int32_t* init;    // of channel 0: what the sums start from
   int32_t* sums;          // (k_end - k_begin, tile): over the blocks so far
   bool first_block;
@@ -137,6 +140,7 @@ struct SparseInt8Finish {
 struct SparseInt8Kernels {
   int lanes;     // pixels in a vector
   int max_tile;  // vectors in a tile
+  bool splits;   // whether quads of pixels lie in their planes as 16-bit halves: all even ones, then all odd ones
   void (*tile[kSparseInt8MaxTile])(const SparseInt8Tile&);  // tile[T - 1]: T vectors of pixels
   void (*gather)(const SparseInt8Gather&);
   void (*finish)(const SparseInt8Finish&);
@@ -170,6 +174,9 @@ struct Int8Kernels {
   // out[i] = max over rows[0..count) of row[i]; count >= 1.
   void (*max_rows_u8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   void (*max_rows_s8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
+  // Widens bytes to 16 bits, as products of pairs take them: of each four the even two, then the odd two. to: twice as many
+  // bytes; count: a multiple of 4; flip: the bits to flip before. Null where there are products of bytes.
+  void (*split)(const uint8_t* from, int64_t count, uint8_t flip, uint8_t* to);
   SparseInt8Kernels sparse;
   // Dot products are of signed bytes: conv sees unsigned inputs as x - 128, else signed ones as x + 128.
   bool flips_unsigned = false;

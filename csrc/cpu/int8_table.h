@@ -20,6 +20,13 @@ void depthwise(const DepthwisePanel& a) {
   ((channel = depthwise_vectors<S>(a, channel)), ...);
 }
 
+// How inputs are split, or null.
+template <class S>
+constexpr auto splits() {
+  if constexpr (S::kSplits) return split_inputs<Vec128>;
+  else return static_cast<decltype(Int8Kernels::split)>(nullptr);
+}
+
 // Of vectors S, and narrower ones for the channels that are left. TILE: vectors in a tile of a sparse convolution; pixels: in
 // conv's register tile of 1, 2, ... blocks.
 template <int TILE, class S, class... Narrower>
@@ -39,6 +46,7 @@ constexpr Int8Kernels int8_kernels_of(void (*conv)(const ConvPanel&), const int 
           quantize_planes<S>,
           max_rows<S, false>,
           max_rows<S, true>,
+          splits<S>(),
           sparse_int8_kernels<S, TILE>(),
           flips_unsigned};
 }

@@ -2,7 +2,8 @@
 //
 // Vec128, Vec256 and Vec512 have the same members. Int and Float have kLanes 32-bit lanes. dot(acc, input(x), weight(w))
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
-// VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits.
+// VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits. kSplits: an
+// Operand is these two vectors, in this order; what was split before can be loaded as such.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // in_order: of what pack gives, the lanes of a, then those of b, c and d. store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes,
 // from the I-th on. store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.
@@ -31,6 +32,7 @@ struct Vec128 {
   static constexpr int kLanes = 4;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  static constexpr bool kSplits = false;
   using Operand = Int;
   static Operand input(Int x) { return x; }
   static Operand weight(Int w) { return w; }
@@ -40,6 +42,7 @@ struct Vec128 {
   static Int dot(Int acc, Operand x, Operand w) { return _mm_dpbusd_avx_epi32(acc, x, w); }
 #endif
 #else
+  static constexpr bool kSplits = true;
   struct Operand {
     Int even, odd;
   };

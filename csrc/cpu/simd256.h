@@ -13,6 +13,7 @@ struct Vec256 {
   static constexpr int kLanes = 8;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  static constexpr bool kSplits = false;
   using Operand = Int;
   static Operand input(Int x) { return x; }
   static Operand weight(Int w) { return w; }
@@ -22,6 +23,7 @@ struct Vec256 {
   static Int dot(Int acc, Operand x, Operand w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
 #endif
 #else
+  static constexpr bool kSplits = true;
   struct Operand {
     Int even, odd;
   };

@@ -13,11 +13,13 @@ struct Vec512 {
   static constexpr int kLanes = 16;
 
 #ifdef __AVX512VNNI__
+  static constexpr bool kSplits = false;
   using Operand = Int;
   static Operand input(Int x) { return x; }
   static Operand weight(Int w) { return w; }
   static Int dot(Int acc, Operand x, Operand w) { return _mm512_dpbusd_epi32(acc, x, w); }
 #else
+  static constexpr bool kSplits = true;
   struct Operand {
     Int even, odd;
   };
