@@ -281,20 +281,25 @@ def quantize(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def max_pool2d_int8(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool = False,
 ) -> Tensor:
     """Max-pool of 8-bit ``x`` (N, C, H, W): (N, C, P, Q), channels_last."""
     if backend(x.device) == "triton":
-        return reference.max_pool2d_int8(x, kernel_size, stride, padding, dilation)
-    n, k, p, q = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
+        return reference.max_pool2d_int8(x, kernel_size, stride, padding, dilation, ceil_mode)
+    n, k, p, q = pool_out_shape(x, kernel_size, stride, padding, dilation, ceil_mode)
     out = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
     x = x.contiguous(memory_format=torch.channels_last)
     index, stream, _ = _launch_arguments(x)
     _module().max_pool2d_int8(
-        index, stream, x.data_ptr(), _DTYPE_CODE[x.dtype], n, x.shape[2], x.shape[3], k, *kernel_size, *stride, *padding,
-        *dilation, out.data_ptr(),
+        index, stream, p, q, x.data_ptr(), _DTYPE_CODE[x.dtype], n, x.shape[2], x.shape[3], k, *kernel_size, *stride,
+        *padding, *dilation, out.data_ptr(),
     )  # fmt: skip
     return out
 

@@ -16,6 +16,14 @@ inline int64_t output_size(int64_t in, int64_t taps, int64_t stride, int64_t pad
   return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
 }
 
+// Output pixels along one axis of a pooling. ceil_mode: one more window where the last ones leave pixels and it begins before the
+// padding behind the image.
+inline int64_t pooled_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
+  const int64_t floor = output_size(in, taps, stride, pad, dilation);
+  const bool more = ceil_mode && (in + 2 * pad - dilation * (taps - 1) - 1) % stride != 0 && floor * stride < in + pad;
+  return floor + more;
+}
+
 inline float clamp(float t, float lo, float hi) {
   t = t < lo ? lo : t;  // NaN stays
   return t > hi ? hi : t;

@@ -69,9 +69,9 @@ void to_8bit(uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, bool chann
 
 void max_pool2d(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, int64_t c, int64_t r, int64_t s,
                 int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
-                uintptr_t out, int num_threads) {
+                uintptr_t out, int num_threads, bool ceil_mode) {
   const MaxPool2dInt8Args args{at<const uint8_t>(x), x_signed, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h,
-                               dil_w, at<uint8_t>(out), num_threads};
+                               dil_w, at<uint8_t>(out), num_threads, ceil_mode};
   check_window("max_pool2d_int8", args);
   max_pool2d_int8(args);
 }
@@ -95,7 +95,7 @@ void bind_int8(py::module_& module) {
              arg("out_signed"), arg("inv_scale"), arg("num_threads"), py::call_guard<py::gil_scoped_release>());
   module.def("max_pool2d_int8", recorded(max_pool2d), arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("r"),
              arg("s"), arg("stride_h"), arg("stride_w"), arg("pad_h"), arg("pad_w"), arg("dil_h"), arg("dil_w"),
-             arg("out"), arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+             arg("out"), arg("num_threads"), arg("ceil_mode") = false, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace cnncomp
