@@ -41,20 +41,6 @@ void check_window(const char* name, const Args& a) {
   }
 }
 
-// Floats from a channel of `pixels` to the next one; 0 says that there is no gap. Throws std::invalid_argument, with the operator's
-// name in front, where channels would overlap.
-inline int64_t checked_pitch(const char* name, int64_t pitch, int64_t pixels) {
-  if (pitch != 0 && pitch < pixels) {
-    throw std::invalid_argument(std::string(name) + ": a pitch of " + std::to_string(pitch) + " for channels of " +
-                                std::to_string(pixels) + " floats");
-  }
-  return pitch == 0 ? pixels : pitch;
-}
-
-inline void check_same_pitch(const char* name, int64_t residual, int64_t out) {
-  if (residual != out) throw std::invalid_argument(std::string(name) + ": a residual and an output of different pitches");
-}
-
 // Elements from a multiple of 64 bytes on; grows on demand, never shrinks, keeps nothing when it grows.
 template <class T>
 class AlignedArray {

@@ -7,6 +7,7 @@
 #include "cpuid.h"
 #include "driver.h"
 #include "parallel.h"
+#include "pitch.h"
 #include "pool2d_kernel.h"
 
 namespace cnncomp {
