@@ -110,7 +110,7 @@ def _launch_conv(layer: QuantConv2d, x: Tensor, residual: Tensor | None, clamped
     if isinstance(layer, _PackedQuant):
         packed = layer._pack_format(weight)
         return cuda_sparse.conv2d(layer._format.name, layer._input(x), packed, *before, g.kernel_size, *where)
-    return cuda.conv2d_int8(layer._input(x), weight.permute(0, 2, 3, 1), *before, *where)
+    return cuda.conv2d_int8(layer._input(x), weight.permute(0, 2, 3, 1), *before, *where, *layer._ending(clamped))
 
 
 def _launch_linear(layer: QuantLinear, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
@@ -120,7 +120,7 @@ def _launch_linear(layer: QuantLinear, x: Tensor, residual: Tensor | None, clamp
     if isinstance(layer, _PackedQuant):
         packed = layer._pack_format(weight[..., None, None])
         return cuda_sparse.linear(layer._format.name, layer._input(x), packed, *rest)
-    return cuda.linear_int8(layer._input(x), weight, *rest)
+    return cuda.linear_int8(layer._input(x), weight, *rest, *layer._ending(clamped))
 
 
 @contextmanager

@@ -73,9 +73,11 @@ def conv2d_int8(
     out_dtype: int,
     num_threads: int,
     shifted: bool = False,
+    activation: int = 0,
+    out_factor: float = 1.0,
 ) -> None:
     """8-bit convolution. ``x`` (n, h, w, c), ``residual`` and ``out`` (n, p, q, k), ``constants`` (3, k) float32, or (4, k)
-    if ``shifted``.
+    if ``shifted``. ``activation``: 0 none but the clamp, 1 SiLU, 2 hardswish, with ``out_factor`` behind it.
 
     A linear layer of m rows is n=m, h=w=r=s=1.
     """
@@ -111,6 +113,7 @@ def max_pool2d_int8(
     dil_w: int,
     out: int,
     num_threads: int,
+    ceil_mode: bool = False,
 ) -> None:
     """Max-pool of 8-bit ``x`` (n, h, w, c) to ``out`` (n, p, q, c); padding is the lowest value."""
 
@@ -232,12 +235,17 @@ def conv2d_sparse_int8(
     out_dtype: int,
     num_threads: int,
     scattered: bool = ...,
+    activation: int = 0,
+    out_factor: float = 1.0,
 ) -> None:
     """8-bit convolution with packed sparse weights, otherwise as :func:`conv2d_int8`; ``constants`` (3, k). ValueError for
     sizes that give no convolution."""
 
 def copy_rows(x: int, rows: int, length: int, out: int, out_pitch: int, num_threads: int) -> None:
     """``x`` (rows, length) to ``out``, where rows are ``out_pitch`` floats apart."""
+
+def copy_byte_rows(x: int, rows: int, length: int, out: int, out_pitch: int, num_threads: int) -> None:
+    """The same of bytes. ValueError where rows would overlap."""
 
 def linear_sparse(
     x: int,

@@ -108,10 +108,10 @@ class EmulatedModule:
         self._pass(_cuda.plan_quantize, a, count * (4 if a["x_dtype"] == 2 else 2), count)
 
     def max_pool2d_int8(self, device: int, stream: int, *arguments: Any) -> None:
-        names = "x x_dtype n h w c r s stride_h stride_w pad_h pad_w dil_h dil_w out"
+        names = "p q x x_dtype n h w c r s stride_h stride_w pad_h pad_w dil_h dil_w out"
         a = dict(zip(names.split(), arguments, strict=True))
         channels = a["n"] * a["c"]
-        self._pass(_cuda.plan_max_pool2d_int8, a, channels * a["h"] * a["w"], channels * math.prod(out_size(a)))
+        self._pass(_cuda.plan_max_pool2d_int8, a, channels * a["h"] * a["w"], channels * a["p"] * a["q"])
 
     def mean_shift_int8(self, device: int, stream: int, *arguments: Any) -> None:
         names = "x x_dtype n h w c k r s stride_h stride_w pad_h pad_w dil_h dil_w groups shift out"

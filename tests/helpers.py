@@ -23,7 +23,7 @@ def reference_conv(layer: QuantConv2d, x: Tensor, residual: Tensor | None = None
         x = reference.quantize(x, layer.inv_scale, layer.input.dtype)
     return reference.conv2d_int8(
         x, layer.weight_int8(), layer.constants, residual, layer.residual_scale, layer.lo,
-        g.stride, g.padding, g.dilation, g.groups, layer.out_dtype,
+        g.stride, g.padding, g.dilation, g.groups, layer.out_dtype, *layer._ending(True),
     )  # fmt: skip
 
 

@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnncomp.ops.conv2d_int8 import ACTIVATION_CODE
+from cnncomp.ops.reference import ACTIVATIONS
+
 U8, S8, F32 = torch.uint8, torch.int8, torch.float32
 CODE = {U8: 0, S8: 1, F32: 2}
 PROT_NONE = 0
+#: What comes behind an activation.
+OUT_FACTOR = 1.37
 RANGE = {U8: (0.0, 255.0), S8: (-128.0, 127.0), F32: (-3.0, 6.0)}
 
 
@@ -36,6 +41,7 @@ class Conv:
     out: torch.dtype = U8
     threads: int = 1
     shift: bool = False
+    activation: str = ""  # before the clamp; OUT_FACTOR comes behind it
 
     @property
     def depthwise(self) -> bool:
@@ -84,6 +90,11 @@ def random_operands(conv: Conv) -> Operands:
     return Operands(random_tensor((conv.n, conv.c, conv.h, conv.w), conv.x), weight, constants, residual, 0.37, lo)
 
 
+def ending(conv: Conv) -> tuple[int, float]:
+    """The kernels' last arguments."""
+    return ACTIVATION_CODE[conv.activation], OUT_FACTOR if conv.activation else 1.0
+
+
 def reference(conv: Conv, o: Operands) -> Tensor:
     """The convolution in float64, where it is exact, then the epilogue's steps one by one."""
     where = (None, conv.stride, conv.pad, conv.dil, conv.groups)
@@ -95,6 +106,8 @@ def reference(conv: Conv, o: Operands) -> Tensor:
         t = t + shift[0] * F.conv2d(o.x.double(), torch.ones_like(o.weight).double(), *where).float()
     if o.residual is not None:
         t = t + o.residual.float() * torch.tensor(o.residual_scale)
+    if conv.activation:
+        t = ACTIVATIONS[conv.activation](t) * torch.tensor(OUT_FACTOR)
     t = torch.minimum(torch.maximum(t, torch.tensor(o.lo)), hi)
     return t if conv.out == F32 else torch.round(t).to(conv.out)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.int8_convs import CODE, F32, GEOMETRIES, S8, U8, Conv, Operands, nhwc, random_operands, reference
+from tests.int8_convs import CODE, F32, GEOMETRIES, S8, U8, Conv, Operands, ending, nhwc, random_operands, reference
 from tests.test_conv2d_int8_cpu_kernels import pack
 
 pytest.importorskip("ziglang", reason="cross-compiles with the package ziglang")
@@ -34,10 +34,10 @@ def run(program: Path, isa: str, conv: Conv, o: Operands) -> Tensor:
     residual = 0 if o.residual is None else machine.put(nhwc(o.residual))
     # Conv2dInt8Args of csrc/cpu/conv2d_int8.h.
     arguments = struct.pack(
-        "<Q?7x4qQ10q?7xQQiffxxxxQii?7x",
+        "<Q?7x4qQ10q?7xQQiffxxxxQii?3xif4x",
         x, conv.x == S8, conv.n, conv.h, conv.w, conv.c, weight, k, *conv.kernel, *conv.stride, *conv.pad, *conv.dil,
         conv.groups, conv.depthwise, constants, residual, CODE[conv.residual or U8], o.residual_scale, o.lo, out,
-        CODE[conv.out], 1, conv.shift,
+        CODE[conv.out], 1, conv.shift, *ending(conv),
     )  # fmt: skip
     machine.call(isa, arguments)
     return machine.read(out, before).permute(0, 3, 1, 2)
@@ -55,6 +55,12 @@ CONVS = (
         for r in (3, 5)
         for t in (1, 2)
         for x in (U8, S8)
+    ),
+    *(
+        Conv(24, 24, 1, 5, 5, (3, 3), pad=(1, 1), groups=groups, out=out, activation=activation)
+        for groups in (1, 24)
+        for out in (U8, F32)
+        for activation in ("silu", "hardswish")
     ),
     Conv(24, 24, 1, 5, 5, (3, 3), pad=(1, 1), groups=24, shift=True, x=S8),
     Conv(24, 24, 1, 5, 5, (3, 3), pad=(1, 1), groups=24, residual=S8, out=S8),

@@ -27,6 +27,7 @@ from tests.int8_convs import (
     Conv,
     Guarded,
     Operands,
+    ending,
     nhwc,
     random_operands,
     random_tensor,
@@ -69,7 +70,7 @@ def run(conv: Conv, o: Operands) -> Tensor:
         weight.data_ptr(), k, *conv.kernel, *conv.stride, *conv.pad, *conv.dil, conv.groups, conv.depthwise,
         constants.data_ptr(),
         0 if residual is None else residual.data_ptr(), CODE[conv.residual or U8], o.residual_scale, o.lo,
-        before.data_ptr(), CODE[conv.out], conv.threads, conv.shift,
+        before.data_ptr(), CODE[conv.out], conv.threads, conv.shift, *ending(conv),
     )  # fmt: skip
     return before.clone().permute(0, 3, 1, 2)
 
@@ -180,6 +181,48 @@ def test_epilogue(isa: str, residual: torch.dtype | None, out: torch.dtype) -> N
         check(Conv(9, k, 13, residual=residual, out=out, x=S8))
 
 
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("out", [U8, S8, F32])
+@pytest.mark.parametrize("residual", [None, U8, S8, F32])
+def test_activations(isa: str, residual: torch.dtype | None, out: torch.dtype, activation: str) -> None:
+    """Dense, depthwise by columns and by pixels, stems, groups; whole blocks of 16 channels, and not."""
+    for k in (3, 16, 37, 64):
+        conv = Conv(8, k, 1, 5, 5, (3, 3), residual=residual, out=out, activation=activation)
+        check(conv)
+        check(replace(conv, c=9, h=1, w=1, n=13, kernel=(1, 1), x=S8))
+        check(replace(conv, c=3, stride=(2, 2), pad=(1, 1), threads=2))
+    for c in (16, 31, 80):
+        conv = Conv(c, c, 2, 9, 7, (3, 3), pad=(1, 1), groups=c, residual=residual, out=out, activation=activation)
+        check(conv)
+        check(replace(conv, stride=(2, 2), x=S8))
+        check(replace(conv, kernel=(5, 5), stride=(1, 2), shift=True))
+        check(replace(conv, kernel=(5, 5), pad=(2, 2), threads=3))
+    check(
+        Conv(
+            12, 24, 2, 5, 5, (3, 3), pad=(1, 1), groups=3, out=out, activation=activation, shift=True, residual=residual
+        )
+    )
+
+
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_values_of_activations(isa: str, depthwise: bool, activation: str) -> None:
+    """Where they bend and end, as floats: no sums, the values are biases. And in 8 bit, beyond both ends."""
+    special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, math.inf, -math.inf, 3.0, -3.0, 88.0, -88.0])
+    values = torch.cat([special, torch.linspace(-30, 30, 500)])
+    c = len(values)
+    conv = Conv(c, c, 1, 4, 4, (3, 3), pad=(1, 1), groups=c if depthwise else 1, out=F32, activation=activation)
+    o = random_operands(conv)
+    o.weight.zero_()
+    o.constants[0], o.constants[1], o.constants[2], o.lo = 0.0, values, math.inf, -math.inf
+    got, expected = run(conv, o), reference(conv, o)
+    real = ~expected.isnan()  # hardswish of -inf is none
+    assert torch.equal(got[real].view(torch.int32), expected[real].view(torch.int32)) and got.isnan().equal(~real)
+    for out in (U8, S8):
+        o.constants[1, 6:8], o.constants[2], o.lo = 0.0, *reversed(RANGE[out])
+        check(replace(conv, out=out), o)
+
+
 @pytest.mark.parametrize("x", [U8, S8])
 @pytest.mark.parametrize("out", [U8, S8, F32])
 def test_mean_shift(isa: str, out: torch.dtype, x: torch.dtype) -> None:
@@ -261,6 +304,7 @@ def convs(draw: st.DrawFn) -> Conv:
     return Conv(
         c, k, draw(st.integers(1, 3)), h, w, (r, s), (sh, sw), (ph, pw), (dh, dw), groups,
         draw(st.sampled_from([U8, S8])), draw(st.none() | dtypes), draw(dtypes), draw(st.integers(1, 4)), draw(st.booleans()),
+        draw(st.sampled_from(["", "silu", "hardswish"])),
     )  # fmt: skip
 
 

@@ -16,7 +16,20 @@ from torch import Tensor
 
 import cnncomp.ops  # noqa: F401  (gives the kernels torch's threads)
 from cnncomp import _cpu
-from tests.int8_convs import CODE, F32, GEOMETRIES, S8, U8, Conv, Guarded, Operands, nhwc, random_operands, reference
+from tests.int8_convs import (
+    CODE,
+    F32,
+    GEOMETRIES,
+    S8,
+    U8,
+    Conv,
+    Guarded,
+    Operands,
+    ending,
+    nhwc,
+    random_operands,
+    reference,
+)
 
 LANES = (4, 8, 16)
 MAX_TILE = 14  # vectors
@@ -95,7 +108,7 @@ def run(conv: Conv, o: Operands, block: int = 3, scattered: bool = False) -> Ten
         values.data_ptr(), index.data_ptr(), row_ptr.data_ptr(), block,
         k, *conv.kernel, *conv.stride, *conv.pad, *conv.dil, conv.groups, constants.data_ptr(),
         0 if residual is None else residual.data_ptr(), CODE[conv.residual or U8], o.residual_scale, o.lo,
-        out.data_ptr(), CODE[conv.out], conv.threads, scattered,
+        out.data_ptr(), CODE[conv.out], conv.threads, scattered, *ending(conv),
     )  # fmt: skip
     return out.clone().permute(0, 3, 1, 2)
 
@@ -164,6 +177,8 @@ def test_epilogue(isa: str, residual: torch.dtype | None, out: torch.dtype) -> N
         check(Conv(8, k, 1, 5, 5, (3, 3), residual=residual, out=out))
         check(Conv(9, k, 13, residual=residual, out=out, x=S8))
         check(Conv(8, k, 1, 16, 32, (3, 3), pad=(1, 1), residual=residual, out=out))
+        for activation in ("silu", "hardswish"):
+            check(Conv(8, k, 1, 9, 9, (3, 3), pad=(1, 1), residual=residual, out=out, activation=activation))
 
 
 @pytest.mark.parametrize("weight", [-128, -127, 127])
@@ -247,6 +262,7 @@ def convs(draw: st.DrawFn) -> Conv:
     return Conv(
         c, k, draw(st.integers(1, 3)), h, w, (r, s), (sh, sw), (ph, pw), (dh, dw), groups,
         draw(st.sampled_from([U8, S8])), draw(st.none() | dtypes), draw(dtypes), draw(st.integers(1, 4)),
+        activation=draw(st.sampled_from(["", "silu", "hardswish"])),
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def test_residual_and_activation_are_fused_and_8bit_is_handed_over() -> None:
     assert layers["features.1.conv.1"].out_dtype == torch.int8, "a linear bottleneck has both signs"
 
 
-def test_max_pool_keeps_8bit_and_concatenation_leaves_it() -> None:
+def test_max_pool_and_concatenation_keep_8bit() -> None:
     article = cnncomp.models.ArticleNet().eval()
     cnncomp.quantize(article, [torch.randn(2, 3, 32, 32)], progress=False)
     fast = _convert(article)
@@ -118,7 +118,7 @@ def test_max_pool_keeps_8bit_and_concatenation_leaves_it() -> None:
     concat = cnncomp.models.ConcatNet().eval()
     cnncomp.quantize(concat, [torch.randn(2, 3, 32, 32)], progress=False)
     layers = _layers(_convert(concat))
-    assert layers["narrow"].out_dtype == layers["wide"].out_dtype == torch.float32
+    assert layers["narrow"].output == layers["wide"].output == layers["merge"].input
     assert layers["stem"].out_dtype == torch.uint8, "both readers agree on the scale"
 
 

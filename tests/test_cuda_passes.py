@@ -66,7 +66,7 @@ def test_max_pool(data):
     x = torch.randint(low, high, (n, c, h, w), dtype=dtype)
     if data.draw(st.booleans()):
         x = x.contiguous(memory_format=torch.channels_last)
-    args = (x, (r, s), stride, padding, dilation)
+    args = (x, (r, s), stride, padding, dilation, data.draw(st.booleans()))
     with emulated_device():
         got = max_pool_on_gpu(*args)
     assert_same(got, reference.max_pool2d_int8(*args), args[1:])
@@ -101,7 +101,7 @@ def test_nothing_and_what_is_refused():
     with pytest.raises(ValueError, match="expected 2 to 4 to 0 or 1"):
         _cuda.plan_quantize(0, 0, 1, 1, 1, True, 1.0, 0, 0)
     with pytest.raises(ValueError, match="too many"):
-        _cuda.plan_max_pool2d_int8(0, 0, 40000, 300, 300, 4, 1, 1, 1, 1, 0, 0, 1, 1, 0)
+        _cuda.plan_max_pool2d_int8(300, 300, 0, 0, 40000, 300, 300, 4, 1, 1, 1, 1, 0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="expected dtype code 2"):
         _cuda.plan_mean_pool2d(0, 3, 1, 2, 2, 4, 0)
 

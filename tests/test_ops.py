@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cnncomp
-from cnncomp.errors import ArgumentError, DtypeError, InferenceOnlyError, OverflowRiskError
+from cnncomp.dispatch.candidates import options_for
+from cnncomp.errors import ArgumentError, DeviceError, DtypeError, InferenceOnlyError, OverflowRiskError
 from cnncomp.nn import (
     LINEAR,
     Clamp,
@@ -26,7 +29,7 @@ from cnncomp.nn import (
     SparseConv2d,
     SparseLinear,
 )
-from cnncomp.ops import packing, reference
+from cnncomp.ops import conv2d_int8, cuda, max_pool2d_int8, packing, quantize, reference
 from tests.helpers import make_quant_conv, random_8bit, reference_conv
 
 OPS = torch.ops.cnncomp
@@ -101,6 +104,16 @@ CASES = {
     "max-pool-ceil": ("max_pool2d", lambda: (torch.randn(2, 3, 8, 9), (3, 3), (2, 2), (0, 0), (1, 1), True)),
     "scale-channels": ("scale_channels", lambda: (torch.randn(2, 5, 4, 3), torch.randn(2, 5, 1, 1))),
     "max-pool": ("max_pool2d_int8", lambda: (random_8bit((2, 6, 9, 8), torch.uint8), (3, 3), (2, 2), (1, 1), (1, 1))),
+    "max-pool-8bit-ceil": (
+        "max_pool2d_int8",
+        lambda: (random_8bit((2, 6, 9, 8), torch.int8), (3, 3), (2, 2), (0, 0), (1, 1), True),
+    ),
+    "concat-8bit": (
+        "concat_channels",
+        lambda: ([random_8bit((2, 4, 3, c), torch.uint8).permute(0, 3, 1, 2) for c in (5, 3)],),
+    ),
+    "conv-hardswish": ("conv2d_int8", lambda: (*_conv_args(torch.uint8), "hardswish", 2.5)),
+    "linear-silu": ("linear_int8", lambda: (*_linear_args(), "silu", 1.0)),
 }
 
 
@@ -189,11 +202,11 @@ def test_quantize_rounds_half_to_even() -> None:
 
 @given(
     c=st.integers(1, 40), size=st.tuples(st.integers(3, 11), st.integers(3, 11)), kernel=st.integers(1, 3),
-    stride=st.integers(1, 3), dtype=st.sampled_from(DTYPES),
+    stride=st.integers(1, 3), dtype=st.sampled_from(DTYPES), ceil_mode=st.booleans(),
 )  # fmt: skip
-def test_max_pool2d_int8(c, size, kernel, stride, dtype) -> None:
+def test_max_pool2d_int8(c, size, kernel, stride, dtype, ceil_mode) -> None:
     x = random_8bit((2, c, *size), dtype)
-    args = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    args = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), ceil_mode)
     assert torch.equal(OPS.max_pool2d_int8(x, *args), reference.max_pool2d_int8(x, *args))
 
 
@@ -272,6 +285,90 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(OverflowRiskError, match="66312 products"):
         QuantLinear(torch.zeros(1, 66312, dtype=torch.int8), torch.ones(1), None, QuantSpec(1.0, torch.uint8))
     QuantLinear(torch.zeros(1, 66311, dtype=torch.int8), torch.ones(1), None, QuantSpec(1.0, torch.uint8))
+
+
+NO_STEPS = [0.0, -1.0, math.nan, math.inf]
+
+
+@pytest.mark.parametrize("step", NO_STEPS)
+def test_steps_that_are_none_are_refused(step: float) -> None:
+    weight, ones, spec = torch.zeros(2, 4, dtype=torch.int8), torch.ones(2), QuantSpec(0.1, torch.uint8)
+    with pytest.raises(ArgumentError, match="weight_scale: .*1 of them not finite and above 0"):
+        QuantLinear(weight, torch.tensor([1.0, step]), None, spec)
+    with pytest.raises(ArgumentError, match="input_scale"):
+        QuantSpec(step, torch.uint8)
+    layer = QuantLinear(weight, ones, None, spec)
+    with pytest.raises(ArgumentError, match="residual_scale"):
+        layer.set_output(None, step)
+    with pytest.raises(ArgumentError, match="inv_scale"):
+        OPS.quantize(torch.ones(3), step, torch.uint8)
+    x, residual = random_8bit((3, 4), torch.uint8), torch.zeros(3, 2, dtype=torch.uint8)
+    with pytest.raises(ArgumentError, match="residual_scale"):
+        OPS.linear_int8(x, layer.weight, layer.constants, residual, step, 0.0, torch.float32)
+    assert OPS.linear_int8(x, layer.weight, layer.constants, None, step, 0.0, torch.float32).shape == (3, 2)
+
+
+def test_tensors_too_large_for_a_gpu_are_refused_before_a_launch() -> None:
+    """Without memory: what is checked is shapes."""
+    constants, weight = torch.empty(3, 8, device="meta"), torch.empty(8, 1, 1, 16, dtype=torch.int8, device="meta")
+    x = torch.empty(1, 16, 2**14, 2**13, dtype=torch.uint8, device="meta")
+    where = ((1, 1), (1, 1), (0, 0), (1, 1), 1, torch.uint8)
+    with pytest.raises(ArgumentError, match="x: got shape .* expected at most 2,147,483,647 elements"):
+        conv2d_int8._conv_cuda(x, weight, constants, None, 1.0, 0.0, *where)
+    wide = torch.empty(2**10, 1, 1, 16, dtype=torch.int8, device="meta")
+    with pytest.raises(ArgumentError, match="out: got shape"):
+        x = torch.empty(1, 16, 2**11, 2**10, dtype=torch.uint8, device="meta")
+        conv2d_int8._conv_cuda(x, wide, torch.empty(3, 2**10, device="meta"), None, 1.0, 0.0, *where)
+    rows = torch.empty(2**28, 16, dtype=torch.int8, device="meta")
+    with pytest.raises(ArgumentError, match="x: got shape"):
+        conv2d_int8._linear_cuda(
+            rows, torch.empty(8, 16, dtype=torch.int8, device="meta"), constants, None, 1.0, 0.0, torch.uint8
+        )
+    with pytest.raises(ArgumentError, match="x: got shape"):
+        quantize._cuda(torch.empty(2**31, device="meta"), 1.0, torch.uint8)
+    with pytest.raises(ArgumentError, match="x: got shape"):
+        max_pool2d_int8._cuda(
+            torch.empty(2, 2**10, 2**10, 2**10, dtype=torch.uint8, device="meta"), (1, 1), (1, 1), (0, 0), (1, 1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("built", "triton", "capability"), [(True, True, (9, 0)), (True, True, (7, 0)), (False, True, (8, 0))]
+)
+def test_a_gpu_without_kernels_of_this_build_is_told_once(built, triton, capability, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", types.SimpleNamespace(supports=lambda index: False) if built else None)
+    monkeypatch.setattr(cuda, "available", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda.backend.cache_clear()
+    device = torch.device("cuda", 5)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                if capability < (8, 0):
+                    with pytest.raises(DeviceError, match="cuda:5"):
+                        cuda.backend(device)
+                else:
+                    assert cuda.backend(device) == "triton"
+        assert [str(w.message) for w in told] == (
+            ["this build has no CUDA kernels for cuda:5, sm_90: Triton's run there"]
+            if built and capability >= (8, 0)
+            else []
+        )
+    finally:
+        cuda.backend.cache_clear()
+
+
+def test_quantised_layers_stay_in_float_where_nothing_can_run_them(monkeypatch) -> None:
+    def refuse(self, weight):
+        raise DeviceError("x", "cuda:0", "another")
+
+    monkeypatch.setattr(QuantConv2d, "_pack", refuse)
+    layer = DenseConv2d(CONV, W)
+    layer.info.input = SPEC
+    with pytest.warns(UserWarning, match="quantised layers run in float: x: got cuda:0"):
+        options, why_not = options_for(layer, "cpu")
+    assert all(o.candidate.dense for o in options) and "expected another" in why_not
 
 
 CONV = Geometry(4, 8, (3, 3), padding=(1, 1))

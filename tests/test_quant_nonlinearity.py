@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnncomp.errors import ArgumentError
-from cnncomp.nn import QuantConv2d, QuantLinear, QuantSpec, SparseQuantConv2d
+from cnncomp.nn import (
+    BlocksQuantConv2d,
+    DenseConv2d,
+    QuantConv2d,
+    QuantLinear,
+    QuantSpec,
+)
 from cnncomp.ops import cuda
 from tests import cuda_emulated as emulated
 from tests.cuda_device import emulated_device
@@ -52,7 +58,7 @@ def test_output_types_and_files(name, dtype):
     again = QuantConv2d.build(other.config(), other.tensors())
     again.load_state_dict(other.state_dict())
     assert torch.equal(again(x), other(x)) and again.config() == other.config()
-    assert ("nonlinearity" in layer.config()) == bool(name) and layer.own_kernels == (name == "")
+    assert ("nonlinearity" in layer.config()) == bool(name) and layer.own_kernels
     assert str(dtype)[6:] in str(other) and name in str(other)
 
 
@@ -93,7 +99,7 @@ def test_bad_arguments():
         QuantConv2d.from_float(conv, SPEC, nonlinearity="gelu")
     with pytest.raises(ArgumentError, match="float_dtype"):
         QuantConv2d.build(layer.config() | {"float_dtype": "float64"}, layer.tensors())
-    with pytest.raises(ArgumentError, match="a float layer ends in a clamp"):
-        layer.to_dense()
-    with pytest.raises(ArgumentError, match="nonlinearity"):
-        SparseQuantConv2d.from_float(conv, SPEC, nonlinearity="silu")
+    with pytest.raises(ArgumentError, match="nonlinearity: got 'silu'"):
+        BlocksQuantConv2d.from_float(conv, SPEC, nonlinearity="silu")
+    with pytest.raises(ArgumentError, match="activation: got 'gelu'"):
+        DenseConv2d(layer.geometry, conv.weight, nonlinearity="gelu")

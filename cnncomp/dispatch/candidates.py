@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnncomp.errors import CnncompError
+from cnncomp.errors import CnncompError, DeviceError
 from cnncomp.nn import (
     BlocksQuantConv2d,
     BlocksQuantLinear,
@@ -148,9 +150,18 @@ def _is_sparse_quantized(layer: ConvertedLayer) -> str | None:
     return f"{empty:.0%} of the quads of input channels are zero: sparse int8 kernels need {MIN_SPARSITY:.0%}"
 
 
+def _why_not_on_gpu(layer: ConvertedLayer) -> str | None:
+    """Why no sparse kernel of a GPU can run a layer, None if one can."""
+    if reason := _why_no_zeros_in_int8(layer):
+        return reason
+    assert isinstance(layer, (DenseConv2d, DenseLinear))
+    name = layer.nonlinearity
+    return f"a GPU's sparse int8 kernels end in a clamp, not in {name}" if name else None
+
+
 def _why_not_packed(layer: ConvertedLayer) -> str | None:
     """Why no kernel with packed sparse weights can run a layer, None if one can."""
-    if reason := _why_no_zeros_in_int8(layer):
+    if reason := _why_not_on_gpu(layer):
         return reason
     if isinstance(layer, DenseConv2d):
         g = layer.geometry
@@ -176,7 +187,7 @@ def _has_empty_blocks(layer: ConvertedLayer) -> str | None:
 
 def _why_not_gathered(layer: ConvertedLayer) -> str | None:
     """Why no kernel that gathers rows of inputs for runs of outputs can run a layer, None if one can."""
-    if reason := _why_no_zeros_in_int8(layer):
+    if reason := _why_not_on_gpu(layer):
         return reason
     conv = layer.geometry if isinstance(layer, DenseConv2d) else None
     if conv and conv.depthwise:
@@ -233,7 +244,8 @@ def _quant_conv(cls: type[QuantConv2d]) -> Callable[[ConvertedLayer], ConvertedL
     def build(layer: ConvertedLayer) -> ConvertedLayer:
         assert isinstance(layer, DenseConv2d) and layer.info.input is not None
         q, scale, shift = _int8_weight(layer.weight, layer.info)
-        return cls(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
+        more: dict[str, Any] = {"weight_shift": shift, "nonlinearity": layer.nonlinearity}
+        return cls(layer.geometry, q, scale, layer.bias, layer.info.input, layer.activation, **more)
 
     return build
 
@@ -242,7 +254,8 @@ def _quant_linear(cls: type[QuantLinear]) -> Callable[[ConvertedLayer], Converte
     def build(layer: ConvertedLayer) -> ConvertedLayer:
         assert isinstance(layer, DenseLinear) and layer.info.input is not None
         q, scale, shift = _int8_weight(layer.weight, layer.info)
-        return cls(q, scale, layer.bias, layer.info.input, layer.activation, weight_shift=shift)
+        more: dict[str, Any] = {"weight_shift": shift, "nonlinearity": layer.nonlinearity}
+        return cls(q, scale, layer.bias, layer.info.input, layer.activation, **more)
 
     return build
 
@@ -316,6 +329,8 @@ def options_for(layer: ConvertedLayer, device: str) -> tuple[list[Option], str]:
                 built = candidate.build(layer)
             except CnncompError as error:  # e.g. a reduction too long for int32: the layer stays dense and says so
                 reason = str(error)
+                if isinstance(error, DeviceError) and candidate.kernel in ("conv2d_int8", "linear_int8"):
+                    warnings.warn(f"quantised layers run in float: {reason}", UserWarning, stacklevel=2)
             else:
                 built.info = layer.info
                 options.append(Option(candidate, built))

@@ -194,7 +194,7 @@ class Chooser:
                 before = node.all_input_nodes
                 formats[node] = formats[before[0]] if before else NCHW
                 costs[node] = self._passing(node, formats[node])
-                if formats[node] == Q8 and not passes_8bit(self.gm, node):
+                if formats[node] == Q8 and node not in specs and not passes_8bit(self.gm, node):
                     formats[node] = NCHW
                 continue
             takes = option.candidate.takes

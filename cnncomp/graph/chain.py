@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from cnncomp.graph.nodes import has_user_hooks, module_at
-from cnncomp.nn import QuantMaxPool2d, QuantSpec
+from cnncomp.nn import ConcatChannels, QuantMaxPool2d, QuantSpec
 
 _PASS_METHODS = ("flatten", "reshape")
 
@@ -23,7 +23,7 @@ def passes_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
         if has_user_hooks(module):
             return False
         if isinstance(module, nn.MaxPool2d) and type(module) in (nn.MaxPool2d, QuantMaxPool2d):
-            return not module.ceil_mode and not module.return_indices
+            return not module.return_indices
         return type(module) is nn.Flatten
     if node.op == "call_function":
         return node.target is torch.flatten
@@ -36,29 +36,50 @@ def _reads_shape_only(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
 
 
-def _consumers(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _joins(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` puts images one behind the other: in 8 bit if all come in 8 bit, with one scale."""
+    return node.op == "call_module" and type(module_at(gm, node)) is ConcatChannels
+
+
+def _consumers(gm: fx.GraphModule, node: fx.Node, joints: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """(consumer, the input of it that carries ``node``'s values), looking through what passes 8 bit."""
     for user in node.users:
         if _reads_shape_only(user):
             continue
-        if passes_8bit(gm, user) and user.args[0] is node:
-            yield from _consumers(gm, user)
+        if user in joints or (passes_8bit(gm, user) and user.args[0] is node):
+            yield from _consumers(gm, user, joints)
         else:
             yield user, node
 
 
 def output_specs(gm: fx.GraphModule, input_spec: InputSpec) -> dict[fx.Node, QuantSpec]:
-    """For each 8-bit layer whose result can stay in 8 bit, how it is quantised.
+    """For each 8-bit layer whose result can stay in 8 bit, and for each concatenation of such, how it is quantised.
 
     It can if every consumer is an 8-bit layer, and those that multiply it agree on one scale and dtype. (A consumer may
-    also take it as its residual; one that is only a residual stays float, since nothing calibrated it.)
+    also take it as its residual; one that is only a residual stays float, since nothing calibrated it.) Layers whose results
+    are concatenated have the scale of what reads the concatenation: all, or none.
     """
+    joints = {node for node in gm.graph.nodes if _joins(gm, node)}
+    while True:
+        specs = _specs_through(gm, input_spec, joints)
+        for node in gm.graph.nodes:  # in order: what is joined may be joined again
+            if node in joints:
+                given = {specs.get(source(gm, x)) for x in node.all_input_nodes}
+                if len(given) == 1 and (spec := given.pop()) is not None:
+                    specs[node] = spec
+        if not (broken := joints - specs.keys()):
+            return specs
+        joints -= broken
+
+
+def _specs_through(gm: fx.GraphModule, input_spec: InputSpec, joints: set[fx.Node]) -> dict[fx.Node, QuantSpec]:
+    """The layers' part of :func:`output_specs`, if all of ``joints`` take and give 8 bit."""
     specs: dict[fx.Node, QuantSpec] = {}
     for node in gm.graph.nodes:
         if node.op != "call_module" or input_spec(node) is None:
             continue
         wanted: set[QuantSpec | None] = set()
-        for user, carrier in _consumers(gm, node):
+        for user, carrier in _consumers(gm, node, joints):
             spec = input_spec(user) if user.op == "call_module" else None
             if spec is None or user.args[0] is carrier:
                 wanted.add(spec)

@@ -16,6 +16,7 @@ from cnncomp.errors import ArgumentError
 from cnncomp.graph.nodes import cloned, has_user_hooks, input_node, module_at, put_module
 from cnncomp.graph.normalize import normalize
 from cnncomp.nn import (
+    Activation,
     ChannelAffine,
     Clamp,
     ConvertedLayer,
@@ -28,6 +29,7 @@ from cnncomp.nn import (
     quantize_weight,
 )
 from cnncomp.nn.base import INF
+from cnncomp.ops.reference import ACTIVATIONS as EPILOGUE_ACTIVATIONS
 from cnncomp.quantization import ClampChannels, quantization_of
 
 #: Why a layer stays whose parts the graph refers to.
@@ -181,6 +183,18 @@ def activation_of(gm: fx.GraphModule, node: fx.Node) -> Clamp | None:
     return _bounds(node, ("min", "max"), (None, None)) if _target_in(node, _CLAMPS) else None
 
 
+def nonlinearity_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """ "silu" or "hardswish" if that is what ``node``, of a normalised graph, computes, else ""."""
+    module = module_at(gm, node) if node.op == "call_module" else None
+    return module.kind if type(module) is Activation and module.kind in EPILOGUE_ACTIVATIONS else ""
+
+
+def _worth_fusing(nonlinearity: str, device: torch.device) -> bool:
+    """Whether an int8 layer had better end in it. SiLU by the epilogue's steps, whose bits are the same everywhere, takes a CPU
+    longer than floats through a kernel of their own, and quantising them."""
+    return nonlinearity == "hardswish" or (nonlinearity == "silu" and device.type == "cuda")
+
+
 def _bounds(node: fx.Node, names: tuple[str, str], defaults: tuple[float | None, float | None]) -> Clamp | None:
     """The numbers that a clamp was called with, by position or by name."""
     given: dict[str, Any] = {**dict(zip(names, defaults, strict=True)), **dict(zip(names, node.args[1:], strict=False))}
@@ -243,17 +257,23 @@ def _fuse_layer(gm: fx.GraphModule, node: fx.Node, layer: nn.Module, name: str, 
         residual = other
         dead.append(last)
         last = user
-    activation = Clamp()
-    if (user := _only_user(last)) is not None and (clamp := activation_of(gm, user)) is not None:
-        activation = clamp
-        dead.append(last)
-        last = user
+    activation, nonlinearity = Clamp(), ""
+    if (user := _only_user(last)) is not None:
+        clamp = activation_of(gm, user)
+        nonlinearity = nonlinearity_of(gm, user)
+        if quantized is None or not _worth_fusing(nonlinearity, weight.device):
+            nonlinearity = ""
+        if clamp is not None or nonlinearity:
+            activation = clamp or activation
+            dead.append(last)
+            last = user
     dense: ConvertedLayer
     if geometry is not None:
         g = geometry
-        dense = DenseConv2d(g, weight.reshape(g.out_channels, -1, *g.kernel_size), bias, activation)
+        weight4d = weight.reshape(g.out_channels, -1, *g.kernel_size)
+        dense = DenseConv2d(g, weight4d, bias, activation, nonlinearity=nonlinearity)
     else:
-        dense = DenseLinear(weight, bias, activation)
+        dense = DenseLinear(weight, bias, activation, nonlinearity=nonlinearity)
     dense.info = LayerInfo(name, pattern_of(weight))
     if quantized is not None:
         dense.info.input = QuantSpec(quantized.input_scale, quantized.input_dtype)

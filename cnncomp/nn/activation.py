@@ -23,6 +23,13 @@ _IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
 _OF_TORCH = {nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.Hardsigmoid: "hardsigmoid", nn.Hardswish: "hardswish"}
 
 
+def activated(t: Tensor, kind: str) -> Tensor:
+    """The activation ``kind`` of floats, on the kernel of this package where that takes them."""
+    if runs_float_kernels(t) and is_dense(t):
+        return torch.ops.cnncomp.activate(t, kind)
+    return _IN_TORCH[kind](t)
+
+
 class Activation(nn.Module):
     """``nn.SiLU``, ``nn.Sigmoid``, ``nn.Hardswish`` or ``nn.Hardsigmoid``, within 1e-6 relative of torch's.
 
@@ -40,9 +47,7 @@ class Activation(nn.Module):
         self.kind = kind
 
     def forward(self, input: Tensor) -> Tensor:
-        if runs_float_kernels(input) and is_dense(input):
-            return torch.ops.cnncomp.activate(input, self.kind)
-        return _IN_TORCH[self.kind](input)
+        return activated(input, self.kind)
 
     @classmethod
     def of(cls, module: nn.Module) -> Activation | None:

@@ -329,6 +329,11 @@ def clamp_from_config(v: list[Any]) -> Clamp:
     return Clamp(-INF if lo is None else float(lo), bounds if isinstance(hi, list) else bounds[0])
 
 
+def nonlinearity_config(name: str) -> dict[str, str]:
+    """JSON form of a nonlinearity, none of none."""
+    return {"nonlinearity": name} if name else {}
+
+
 def geometry_config(g: Geometry) -> dict[str, Any]:
     return asdict(g)
 

@@ -9,11 +9,18 @@ from cnncomp.nn.base import runs_float_kernels
 
 
 class ConcatChannels(nn.Module):
-    """``torch.cat(inputs, 1)`` of images (N, C, H, W)."""
+    """``torch.cat(inputs, 1)`` of images (N, C, H, W), of floats or of 8 bit with one scale."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        ours = runs_float_kernels(*inputs) and all(t.dim() == 4 for t in inputs)
-        contiguous = all(t.is_contiguous() for t in inputs)
-        if ours and (contiguous or all(t.is_contiguous(memory_format=torch.channels_last) for t in inputs)):
+        if all(t.dim() == 4 for t in inputs) and _on_kernel(inputs):
             return torch.ops.cnncomp.concat_channels(inputs)
         return torch.cat(inputs, 1)
+
+
+def _on_kernel(images: tuple[Tensor, ...]) -> bool:
+    """Whether the kernel of this package takes them: on a CPU, of one dtype and layout."""
+    last = all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+    if runs_float_kernels(*images):
+        return last or all(t.is_contiguous() for t in images)
+    kinds = {(t.device.type, t.dtype) for t in images}
+    return last and kinds in ({("cpu", torch.uint8)}, {("cpu", torch.int8)})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from cnncomp.errors import ArgumentError
+from cnncomp.nn.activation import activated
 from cnncomp.nn.base import (
     LINEAR,
     Clamp,
@@ -23,7 +24,9 @@ from cnncomp.nn.base import (
     clamp_config,
     clamp_from_config,
     geometry_config,
+    nonlinearity_config,
 )
+from cnncomp.ops.conv2d_int8 import check_activation
 from cnncomp.ops.packing import dense_block, pack_dense, unpack_dense
 
 #: Kernels of a dense convolution: torch's conv2d in either layout, and oneDNN's with the epilogue fused and its weight laid
@@ -59,24 +62,43 @@ def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
 
 
 class _Dense(ConvertedLayer):
-    """Bounds of the activation: one interval, and ``upper`` (K,) where each channel has its own."""
+    """Bounds of the activation: one interval, and ``upper`` (K,) where each channel has its own.
+
+    ``nonlinearity``: "silu" or "hardswish" before the clamp, or "": of layers that :func:`cnncomp.quantize` has seen, whose
+    int8 kernels have it too.
+    """
 
     upper: Tensor | None
 
-    def _bound(self, activation: Clamp) -> None:
-        self.activation = activation
+    def _end_in(self, activation: Clamp, nonlinearity: str) -> None:
+        check_activation(nonlinearity, 1.0)
+        self.activation, self.nonlinearity = activation, nonlinearity
         self._interval = Clamp(activation.lo) if isinstance(activation.hi, tuple) else activation
         upper = torch.tensor(activation.hi) if isinstance(activation.hi, tuple) else None
         self.register_buffer("upper", upper, persistent=False)
 
+    @property
+    def _fused_interval(self) -> Clamp:
+        """What the kernel clamps to; behind a nonlinearity, nothing yet."""
+        return LINEAR if self.nonlinearity else self._interval
+
     def _bounded(self, t: Tensor) -> Tensor:
+        if self.nonlinearity:
+            t = clamp_add(activated(t, self.nonlinearity), None, self._interval)
         if self.upper is None:
             return t
         behind = 0 if isinstance(self, LinearLayer) else t.dim() - 2  # dimensions behind the channels
         return torch.minimum(t, self.upper.view(-1, *[1] * behind))
 
     def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
-        return self._bounded(clamp_add(t, residual, self._interval))
+        return self._bounded(clamp_add(t, residual, self._fused_interval))
+
+    def _ending(self) -> str:
+        return f"{self.nonlinearity} {self.activation}".strip()
+
+    @property
+    def writes_over_residual(self) -> bool:
+        return super().writes_over_residual and not self.nonlinearity
 
 
 class DenseConv2d(_Dense, ConvLayer):
@@ -97,6 +119,7 @@ class DenseConv2d(_Dense, ConvLayer):
         bias: Tensor | None = None,
         activation: Clamp = LINEAR,
         kernel: str = "dense.nchw",
+        nonlinearity: str = "",
     ) -> None:
         super().__init__()
         if kernel not in (known := dense_kernels(geometry, "cpu")):
@@ -104,7 +127,7 @@ class DenseConv2d(_Dense, ConvLayer):
         geometry.check(weight)
         check_bias(bias, geometry.out_channels)
         self.geometry, self.kernel = geometry, kernel
-        self._bound(activation)
+        self._end_in(activation, nonlinearity)
         self._onednn: Tensor | None = None  # the weight in a layout that can't be copied or stored
         self.register_buffer("packed", None)
         if kernel == DIRECT_KERNEL:
@@ -166,7 +189,7 @@ class DenseConv2d(_Dense, ConvLayer):
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         if not clamped:
             return self._interval_image(x, residual, LINEAR)
-        return self._bounded(self._interval_image(x, residual, self._interval))
+        return self._bounded(self._interval_image(x, residual, self._fused_interval))
 
     def _interval_image(self, x: Tensor, residual: Tensor | None, act: Clamp) -> Tensor:
         g = self.geometry
@@ -209,6 +232,7 @@ class DenseConv2d(_Dense, ConvLayer):
             "geometry": geometry_config(self.geometry),
             "activation": clamp_config(self.activation),
             "kernel": self.kernel,
+            **nonlinearity_config(self.nonlinearity),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -223,6 +247,7 @@ class DenseConv2d(_Dense, ConvLayer):
             tensors.get("bias"),
             clamp_from_config(config["activation"]),
             config["kernel"],
+            str(config.get("nonlinearity", "")),
         )
 
     def to_dense(self) -> DenseConv2d:
@@ -230,10 +255,10 @@ class DenseConv2d(_Dense, ConvLayer):
 
     def with_kernel(self, kernel: str) -> DenseConv2d:
         """The same layer on another of its :func:`dense_kernels`."""
-        return DenseConv2d(self.geometry, self.weight, self.bias, self.activation, kernel)
+        return DenseConv2d(self.geometry, self.weight, self.bias, self.activation, kernel, self.nonlinearity)
 
     def extra_repr(self) -> str:
-        return f"{self.geometry} {self.activation} kernel={self.kernel}"
+        return f"{self.geometry} {self._ending()} kernel={self.kernel}"
 
 
 class DenseLinear(_Dense, LinearLayer):
@@ -249,6 +274,7 @@ class DenseLinear(_Dense, LinearLayer):
         bias: Tensor | None = None,
         activation: Clamp = LINEAR,
         kernel: str = "dense.linear",
+        nonlinearity: str = "",
     ) -> None:
         super().__init__()
         if kernel not in LINEAR_KERNELS:
@@ -256,7 +282,7 @@ class DenseLinear(_Dense, LinearLayer):
         self.kernel = kernel
         self.out_features, self.in_features = weight.shape
         check_bias(bias, self.out_features)
-        self._bound(activation)
+        self._end_in(activation, nonlinearity)
         self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -265,7 +291,7 @@ class DenseLinear(_Dense, LinearLayer):
         return self.kernel == ROWS_KERNEL
 
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
-        act = self._interval if clamped else LINEAR
+        act = self._fused_interval if clamped else LINEAR
         if self.own_kernels and _can_fuse(x, residual) and x.numel() <= MAX_ROWS * self.in_features:
             t = torch.ops.cnncomp.linear_dense(x, self.weight, self.bias, residual, act.lo, act.hi)
         else:
@@ -273,7 +299,8 @@ class DenseLinear(_Dense, LinearLayer):
         return self._bounded(t) if clamped else t
 
     def config(self) -> dict[str, Any]:
-        return {"activation": clamp_config(self.activation), "kernel": self.kernel}
+        more = nonlinearity_config(self.nonlinearity)
+        return {"activation": clamp_config(self.activation), "kernel": self.kernel, **more}
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"weight": self.weight.detach()}
@@ -282,14 +309,15 @@ class DenseLinear(_Dense, LinearLayer):
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseLinear:
         activation = clamp_from_config(config["activation"])
-        return cls(tensors["weight"], tensors.get("bias"), activation, config.get("kernel", "dense.linear"))
+        kernel, nonlinearity = config.get("kernel", "dense.linear"), str(config.get("nonlinearity", ""))
+        return cls(tensors["weight"], tensors.get("bias"), activation, kernel, nonlinearity)
 
     def to_dense(self) -> DenseLinear:
         return self
 
     def with_kernel(self, kernel: str) -> DenseLinear:
         """The same layer on another of :data:`LINEAR_KERNELS`."""
-        return DenseLinear(self.weight, self.bias, self.activation, kernel)
+        return DenseLinear(self.weight, self.bias, self.activation, kernel, self.nonlinearity)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}→{self.out_features} {self.activation} kernel={self.kernel}"
+        return f"{self.in_features}→{self.out_features} {self._ending()} kernel={self.kernel}"

@@ -3,9 +3,12 @@ same bits."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from cnncomp.errors import ArgumentError
 from cnncomp.nn.quant import QuantConv2d, QuantLinear
 from cnncomp.nn.sparse_quant import ZerosQuant
 from cnncomp.ops.conv2d_blocks import BLOCKS
@@ -19,9 +22,18 @@ from cnncomp.sparsity.vnm import check_m
 
 
 class _PackedQuant(ZerosQuant):
-    """The packed weight. On a CPU, which gains nothing by the format, the layer packs and runs as the dense int8 layer."""
+    """The packed weight. On a CPU, which gains nothing by the format, the layer packs and runs as the dense int8 layer.
+
+    Raises:
+        ArgumentError: a nonlinearity.
+    """
 
     _format: Format
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.nonlinearity:
+            raise ArgumentError("nonlinearity", repr(self.nonlinearity), "none: other int8 layers have one")
 
     def _pack_cuda(self, weight: Tensor) -> Tensor:
         from cnncomp.ops.cuda_sparse import check_device

@@ -24,11 +24,11 @@ def _on_gpu(x: Tensor) -> bool:
 class QuantMaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 8-bit images in 8 bit: max-pool changes no value, so scale and zero point stay.
 
-    Float images run in torch, but those in NCHW on a CPU. Returned indices, and ceil mode on a GPU, are for float images only.
+    Float images run in torch, but those in NCHW on a CPU. Returned indices are for float images only.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        eight_bit = input.dtype in (torch.uint8, torch.int8) and not self.ceil_mode
+        eight_bit = input.dtype in (torch.uint8, torch.int8)
         if self.return_indices or not (eight_bit or (_ours(input) and input.is_contiguous())):
             return super().forward(input)
 
@@ -38,7 +38,7 @@ class QuantMaxPool2d(nn.MaxPool2d):
         stride = self.kernel_size if self.stride is None else self.stride
         window = (pair(self.kernel_size), pair(stride), pair(self.padding), pair(self.dilation))
         if eight_bit:
-            return torch.ops.cnncomp.max_pool2d_int8(input, *window)
+            return torch.ops.cnncomp.max_pool2d_int8(input, *window, self.ceil_mode)
         return torch.ops.cnncomp.max_pool2d(input, *window, self.ceil_mode)
 
     @classmethod

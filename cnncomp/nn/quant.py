@@ -23,10 +23,11 @@ from cnncomp.nn.base import (
     clamp_config,
     clamp_from_config,
     geometry_config,
+    nonlinearity_config,
 )
 from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.ops.conv2d_int8 import check_activation
-from cnncomp.ops.library import check_reduction
+from cnncomp.ops.library import check_factor, check_reduction
 from cnncomp.ops.packing import pack_int8, unpack_int8
 from cnncomp.ops.reference import QRANGE, finish
 from cnncomp.quantization import quantization_of
@@ -75,8 +76,7 @@ class _QuantLayer(ConvertedLayer):
 
     ``weight_shift`` (K,): the weights are weight_scale·q + weight_shift (the mean-shift scheme).
 
-    ``nonlinearity``: "silu" or "hardswish" before the clamp of ``activation``, or "". In the kernel on a GPU; on a CPU as steps
-    behind it, with the same bits.
+    ``nonlinearity``: "silu" or "hardswish" before the clamp of ``activation``, or "".
 
     ``output``: how the result is quantised, None for ``float_dtype``: float32, float16 or bfloat16. ``residual_scale``: one
     step of an 8-bit residual (1 for a float one). The buffer ``steps`` holds these and ``input`` as numbers, so that a state
@@ -111,8 +111,10 @@ class _QuantLayer(ConvertedLayer):
             raise ArgumentError("float_dtype", float_dtype, " or ".join(map(str, _FLOATS)))
         if weight.dtype != torch.int8:
             raise ArgumentError("weight", weight.dtype, "torch.int8")
-        if weight_scale.shape != (weight.shape[0],) or not bool((weight_scale > 0).all()):
-            raise ArgumentError("weight_scale", tuple(weight_scale.shape), f"({weight.shape[0]},) positive scales")
+        positive = (weight_scale > 0) & torch.isfinite(weight_scale)
+        if weight_scale.shape != (weight.shape[0],) or not bool(positive.all()):
+            got = f"shape {tuple(weight_scale.shape)}, {int((~positive).sum())} of them not finite and above 0"
+            raise ArgumentError("weight_scale", got, f"({weight.shape[0]},) finite scales above 0")
         if weight_shift is not None and (
             weight_shift.shape != (weight.shape[0],) or not bool(torch.isfinite(weight_shift).all())
         ):
@@ -134,6 +136,10 @@ class _QuantLayer(ConvertedLayer):
     def _pack(self, weight: Tensor) -> Tensor:
         if weight.device.type == "cpu":
             return pack_int8(weight.reshape(*weight.shape[:2], *self._kernel_size()), self.groups)
+        if weight.device.type == "cuda":
+            from cnncomp.ops import cuda
+
+            cuda.backend(weight.device)  # raises where no kernel can run, before anything is packed for it
         return self._pack_cuda(weight)
 
     def _pack_cuda(self, weight: Tensor) -> Tensor:
@@ -143,7 +149,12 @@ class _QuantLayer(ConvertedLayer):
         return (1, 1)
 
     def set_output(self, output: QuantSpec | None, residual_scale: float = 1.0) -> None:
-        """Fix what the layer returns (8 bit with a scale, or floats) and what one step of its residual is worth."""
+        """Fix what the layer returns (8 bit with a scale, or floats) and what one step of its residual is worth.
+
+        Raises:
+            ArgumentError: a ``residual_scale`` that is not a finite number above 0.
+        """
+        check_factor("residual_scale", residual_scale)
         self.output, self.residual_step = output, residual_scale
         s_out = 1.0 if output is None else output.scale
         step = 1.0 if self.nonlinearity else s_out  # in which sums are, before the clamp
@@ -176,7 +187,7 @@ class _QuantLayer(ConvertedLayer):
 
     @property
     def own_kernels(self) -> bool:
-        return super().own_kernels and not self.nonlinearity and self.float_dtype == torch.float32
+        return super().own_kernels and self.float_dtype == torch.float32
 
     def _constants(self, clamped: bool) -> tuple[Tensor, float, torch.dtype]:
         """The operator's constants, lower bound and output dtype; with ``clamped=False``, up to the residual only."""
@@ -204,8 +215,6 @@ class _QuantLayer(ConvertedLayer):
 
     def _noted(self, dense: Dense) -> Dense:
         """``dense`` with this layer's quantisation in its info, so that it can be converted again."""
-        if self.nonlinearity:
-            raise ArgumentError("nonlinearity", self.nonlinearity, "none: a float layer ends in a clamp")
         dense.info = dataclasses.replace(
             self.info, input=self.input, weight_scale=self.weight_scale, weight_shift=self.weight_shift
         )
@@ -227,7 +236,7 @@ class _QuantLayer(ConvertedLayer):
 
     def config(self) -> dict[str, Any]:
         out = self.output
-        more = {"nonlinearity": self.nonlinearity} if self.nonlinearity else {}
+        more = nonlinearity_config(self.nonlinearity)
         if self.float_dtype != torch.float32:
             more["float_dtype"] = str(self.float_dtype).removeprefix("torch.")
         return {
@@ -257,7 +266,7 @@ class _QuantLayer(ConvertedLayer):
 
     def _io(self) -> str:
         out = str(self.out_dtype).removeprefix("torch.")
-        return f"{str(self.input.dtype).removeprefix('torch.')}→{out} {self.nonlinearity or self.activation}".rstrip()
+        return f"{str(self.input.dtype).removeprefix('torch.')}→{out} {self.nonlinearity} {self.activation}".rstrip()
 
 
 def _float_from_config(name: Any) -> torch.dtype:
@@ -377,7 +386,10 @@ class QuantConv2d(_QuantLayer, ConvLayer):
 
     def to_dense(self) -> DenseConv2d:
         """The float convolution on the dequantised weights."""
-        return self._noted(DenseConv2d(self.geometry, self._dequantized(), self.bias, self.activation))
+        weight = self._dequantized()
+        return self._noted(
+            DenseConv2d(self.geometry, weight, self.bias, self.activation, nonlinearity=self.nonlinearity)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.geometry} {self._io()}"
@@ -442,7 +454,7 @@ class QuantLinear(_QuantLayer, LinearLayer):
 
     def to_dense(self) -> DenseLinear:
         """The float linear on the dequantised weights."""
-        return self._noted(DenseLinear(self._dequantized(), self.bias, self.activation))
+        return self._noted(DenseLinear(self._dequantized(), self.bias, self.activation, nonlinearity=self.nonlinearity))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}→{self.out_features} {self._io()}"

@@ -22,7 +22,7 @@ class ZerosQuant(_QuantLayer):
     """An int8 layer that gains by zeros in its weights.
 
     Raises:
-        ArgumentError: mean-shift weights; a nonlinearity, or an output in half precision.
+        ArgumentError: mean-shift weights; an output in half precision.
     """
 
     def __init__(self, *args: Any, weight_shift: Tensor | None = None, **kwargs: Any) -> None:
@@ -30,9 +30,8 @@ class ZerosQuant(_QuantLayer):
             expected = "None: weights that are all shifted have no zeros"
             raise ArgumentError("weight_shift", "mean-shift weights", expected)
         super().__init__(*args, **kwargs)
-        if self.nonlinearity or self.float_dtype != torch.float32:
-            got = self.nonlinearity or self.float_dtype
-            raise ArgumentError("nonlinearity or float_dtype", got, "none and float32: dense int8 layers have others")
+        if self.float_dtype != torch.float32:
+            raise ArgumentError("float_dtype", self.float_dtype, "torch.float32: dense int8 layers have others")
 
 
 class _SparseQuant(ZerosQuant):
@@ -87,7 +86,7 @@ class SparseQuantConv2d(_SparseQuant, QuantConv2d):
         constants, lo, dtype = self._constants(clamped)
         return torch.ops.cnncomp.conv2d_sparse_int8(
             self._input(x), *self._packed(), constants, residual, self.residual_scale, lo,
-            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype, *self._ending(clamped),
         )  # fmt: skip
 
 
@@ -114,4 +113,4 @@ class SparseQuantLinear(_SparseQuant, QuantLinear):
             return super()._run(x, residual, clamped)
         constants, lo, dtype = self._constants(clamped)
         args = (self._input(x), *self._packed(), constants, residual, self.residual_scale, lo, dtype)
-        return torch.ops.cnncomp.linear_sparse_int8(*args)
+        return torch.ops.cnncomp.linear_sparse_int8(*args, *self._ending(clamped))

@@ -1,4 +1,4 @@
-"""``cnncomp::concat_channels``: float images one behind the other."""
+"""``cnncomp::concat_channels``: images one behind the other, of floats or of bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.library import check_float32, define, num_threads
+from cnncomp.ops.library import check_dtype, check_same_device, define, num_threads
 
 
 def _fake(tensors: Sequence[Tensor]) -> Tensor:
@@ -33,7 +33,12 @@ def _cpu(tensors: Sequence[Tensor]) -> Tensor:
     from cnncomp import _cpu as kernels
 
     out = _fake(tensors)
-    check_float32(tensors[0], **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
+    first, named = tensors[0], {f"tensors[{i}]": t for i, t in enumerate(tensors)}
+    check_dtype("tensors[0]", first, torch.float32, torch.uint8, torch.int8)
+    for name, t in named.items():
+        check_dtype(name, t, first.dtype)
+    check_same_device(first, **named)
+    copy = kernels.copy_rows if first.dtype == torch.float32 else kernels.copy_byte_rows
     n, channels, h, w = out.shape
     last = _are_last(tensors)
     rows, pixels, offset = (n * h * w, 1, 0) if last else (n, h * w, 0)
@@ -41,8 +46,8 @@ def _cpu(tensors: Sequence[Tensor]) -> Tensor:
         t = t if last else t.contiguous()
         length = t.shape[1] * pixels
         if t.numel():
-            address = out.data_ptr() + 4 * offset
-            kernels.copy_rows(t.data_ptr(), rows, length, address, channels * pixels, num_threads())
+            address = out.data_ptr() + first.itemsize * offset
+            copy(t.data_ptr(), rows, length, address, channels * pixels, num_threads())
         offset += length
     return out
 

@@ -3,13 +3,12 @@
 ``constants`` has the rows scale, bias and hi, and a fourth, shift, for mean-shift weights.
 ``activation`` is "silu", "hardswish" or "" for none but the clamp; with one, scale, bias and residual give its input in real
 units, and ``out_factor``, 1 / the step of the output, comes behind it, before the clamp. float16 and bfloat16, as output and
-residual, and activations are the GPU kernels'; on a CPU they are steps behind the float32 kernel, with the same bits.
+residual, are the GPU kernels'; on a CPU they are steps before and behind the float32 kernel, with the same bits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from cnncomp.ops.library import (
     Pair,
     check_contiguous,
     check_dtype,
+    check_elements,
+    check_factor,
     check_residual,
     check_same_device,
     contiguous,
@@ -29,7 +30,7 @@ from cnncomp.ops.library import (
     pointer,
 )
 from cnncomp.ops.packing import depthwise_columns, is_depthwise
-from cnncomp.ops.reference import ACTIVATIONS, finish
+from cnncomp.ops.reference import ACTIVATIONS
 
 CONV_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor constants, Tensor? residual, float residual_scale, float lo, int[2] kernel_size, "
@@ -42,8 +43,10 @@ LINEAR_SCHEMA = (
 
 
 HALVES = (torch.float16, torch.bfloat16)
-#: Trailing arguments of the dense operators.
-_ACTIVATION = ', str activation="", float out_factor=1.0)'
+#: Trailing arguments of operators whose kernels have the activations.
+ACTIVATION_SCHEMA = ', str activation="", float out_factor=1.0)'
+#: The kernels' codes of the activations; none but the clamp.
+ACTIVATION_CODE = {"": 0, "silu": 1, "hardswish": 2}
 
 
 def check_operands(
@@ -76,8 +79,13 @@ def check_activation(activation: str, out_factor: float) -> None:
     """Raise :class:`ArgumentError` for an activation that there is not, or a factor behind it that no step of an output has."""
     if activation not in ("", *ACTIVATIONS):
         raise ArgumentError("activation", repr(activation), " or ".join(map(repr, ("", *ACTIVATIONS))))
-    if not (math.isfinite(out_factor) and out_factor > 0):
-        raise ArgumentError("out_factor", out_factor, "a finite number above 0")
+    check_factor("out_factor", out_factor)
+
+
+def check_residual_scale(residual: Tensor | None, residual_scale: float) -> None:
+    """Raise :class:`ArgumentError` for a step that no residual has, if there is one."""
+    if residual is not None:
+        check_factor("residual_scale", residual_scale)
 
 
 def check_unshifted(constants: Tensor) -> None:
@@ -135,29 +143,14 @@ def _check_packed(weight: Tensor, c: int, k: int, kernel_size: Pair, groups: int
     return depthwise
 
 
-def _needs_steps(residual: Tensor | None, out_dtype: torch.dtype, activation: str) -> bool:
-    """Whether the CPU kernels alone can't do a layer."""
-    return bool(activation) or out_dtype in HALVES or (residual is not None and residual.dtype in HALVES)
+def kernel_dtype(out_dtype: torch.dtype) -> torch.dtype:
+    """What the CPU kernels give for an output of ``out_dtype``."""
+    return out_dtype if out_dtype in DTYPE_CODE else torch.float32
 
 
-def _in_steps(
-    run: Callable[[Tensor, Tensor | None, float, torch.dtype], Tensor],
-    constants: Tensor,
-    hi: Tensor,
-    residual: Tensor | None,
-    lo: float,
-    out_dtype: torch.dtype,
-    activation: str,
-    out_factor: float,
-) -> Tensor:
-    """A layer by the CPU kernels and steps behind them. ``run``: the kernel, from constants, residual, lo and output dtype."""
-    if residual is not None and residual.dtype in HALVES:
-        residual = residual.float()
-    if not activation:
-        return run(constants, residual, lo, out_dtype if out_dtype in DTYPE_CODE else torch.float32).to(out_dtype)
-    unclamped = constants.clone()
-    unclamped[2] = math.inf
-    return finish(run(unclamped, residual, -math.inf, torch.float32), lo, hi, out_dtype, activation, out_factor)
+def _widened(t: Tensor | None) -> Tensor | None:
+    """A residual as the CPU kernels take it."""
+    return t.float() if t is not None and t.dtype in HALVES else t
 
 
 def _conv_cpu(
@@ -181,30 +174,24 @@ def _conv_cpu(
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     check_operands(x, weight, constants, residual, shape, out_dtype, HALVES)
     check_activation(activation, out_factor)
-    if _needs_steps(residual, out_dtype, activation):
-        hi = constants[2].view(-1, 1, 1)
-        return _in_steps(
-            lambda constants, residual, lo, dtype: _conv_cpu(
-                x, weight, constants, residual, residual_scale, lo, kernel_size, stride, padding, dilation, groups, dtype
-            ),
-            constants, hi, residual, lo, out_dtype, activation, out_factor,
-        )  # fmt: skip
+    check_residual_scale(residual, residual_scale)
     n, c, h, w = x.shape
     k = shape[1]
     depthwise = _check_packed(weight, c, k, kernel_size, groups)
-    out = torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)
+    out = torch.empty(shape, dtype=kernel_dtype(out_dtype), memory_format=torch.channels_last)
     if out.numel() == 0:
-        return out
+        return out.to(out_dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    residual = contiguous(residual, torch.channels_last)
+    residual = contiguous(_widened(residual), torch.channels_last)
     _cpu.conv2d_int8(
         x.data_ptr(), x.dtype == torch.int8, n, h, w, c,
         weight.data_ptr(), k, *kernel_size, *stride, *padding, *dilation, groups, depthwise,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), constants.shape[0] == 4,
+        out.data_ptr(), DTYPE_CODE[out.dtype], num_threads(), constants.shape[0] == 4,
+        ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
-    return out
+    return out.to(out_dtype)
 
 
 def _conv_cuda(
@@ -228,15 +215,17 @@ def _conv_cuda(
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     check_operands(x, weight, constants, residual, shape, out_dtype, HALVES)
     check_activation(activation, out_factor)
+    check_residual_scale(residual, residual_scale)
     _check_channels(x.shape[1], shape[1], groups)
     _check_shape(weight, (shape[1], *kernel_size, x.shape[1] // groups))
+    check_elements(x=x.shape, weight=weight.shape, out=shape)
     return cuda.conv2d_int8(
         x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype, activation,
         out_factor,
     )  # fmt: skip
 
 
-define("conv2d_int8", CONV_SCHEMA.replace(")", _ACTIVATION), _conv_fake, _conv_cpu, _conv_cuda)
+define("conv2d_int8", CONV_SCHEMA.replace(")", ACTIVATION_SCHEMA), _conv_fake, _conv_cpu, _conv_cuda)
 
 
 def _linear_fake(
@@ -269,28 +258,23 @@ def _linear_cpu(
     shape = (*x.shape[:-1], constants.shape[1])
     check_operands(x, weight, constants, residual, shape, out_dtype, HALVES)
     check_activation(activation, out_factor)
-    if _needs_steps(residual, out_dtype, activation):
-        return _in_steps(
-            lambda constants, residual, lo, dtype: _linear_cpu(
-                x, weight, constants, residual, residual_scale, lo, dtype
-            ),
-            constants, constants[2], residual, lo, out_dtype, activation, out_factor,
-        )  # fmt: skip
+    check_residual_scale(residual, residual_scale)
     c, k = x.shape[-1], shape[-1]
     _check_packed(weight, c, k, (1, 1), 1)
-    out = torch.empty(shape, dtype=out_dtype)
+    out = torch.empty(shape, dtype=kernel_dtype(out_dtype))
     if out.numel() == 0:
-        return out
+        return out.to(out_dtype)
     x = x.contiguous()
-    residual = contiguous(residual)
+    residual = contiguous(_widened(residual))
     _cpu.conv2d_int8(
         x.data_ptr(), x.dtype == torch.int8, x.numel() // c, 1, 1, c,
         weight.data_ptr(), k, 1, 1, 1, 1, 0, 0, 1, 1, 1, False,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), constants.shape[0] == 4,
+        out.data_ptr(), DTYPE_CODE[out.dtype], num_threads(), constants.shape[0] == 4,
+        ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
-    return out
+    return out.to(out_dtype)
 
 
 def _linear_cuda(
@@ -308,8 +292,10 @@ def _linear_cuda(
 
     check_operands(x, weight, constants, residual, (*x.shape[:-1], constants.shape[1]), out_dtype, HALVES)
     check_activation(activation, out_factor)
+    check_residual_scale(residual, residual_scale)
     _check_shape(weight, (constants.shape[1], x.shape[-1]))
+    check_elements(x=x.shape, weight=weight.shape, out=(*x.shape[:-1], constants.shape[1]))
     return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype, activation, out_factor)
 
 
-define("linear_int8", LINEAR_SCHEMA.replace(")", _ACTIVATION), _linear_fake, _linear_cpu, _linear_cuda)
+define("linear_int8", LINEAR_SCHEMA.replace(")", ACTIVATION_SCHEMA), _linear_fake, _linear_cpu, _linear_cuda)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError
-from cnncomp.ops.conv2d_int8 import check_operands, check_unshifted
+from cnncomp.ops.conv2d_int8 import (
+    ACTIVATION_CODE,
+    ACTIVATION_SCHEMA,
+    check_activation,
+    check_operands,
+    check_residual_scale,
+    check_unshifted,
+)
 from cnncomp.ops.library import (
     DTYPE_CODE,
     Pair,
@@ -83,6 +90,8 @@ def _conv_fake(
     dilation: Pair,
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
@@ -104,12 +113,16 @@ def _conv_cpu(
     dilation: Pair,
     groups: int,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     from cnncomp import _cpu
 
     shape = conv_out_shape(x, constants.shape[1], kernel_size, stride, padding, dilation)
     n, c, h, w = x.shape
     _check(x, values, index, row_ptr, block, constants, residual, c // groups, shape, out_dtype)
+    check_activation(activation, out_factor)
+    check_residual_scale(residual, residual_scale)
     out = torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
@@ -121,12 +134,12 @@ def _conv_cpu(
         shape[1], *kernel_size, *stride, *padding, *dilation, groups,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), _scattered(index),
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), _scattered(index), ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
 
-define("conv2d_sparse_int8", CONV_SCHEMA, _conv_fake, _conv_cpu)
+define("conv2d_sparse_int8", CONV_SCHEMA.replace(")", ACTIVATION_SCHEMA), _conv_fake, _conv_cpu)
 
 
 def _linear_fake(
@@ -140,6 +153,8 @@ def _linear_fake(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], constants.shape[1]), dtype=out_dtype)
 
@@ -155,11 +170,15 @@ def _linear_cpu(
     residual_scale: float,
     lo: float,
     out_dtype: torch.dtype,
+    activation: str = "",
+    out_factor: float = 1.0,
 ) -> Tensor:
     from cnncomp import _cpu
 
     c, shape = x.shape[-1], (*x.shape[:-1], constants.shape[1])
     _check(x, values, index, row_ptr, block, constants, residual, c, shape, out_dtype)
+    check_activation(activation, out_factor)
+    check_residual_scale(residual, residual_scale)
     out = torch.empty(shape, dtype=out_dtype)
     if out.numel() == 0:
         return out
@@ -171,9 +190,9 @@ def _linear_cpu(
         shape[-1], 1, 1, 1, 1, 0, 0, 1, 1, 1,
         constants.data_ptr(),
         pointer(residual), 0 if residual is None else DTYPE_CODE[residual.dtype], residual_scale, lo,
-        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(),
+        out.data_ptr(), DTYPE_CODE[out_dtype], num_threads(), False, ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
 
-define("linear_sparse_int8", LINEAR_SCHEMA, _linear_fake, _linear_cpu)
+define("linear_sparse_int8", LINEAR_SCHEMA.replace(")", ACTIVATION_SCHEMA), _linear_fake, _linear_cpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from cnncomp.errors import DeviceError
 from cnncomp.kernels import available
 from cnncomp.ops import reference
-from cnncomp.ops.library import contiguous, conv_out_shape, conv_out_size
+from cnncomp.ops.conv2d_int8 import ACTIVATION_CODE
+from cnncomp.ops.library import contiguous, conv_out_shape, conv_out_size, pool_out_shape
 from cnncomp.ops.packing import PackedSparse
 from cnncomp.sparsity.blocks import PackedBlocks, pack_blocks, unpack_blocks
 
@@ -28,7 +30,7 @@ _DTYPE_CODE = {torch.uint8: 0, torch.int8: 1, torch.float32: 2, torch.float16: 3
 
 @functools.cache
 def backend(device: torch.device) -> str:
-    """ "cuda" or "triton": what runs the int8 kernels on this device.
+    """ "cuda" or "triton": what runs the int8 kernels on this device. Warns, once, where this build has no CUDA kernels for it.
 
     Raises:
         DeviceError: neither can.
@@ -36,7 +38,11 @@ def backend(device: torch.device) -> str:
     if _cuda is not None and _cuda.supports(_index(device)):
         return "cuda"
     # Triton has no int8 dot before sm_80.
-    if available() and torch.cuda.get_device_capability(device) >= (8, 0):
+    major, minor = torch.cuda.get_device_capability(device)
+    if available() and major >= 8:
+        if _cuda is not None:
+            message = f"this build has no CUDA kernels for {device}, sm_{major}{minor}: Triton's run there"
+            warnings.warn(message, UserWarning, stacklevel=2)
         return "triton"
     raise DeviceError("x", device, "a device that this build's CUDA kernels or Triton 3 (sm_80 and later) can run on")
 
@@ -75,9 +81,6 @@ def _workspace_arguments(device: torch.device, index: int, stream: int) -> tuple
     space = _workspace(device, stream, _module().capture_id(index, stream))
     return space.data_ptr(), space.nbytes
 
-
-#: Codes of the epilogue's activations; none but the clamp.
-_ACTIVATION_CODE = {"": 0, "silu": 1, "hardswish": 2}
 
 #: The plan chooses the tile, and how many blocks share the reduction of one.
 _NO_WISH = ("", 0)
@@ -212,7 +215,7 @@ def conv2d_int8(
     _module().conv2d_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, n, h, w, c, weight.data_ptr(), k, r, s,
         *stride, *padding, *dilation, groups, *_epilogue_arguments(constants, residual, residual_scale, lo, out),
-        *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH, ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
@@ -251,7 +254,7 @@ def linear_int8(
     _module().linear_int8(
         index, stream, multiprocessors, x.data_ptr(), x.dtype == torch.int8, x.numel() // c, c, weight.data_ptr(), k,
         *_epilogue_arguments(constants, residual, residual_scale, lo, out),
-        *_workspace_arguments(x.device, index, stream), *_NO_WISH, _ACTIVATION_CODE[activation], out_factor,
+        *_workspace_arguments(x.device, index, stream), *_NO_WISH, ACTIVATION_CODE[activation], out_factor,
     )  # fmt: skip
     return out
 
@@ -278,20 +281,25 @@ def quantize(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def max_pool2d_int8(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool = False,
 ) -> Tensor:
     """Max-pool of 8-bit ``x`` (N, C, H, W): (N, C, P, Q), channels_last."""
     if backend(x.device) == "triton":
-        return reference.max_pool2d_int8(x, kernel_size, stride, padding, dilation)
-    n, k, p, q = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
+        return reference.max_pool2d_int8(x, kernel_size, stride, padding, dilation, ceil_mode)
+    n, k, p, q = pool_out_shape(x, kernel_size, stride, padding, dilation, ceil_mode)
     out = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
     x = x.contiguous(memory_format=torch.channels_last)
     index, stream, _ = _launch_arguments(x)
     _module().max_pool2d_int8(
-        index, stream, x.data_ptr(), _DTYPE_CODE[x.dtype], n, x.shape[2], x.shape[3], k, *kernel_size, *stride, *padding,
-        *dilation, out.data_ptr(),
+        index, stream, p, q, x.data_ptr(), _DTYPE_CODE[x.dtype], n, x.shape[2], x.shape[3], k, *kernel_size, *stride,
+        *padding, *dilation, out.data_ptr(),
     )  # fmt: skip
     return out
 

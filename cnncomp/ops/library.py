@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,9 @@ LIBRARY = torch.library.Library("cnncomp", "DEF")
 
 #: Longest sum of u8 x s8 products that always fits int32: floor((2**31 - 1) / (255 * 127)).
 MAX_REDUCTION = 66_311
+
+#: Of a tensor that a GPU's int8 kernels take or give.
+MAX_ELEMENTS = 2**31 - 1
 
 #: (vertical, horizontal); torch passes lists.
 Pair = tuple[int, int]
@@ -92,6 +96,19 @@ def check_residual(residual: Tensor | None, shape: Sequence[int]) -> None:
         raise ArgumentError("residual", f"shape {tuple(residual.shape)}", f"the output's shape {tuple(shape)}")
 
 
+def check_factor(name: str, value: float) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a finite number above 0, as steps and their inverses are."""
+    if not (math.isfinite(value) and value > 0):
+        raise ArgumentError(name, value, "a finite number above 0")
+
+
+def check_elements(**shapes: Sequence[int]) -> None:
+    """Raise :class:`ArgumentError` for a tensor on a GPU of more elements than its kernels count."""
+    for name, shape in shapes.items():
+        if math.prod(shape) > MAX_ELEMENTS:
+            raise ArgumentError(name, f"shape {tuple(shape)}", f"at most {MAX_ELEMENTS:,} elements")
+
+
 def check_vector(name: str, x: Tensor | None, length: int) -> None:
     """Raise :class:`ArgumentError` unless ``x``, if it is there, is a vector of ``length`` values in one piece."""
     if x is not None and (tuple(x.shape) != (length,) or not x.is_contiguous()):
@@ -141,6 +158,24 @@ def conv_out_shape(
     if p < 1 or q < 1:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", f"an image no smaller than the kernel {tuple(kernel_size)}")
     return x.shape[0], out_channels, p, q
+
+
+def pool_out_shape(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[int, int, int, int]:
+    """Output shape (N, C, P, Q) of a pooling. With ``ceil_mode`` one more window where the last ones leave pixels and it begins
+    before the padding behind the image; errors as :func:`conv_out_shape`."""
+    n, c, *pixels = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
+    for i in (0, 1) if ceil_mode else ():
+        size, reach = x.shape[2 + i], dilation[i] * (kernel_size[i] - 1) + 1
+        left = (size + 2 * padding[i] - reach) % stride[i]
+        pixels[i] += bool(left and pixels[i] * stride[i] < size + padding[i])
+    return n, c, pixels[0], pixels[1]
 
 
 def contiguous(x: Tensor | None, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor | None:

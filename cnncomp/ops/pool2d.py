@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnncomp.ops.library import Pair, check_dtype, conv_out_shape, define, num_threads
+from cnncomp.ops.library import Pair, check_dtype, define, num_threads, pool_out_shape
 
 MAX_SCHEMA = (
     "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode=False) -> Tensor"
@@ -16,14 +16,7 @@ MEAN_SCHEMA = "(Tensor x) -> Tensor"
 def _max_fake(
     x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool = False
 ) -> Tensor:
-    n, c, *pixels = conv_out_shape(x, x.shape[1], kernel_size, stride, padding, dilation)
-    for i in (
-        (0, 1) if ceil_mode else ()
-    ):  # one more window where the last ones leave pixels and it begins before the padding
-        size, reach = x.shape[2 + i], dilation[i] * (kernel_size[i] - 1) + 1
-        left = (size + 2 * padding[i] - reach) % stride[i]
-        pixels[i] += bool(left and pixels[i] * stride[i] < size + padding[i])
-    return x.new_empty((n, c, *pixels))
+    return x.new_empty(pool_out_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
 
 
 def _max_cpu(

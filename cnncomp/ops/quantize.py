@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnncomp.ops.library import check_dtype, define, num_threads
+from cnncomp.ops.library import check_dtype, check_elements, check_factor, define, num_threads
 
 SCHEMA = "(Tensor x, float inv_scale, ScalarType dtype) -> Tensor"
 
@@ -19,7 +19,8 @@ def _fake(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
     return _empty(x, dtype)
 
 
-def _check(x: Tensor, dtype: torch.dtype) -> None:
+def _check(x: Tensor, inv_scale: float, dtype: torch.dtype) -> None:
+    check_factor("inv_scale", inv_scale)
     check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
     check_dtype("dtype", torch.empty(0, dtype=dtype), torch.uint8, torch.int8)
 
@@ -27,7 +28,7 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
 def _cpu(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
     from cnncomp import _cpu as kernels
 
-    _check(x, dtype)
+    _check(x, inv_scale, dtype)
     x = x.float()
     out = _empty(x, dtype)
     if x.numel() == 0:
@@ -49,7 +50,8 @@ def _cpu(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
 def _cuda(x: Tensor, inv_scale: float, dtype: torch.dtype) -> Tensor:
     from cnncomp.ops import cuda
 
-    _check(x, dtype)
+    _check(x, inv_scale, dtype)
+    check_elements(x=x.shape)
     return cuda.quantize(x, inv_scale, dtype)
 
 

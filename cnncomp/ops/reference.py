@@ -133,10 +133,15 @@ def linear_int8(
 
 
 def max_pool2d_int8(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool = False,
 ) -> Tensor:
     """Max-pool of 8-bit ``x`` (N, C, H, W)."""
-    pooled = F.max_pool2d(x.float(), list(kernel_size), list(stride), list(padding), list(dilation))
+    pooled = F.max_pool2d(x.float(), list(kernel_size), list(stride), list(padding), list(dilation), ceil_mode)
     return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 

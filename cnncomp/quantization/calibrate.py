@@ -31,7 +31,7 @@ from cnncomp.quantization.fake import (
     remove_layer_quantization,
 )
 from cnncomp.quantization.feed import Feed
-from cnncomp.quantization.links import layer_graph, norm_after
+from cnncomp.quantization.links import layer_graph, norm_after, unpooled_readers
 from cnncomp.quantization.qat import TrainedWeight, fold_norms, trained_input
 from cnncomp.quantization.rounding import round_adaptively
 from cnncomp.quantization.scales import METHODS, RangeObserver, weight_scales
@@ -60,7 +60,8 @@ def quantize(
 
     Weights get int8 steps per output channel; each layer's input gets one step, uint8 where calibration saw nothing
     negative and int8 elsewhere; zero points are 0 and biases stay float. The model goes on training (straight-through
-    gradients), pruned weights stay zero. Layers that calibration never reaches stay float, with a warning.
+    gradients), pruned weights stay zero. A layer behind a max-pool has the step of the layers that read the same values
+    before it. Layers that calibration never reaches stay float, with a warning.
 
     Args:
         model: The model; runs in eval mode, its training flags are restored.
@@ -107,6 +108,7 @@ def quantize(
         equalize_layers(model, feed, equalize)
     observers = _observe(layers, feed, histogram=method != "minmax")
     layers = _reached(layers, observers)
+    observers |= {name: observers[other] for name, other in unpooled_readers(model, layers).items()}
     if qat:
         fold_norms(model)
     changed = correct_bias or rounding != "nearest"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +96,32 @@ def links_of(model: nn.Module, graph: fx.Graph | None) -> list[Link]:
                 links.append(search.link)
             seen |= set(search.link.firsts)
     return links
+
+
+def unpooled_readers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of layers that read max-pooled values: the layer that reads the same values before they are pooled, of ``names``.
+
+    What they read can stay in 8 bit with one scale for both. Nothing where the model's forward can't be traced.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # fx, and the model's own code on a proxy, raise anything
+        return {}
+    known, found = set(names), dict[str, str]()
+    calls = {node: str(node.target) for node in _called_once(model, graph) if str(node.target) in known}
+    for node, name in calls.items():
+        read = node.args[0]
+        while isinstance(read, fx.Node) and _max_pools(model, read):
+            read = read.args[0]
+            readers = [calls[user] for user in read.users if user in calls] if isinstance(read, fx.Node) else []
+            if readers:
+                found[name] = readers[0]
+    return found
+
+
+def _max_pools(model: nn.Module, node: fx.Node) -> bool:
+    kind = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    return kind in (nn.MaxPool2d, F.max_pool2d, torch.max_pool2d) and bool(node.args)
 
 
 class _Search:

@@ -8,6 +8,7 @@
 #include "cpuid.h"
 #include "driver.h"
 #include "parallel.h"
+#include "pitch.h"
 
 namespace cnncomp {
 namespace {
@@ -55,6 +56,16 @@ void affine_rows(const ActivateArgs& a, const AffineRows& map) {
 
 void copy_rows(const ActivateArgs& a) {
   for_rows("copy_rows", a, [](int64_t, const float* x, int64_t length, float* out) { std::memcpy(out, x, length * sizeof(float)); });
+}
+
+void copy_byte_rows(const uint8_t* x, int64_t rows, int64_t length, uint8_t* out, int64_t out_pitch, int num_threads) {
+  if (out_pitch < length) throw std::invalid_argument("copy_byte_rows: rows would overlap");
+  constexpr int64_t kBytes = 16 << 10;  // of a task
+  const int64_t tasks = std::min(rows, ceil_div(rows * length, kBytes));
+  parallel_for(num_threads, tasks, [&](int64_t task) {
+    const int64_t end = rows * (task + 1) / tasks;
+    for (int64_t row = rows * task / tasks; row < end; row++) std::memcpy(out + row * out_pitch, x + row * length, length);
+  });
 }
 
 }  // namespace cnncomp

@@ -33,4 +33,7 @@ void affine_rows(const ActivateArgs& args, const AffineRows& affine);
 // out = x
 void copy_rows(const ActivateArgs& args);
 
+// Rows of `length` bytes to rows that begin `out_pitch` bytes apart.
+void copy_byte_rows(const uint8_t* x, int64_t rows, int64_t length, uint8_t* out, int64_t out_pitch, int num_threads);
+
 }  // namespace cnncomp

@@ -24,6 +24,10 @@ void copy(uintptr_t x, int64_t rows, int64_t length, uintptr_t out, int64_t out_
   copy_rows({at<const float>(x), rows, length, at<float>(out), num_threads, 0, out_pitch});
 }
 
+void copy_bytes(uintptr_t x, int64_t rows, int64_t length, uintptr_t out, int64_t out_pitch, int num_threads) {
+  copy_byte_rows(at<const uint8_t>(x), rows, length, at<uint8_t>(out), out_pitch, num_threads);
+}
+
 }  // namespace
 
 void bind_activate(py::module_& module) {
@@ -34,6 +38,8 @@ void bind_activate(py::module_& module) {
              arg("lo"), arg("hi"), arg("out"), arg("num_threads"), arg("x_pitch") = 0, arg("out_pitch") = 0,
              py::call_guard<py::gil_scoped_release>());
   module.def("copy_rows", recorded(copy), arg("x"), arg("rows"), arg("length"), arg("out"), arg("out_pitch"),
+             arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+  module.def("copy_byte_rows", recorded(copy_bytes), arg("x"), arg("rows"), arg("length"), arg("out"), arg("out_pitch"),
              arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 

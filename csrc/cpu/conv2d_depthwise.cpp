@@ -6,6 +6,7 @@
 #include "cpuid.h"
 #include "driver.h"
 #include "parallel.h"
+#include "pitch.h"
 
 namespace cnncomp {
 namespace {

@@ -20,6 +20,8 @@ struct Conv2dInt8Args {
   Dtype out_dtype;
   int num_threads;
   bool shifted;  // weights are scale * q + shift
+  Nonlinearity nonlinearity = kNone;
+  float out_factor = 1.0f;  // behind a nonlinearity
 };
 
 void conv2d_int8(const Conv2dInt8Args& args);

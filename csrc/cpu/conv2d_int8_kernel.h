@@ -183,7 +183,9 @@ void conv_blocks(const ConvPanel& a) {
   const Int8Epilogue& e = a.epilogue;
   const ByteBounds<BLOCKS> bounds(e);
   // Signed inputs, which for most layers were flipped before, are not worth kernels of their own; they go through memory.
-  const bool direct = e.shift == nullptr && !a.x_signed && (e.out_dtype != kF32 || e.channels >= BLOCKS * kBlock);
+  // Nor are nonlinearities, which take longer than that way.
+  const bool direct = e.shift == nullptr && !a.x_signed && e.nonlinearity == kNone &&
+                      (e.out_dtype != kF32 || e.channels >= BLOCKS * kBlock);
   // A residual is read up to whole blocks of channels.
   const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
   const EpilogueFn finish = epilogue_of<S, BLOCKS>(e);

@@ -10,6 +10,7 @@
 #include "conv2d_sparse_scratch.h"
 #include "cpuid.h"
 #include "parallel.h"
+#include "pitch.h"
 
 namespace cnncomp {
 namespace {

@@ -171,7 +171,7 @@ int64_t count_quads(const Conv2dSparseInt8Args& a, const Plan& plan, int64_t k) 
 // only channels of few weights, or none, have larger scales.
 bool fits_bytes(const Conv2dSparseInt8Args& a, const Plan& plan) {
   constexpr float kLargest = 255 * 128 * kQuad;  // that a quad adds to a sum
-  if (a.out_dtype == kF32 || plan.group_k % kBlock != 0 || std::isnan(a.lo)) return false;
+  if (a.out_dtype == kF32 || a.nonlinearity != kNone || plan.group_k % kBlock != 0 || std::isnan(a.lo)) return false;
   if (a.residual != nullptr && (a.residual_dtype == kF32 || !(std::abs(a.residual_scale) < 0x1p20f))) return false;
   for (int64_t k = 0; k < a.k; k++) {
     const float scale = std::abs(a.constants[k]);
@@ -414,6 +414,7 @@ void run_plan(const Conv2dSparseInt8Args& a, const Plan& plan, const Addend* add
 // Whether `first`, whose outputs are the residual of `a`, can be added tile by tile as floats.
 bool can_add(const Conv2dSparseInt8Args& first, const Conv2dSparseInt8Args& a) {
   if (first.weights.scattered || a.weights.scattered || first.groups != 1 || a.groups != 1) return false;
+  if (first.nonlinearity != kNone || a.nonlinearity != kNone) return false;
   if (first.out_dtype != kF32 || first.residual != nullptr || first.n != a.n || first.k != a.k) return false;
   if (a.residual_dtype != kF32 || a.out_dtype == kF32 || a.k % kBlock != 0) return false;
   const float least = a.out_dtype == kS8 ? -128.0f : 0.0f, most = a.out_dtype == kS8 ? 127.0f : 255.0f;

@@ -27,6 +27,8 @@ struct Conv2dSparseInt8Args {
   char* out;  // (n, p, q, k) of out_dtype
   Dtype out_dtype;
   int num_threads;
+  Nonlinearity nonlinearity = kNone;
+  float out_factor = 1.0f;  // behind a nonlinearity
 };
 
 // Throws std::invalid_argument for sizes that give no convolution.

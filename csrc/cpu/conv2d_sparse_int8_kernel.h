@@ -265,7 +265,7 @@ void turn(const SparseInt8Turn& a) {
 template <class S>
 void finish_sums(const SparseInt8Finish& a) {
   constexpr int kParts = kBlock / S::kLanes;
-  const EpilogueFn epilogue = epilogue_in_table<S, 1, false>(a.epilogue);
+  const EpilogueFn epilogue = epilogue_of<S, 1>(a.epilogue);
   for (int64_t c = 0; c < a.channels; c += kBlock) {
     const uint8_t* rows[kBlock];
     for (int i = 0; i < kBlock; i++) rows[i] = reinterpret_cast<const uint8_t*>(a.sums + (c + i) * a.tile);

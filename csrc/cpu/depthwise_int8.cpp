@@ -89,8 +89,9 @@ void depthwise_int8(const Conv2dInt8Args& a, const Int8Kernels& kernels) {
   std::vector<Tap> taps = quads_of_taps(a);
   const auto constants = make_constants(a, kernels, 1, ceil_div(a.c, kBlock), static_cast<int64_t>(taps.size()) / 4);
   const bool square = a.r == a.s && a.dil_w == 1 && (a.stride_w == 1 || a.stride_w == 2);
-  if (square && (a.r == 3 || a.r == 5) && constants.bytes() && a.residual == nullptr && !a.shifted) {
-    by_columns(a, constants, kernels.depthwise_columns[a.r == 5][a.stride_w - 1]);
+  const bool floats = a.out_dtype == kF32;
+  if (square && (a.r == 3 || a.r == 5) && (floats || constants.bytes()) && a.residual == nullptr && !a.shifted) {
+    by_columns(a, constants, kernels.depthwise_columns[floats || a.nonlinearity != kNone][a.r == 5][a.stride_w - 1]);
   } else {
     by_pixels(a, kernels, constants, std::move(taps));
   }

@@ -25,8 +25,8 @@ inline __attribute__((always_inline)) void interleave_column(const uint8_t* cons
   }
 }
 
-// One row of output pixels of kBytes channels.
-template <class S, bool SIGNED, int R, int STRIDE>
+// One row of output pixels of kBytes channels. ANY: floats, or a nonlinearity; else neither.
+template <class S, bool SIGNED, int R, int STRIDE, bool ANY>
 void depthwise_row(const DepthwiseColumns& a, const uint8_t* const (&x)[R], const DepthwiseConstants<S>& k, int64_t channel,
                    char* out) {
   constexpr int kQuads = (R + 3) / 4, kFlight = (R - 1) / STRIDE + 1;  // outputs whose sums have begun
@@ -66,12 +66,29 @@ void depthwise_row(const DepthwiseColumns& a, const uint8_t* const (&x)[R], cons
 #pragma GCC unroll 8
   for (int s = 0; s < R - STRIDE; s++) add(s - a.pad, s);
   int64_t w = R - STRIDE - a.pad;
-  for (int64_t q = 0; q < a.q; q++, out += e.stride, w += STRIDE) {
+  const bool floats = ANY && e.out_dtype == kF32;
+  const int64_t step = floats ? 4 * e.stride : e.stride;
+  for (int64_t q = 0; q < a.q; q++, out += step, w += STRIDE) {
 #pragma GCC unroll 8
     for (int i = 0; i < STRIDE; i++) add(w + i, R - STRIDE + i);
+    typename S::Float t[4];
     typename S::Int sums[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) sums[j] = S::round(scale_and_shift<S>(acc[0][j], k.scale[j], k.bias[j]));
+    for (int j = 0; j < 4; j++) t[j] = scale_and_shift<S>(acc[0][j], k.scale[j], k.bias[j]);
+    if (ANY && e.nonlinearity != kNone) activate<S>(t, e);
+    const auto next = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int f = 0; f < kFlight; f++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) acc[f][j] = f + 1 < kFlight ? acc[f + 1 < kFlight ? f + 1 : 0][j] : init(j);
+    };
+    if (floats) {
+      store_floats<S>(t, k, S::set_float(e.lo), out, valid);
+      next();
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) sums[j] = S::round(t[j]);
     auto bytes = out_signed ? S::template pack<true>(sums[0], sums[1], sums[2], sums[3])
                             : S::template pack<false>(sums[0], sums[1], sums[2], sums[3]);
     if (clamped) {
@@ -79,14 +96,11 @@ void depthwise_row(const DepthwiseColumns& a, const uint8_t* const (&x)[R], cons
       bytes = out_signed ? S::template clamp_bytes<true>(bytes, lo, hi) : S::template clamp_bytes<false>(bytes, lo, hi);
     }
     store_chunks<S, 0, S::kBytes / kBlock>(out, bytes, valid);
-#pragma GCC unroll 8
-    for (int f = 0; f < kFlight; f++)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) acc[f][j] = f + 1 < kFlight ? acc[f + 1 < kFlight ? f + 1 : 0][j] : init(j);
+    next();
   }
 }
 
-template <class S, bool SIGNED, int R, int STRIDE>
+template <class S, bool SIGNED, int R, int STRIDE, bool ANY>
 void depthwise_rows(const DepthwiseColumns& a, int64_t channel) {
   constexpr int64_t kQuads = R * ((R + 3) / 4);
   order_weights<S>(a.weight + channel / kBlock * kQuads * 4 * kBlock, kQuads, a.scratch);
@@ -95,23 +109,25 @@ void depthwise_rows(const DepthwiseColumns& a, int64_t channel) {
     const uint8_t* x[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) x[r] = a.rows[row * R + r] + channel;
-    depthwise_row<S, SIGNED, R, STRIDE>(a, x, constants, channel, a.epilogue.out + row * a.q * a.epilogue.stride + channel);
+    const int64_t at = row * a.q * a.epilogue.stride + channel;
+    char* const out = a.epilogue.out + (a.epilogue.out_dtype == kF32 ? 4 * at : at);
+    depthwise_row<S, SIGNED, R, STRIDE, ANY>(a, x, constants, channel, out);
   }
 }
 
 // As many channels from `channel` on as whole vectors fit; returns the next channel.
-template <class S, int R, int STRIDE>
+template <class S, int R, int STRIDE, bool ANY>
 int64_t depthwise_column_vectors(const DepthwiseColumns& a, int64_t channel) {
   for (; channel + S::kBytes <= a.end * kBlock; channel += S::kBytes)
-    (a.x_signed ? depthwise_rows<S, true, R, STRIDE> : depthwise_rows<S, false, R, STRIDE>)(a, channel);
+    (a.x_signed ? depthwise_rows<S, true, R, STRIDE, ANY> : depthwise_rows<S, false, R, STRIDE, ANY>)(a, channel);
   return channel;
 }
 
 // By vectors of each of the types in turn, the widest first.
-template <int R, int STRIDE, class... S>
+template <int R, int STRIDE, bool ANY, class... S>
 void depthwise_columns(const DepthwiseColumns& a) {
   int64_t channel = a.block * kBlock;
-  ((channel = depthwise_column_vectors<S, R, STRIDE>(a, channel)), ...);
+  ((channel = depthwise_column_vectors<S, R, STRIDE, ANY>(a, channel)), ...);
 }
 
 }  // namespace

@@ -68,6 +68,53 @@ inline void depthwise_sums(const uint8_t* const* rows, int64_t quads, int64_t ch
   }
 }
 
+// Four results, as 32 bits each, in natural order.
+template <class S>
+inline void store_natural(const typename S::Int (&values)[4], void* natural) {
+  alignas(64) int32_t lanes[S::kLanes];
+  auto* const to = static_cast<char*>(natural);
+  for (int j = 0; j < 4; j++) {
+    S::store(lanes, values[j]);
+    for (int part = 0; part < S::kLanes / 4; part++) __builtin_memcpy(to + 64 * part + 16 * j, lanes + 4 * part, 16);
+  }
+}
+
+// Clamped floats.
+template <class S>
+inline void store_floats(const typename S::Float (&t)[4], const DepthwiseConstants<S>& k, typename S::Float lo, char* out,
+                         int64_t valid) {
+  typename S::Int words[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) words[j] = S::as_int(clamp<S>(t[j], lo, k.hi[j]));
+  if (valid >= S::kBytes) return store_natural<S>(words, out);
+  char spare[4 * S::kBytes];
+  store_natural<S>(words, spare);
+  __builtin_memcpy(out, spare, 4 * valid);
+}
+
+// With a nonlinearity or of floats, without residual.
+template <class S, bool SHIFT>
+inline void depthwise_store_any(const typename S::Int (&acc)[4], const typename S::Int (&window)[4],
+                                const DepthwiseConstants<S>& k, const Int8Epilogue& e, char* out, int64_t valid) {
+  typename S::Float t[4];
+  const auto lo = S::set_float(e.lo);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    t[j] = scale_and_shift<S>(acc[j], k.scale[j], k.bias[j]);
+    if constexpr (SHIFT) t[j] = add_window<S>(t[j], k.shift[j], window[j]);
+  }
+  if (e.nonlinearity != kNone) activate<S>(t, e);
+  if (e.out_dtype == kF32) return store_floats<S>(t, k, lo, out, valid);
+  typename S::Int q[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) q[j] = S::round(clamp<S>(t[j], lo, k.hi[j]));
+  const auto bytes = e.out_dtype == kS8 ? S::template pack<true>(q[0], q[1], q[2], q[3])
+                                        : S::template pack<false>(q[0], q[1], q[2], q[3]);
+  char spare[S::kBytes];
+  S::store(valid >= S::kBytes ? out : spare, bytes);
+  if (valid < S::kBytes) __builtin_memcpy(out, spare, valid);
+}
+
 // 8-bit output without residual: straight from registers.
 template <class S, bool OUT_SIGNED, bool SHIFT>
 inline void depthwise_store(const typename S::Int (&acc)[4], const typename S::Int (&window)[4],
@@ -86,16 +133,6 @@ inline void depthwise_store(const typename S::Int (&acc)[4], const typename S::I
     char spare[S::kBytes];
     S::store(spare, bytes);
     __builtin_memcpy(out, spare, valid);
-  }
-}
-
-// Four results in natural order.
-template <class S>
-inline void store_natural(const typename S::Int (&acc)[4], int32_t* natural) {
-  alignas(64) int32_t lanes[S::kLanes];
-  for (int j = 0; j < 4; j++) {
-    S::store(lanes, acc[j]);
-    for (int part = 0; part < S::kLanes / 4; part++) __builtin_memcpy(natural + 16 * part + 4 * j, lanes + 4 * part, 16);
   }
 }
 
@@ -129,7 +166,8 @@ void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
   order_weights<S>(a.weight + channel / kBlock * a.quads * 4 * kBlock, a.quads, a.scratch);
   const DepthwiseConstants<S> constants(a.init, e, channel);
   const auto lo = S::set_float(e.lo);
-  const EpilogueFn general = e.residual == nullptr && e.out_dtype != kF32 ? nullptr : epilogue_of<S, 1>(e);
+  const EpilogueFn general = e.residual == nullptr ? nullptr : epilogue_of<S, 1>(e);
+  const bool any = e.out_dtype == kF32 || e.nonlinearity != kNone;
   // Taps beyond the last are zeros too.
   const auto no_window = S::set(SIGNED ? static_cast<int32_t>(-128 * 4 * a.quads) : 0);
   for (int64_t p = 0; p < a.pixels; p++) {
@@ -139,6 +177,9 @@ void depthwise_channels(const DepthwisePanel& a, int64_t channel) {
     char* out = e.out + p * e.stride + channel;
     if (general != nullptr) {
       depthwise_general<S, SHIFT>(acc, window, general, e, p, channel);
+    } else if (any) {
+      char* const from = e.out + (p * e.stride + channel) * (e.out_dtype == kF32 ? 4 : 1);
+      depthwise_store_any<S, SHIFT>(acc, window, constants, e, from, e.channels - channel);
     } else if (e.out_dtype == kS8) {
       depthwise_store<S, true, SHIFT>(acc, window, constants, lo, out, e.channels - channel);
     } else {

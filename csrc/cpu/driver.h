@@ -16,6 +16,14 @@ inline int64_t output_size(int64_t in, int64_t taps, int64_t stride, int64_t pad
   return (in + 2 * pad - dilation * (taps - 1) - 1) / stride + 1;
 }
 
+// Output pixels along one axis of a pooling. ceil_mode: one more window where the last ones leave pixels and it begins before the
+// padding behind the image.
+inline int64_t pooled_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
+  const int64_t floor = output_size(in, taps, stride, pad, dilation);
+  const bool more = ceil_mode && (in + 2 * pad - dilation * (taps - 1) - 1) % stride != 0 && floor * stride < in + pad;
+  return floor + more;
+}
+
 inline float clamp(float t, float lo, float hi) {
   t = t < lo ? lo : t;  // NaN stays
   return t > hi ? hi : t;
@@ -31,20 +39,6 @@ void check_window(const char* name, const Args& a) {
   if (a.h + 2 * a.pad_h <= a.dil_h * (a.r - 1) || a.w + 2 * a.pad_w <= a.dil_w * (a.s - 1)) {
     throw std::invalid_argument(op + ": the kernel is larger than the padded image");
   }
-}
-
-// Floats from a channel of `pixels` to the next one; 0 says that there is no gap. Throws std::invalid_argument, with the operator's
-// name in front, where channels would overlap.
-inline int64_t checked_pitch(const char* name, int64_t pitch, int64_t pixels) {
-  if (pitch != 0 && pitch < pixels) {
-    throw std::invalid_argument(std::string(name) + ": a pitch of " + std::to_string(pitch) + " for channels of " +
-                                std::to_string(pixels) + " floats");
-  }
-  return pitch == 0 ? pixels : pitch;
-}
-
-inline void check_same_pitch(const char* name, int64_t residual, int64_t out) {
-  if (residual != out) throw std::invalid_argument(std::string(name) + ": a residual and an output of different pitches");
 }
 
 // Elements from a multiple of 64 bytes on; grows on demand, never shrinks, keeps nothing when it grows.

@@ -38,7 +38,7 @@ class Int8Constants {
   }
 
   // Lets epilogues round before they clamp, where the call `a` allows it: with |sum| <= 2^31, the bounds keep what is
-  // rounded below 2^30. After assign.
+  // rounded below 2^30; no nonlinearity makes a number larger. After assign.
   template <class Args>
   void use_bytes(const Args& a) {
     const bool float_residual = a.residual != nullptr && a.residual_dtype == kF32;
@@ -48,8 +48,10 @@ class Int8Constants {
       bias = std::max(bias, bits(a.constants[a.k + k]) & INT32_MAX);
       hi = std::max(hi, bits(a.constants[2 * a.k + k]) & INT32_MAX);
     }
-    set_bytes(a, a.out_dtype != kF32 && !float_residual && !std::isnan(a.lo) && scale < bits(0.25f) && bias < bits(0x1p28f) &&
-                     hi <= bits(INFINITY) && (a.residual == nullptr || std::abs(a.residual_scale) < 0x1p20f));
+    const float step = a.nonlinearity == kNone ? 1.0f : std::min(1.0f / a.out_factor, 0x1p60f);
+    set_bytes(a, a.out_dtype != kF32 && !float_residual && !std::isnan(a.lo) && scale < bits(0.25f * step) &&
+                     bias < bits(0x1p28f * step) && hi <= bits(INFINITY) &&
+                     (a.residual == nullptr || std::abs(a.residual_scale) < 0x1p20f * step));
   }
 
   // The same where the caller knows whether what is rounded `fits` an int32; no bound is NaN then.
@@ -93,7 +95,9 @@ class Int8Constants {
             false,
             bytes_,
             lo_byte_,
-            hi_bytes_.empty() ? nullptr : hi_bytes_.data() + group * padded_ + channel};
+            hi_bytes_.empty() ? nullptr : hi_bytes_.data() + group * padded_ + channel,
+            a.nonlinearity,
+            a.out_factor};
   }
 
   // The fourth row, for weights with a shift.

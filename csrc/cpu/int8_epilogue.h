@@ -49,6 +49,48 @@ inline typename S::Float add_window(typename S::Float t, typename S::Float shift
   return S::add(t, S::mul(shift, S::to_float(window)));
 }
 
+// t / (1 + exp(-t)) by the additions and multiplications of cnncomp/ops/reference.py, each rounded on its own: the same bits.
+template <class S>
+inline __attribute__((always_inline)) typename S::Float silu(typename S::Float t) {
+  const auto of = [](float v) __attribute__((always_inline)) { return S::set_float(v); };
+  const auto magnitude = S::as_float(S::bit_and(S::as_int(t), S::set(INT32_MAX)));
+  const auto y = S::max(of(-126.0f), S::mul(magnitude, of(-1.44269504f)));
+  const auto round = of(12582912.0f);  // 1.5 * 2^23: leaves no bits for a fraction
+  const auto shifted = S::add(y, round), f = S::sub(y, S::sub(shifted, round));
+  constexpr float kPolynomial[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f};
+  auto z = of(kPolynomial[0]);
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; i++) z = S::add(S::mul(z, f), of(kPolynomial[i]));
+  z = S::as_float(S::add_int(S::as_int(z), S::template shift_left<23>(S::as_int(shifted))));
+  const auto one = of(1.0f), d = S::add(one, z);
+  auto inverse = S::add(of(1.41176471f), S::mul(d, of(-4.70588235e-1f)));
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; i++) inverse = S::add(inverse, S::mul(inverse, S::sub(one, S::mul(d, inverse))));
+  // Of negative t the other side of the curve, chosen by the sign.
+  const auto other = S::bit_xor(S::as_int(S::mul(z, inverse)), S::as_int(inverse));
+  const auto negative = S::template shift_right<31>(S::as_int(t));
+  return S::mul(t, S::as_float(S::bit_xor(S::as_int(inverse), S::bit_and(other, negative))));
+}
+
+template <class S>
+inline __attribute__((always_inline)) typename S::Float hardswish(typename S::Float t) {
+  const auto gate = clamp<S>(S::add(t, S::set_float(3.0f)), S::set_float(0.0f), S::set_float(6.0f));
+  return S::mul(t, S::mul(gate, S::set_float(1.66666672e-1f)));
+}
+
+// The nonlinearity, and the factor behind it.
+template <class S, int V>
+inline __attribute__((always_inline)) void activate(typename S::Float (&t)[V], const Int8Epilogue& e) {
+  const auto factor = S::set_float(e.out_factor);
+  if (e.nonlinearity == kSilu) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) t[v] = S::mul(silu<S>(t[v]), factor);
+  } else {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) t[v] = S::mul(hardswish<S>(t[v]), factor);
+  }
+}
+
 // BLOCKS blocks of 16 channels of some pixels. acc: acc_stride int32 from pixel to pixel. `pixel` and `channel` count from
 // those that e's pointers are of. Channels beyond the last go to spare memory.
 template <class S, int BLOCKS, Dtype OUT, Residual RESIDUAL, bool SHIFT>
@@ -209,6 +251,68 @@ inline __attribute__((always_inline)) void store_tile(
   }
 }
 
+// The same with a nonlinearity, for any outputs and residuals: what it takes hides that they are told apart for each pixel.
+template <class S, int BLOCKS>
+void activated_epilogue(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8Epilogue& e, int64_t pixel,
+                        int64_t channel) {
+  constexpr int kChannels = BLOCKS * kBlock, V = kChannels / S::kLanes;
+  const int64_t valid = e.channels - channel < kChannels ? e.channels - channel : kChannels;
+  if (valid <= 0) return;
+  const int64_t out_bytes = e.out_dtype == kF32 ? 4 : 1, residual_bytes = e.residual_dtype == kF32 ? 4 : 1;
+  const auto lo = S::set_float(e.lo), residual_scale = S::set_float(e.residual_scale);
+  for (int64_t m = 0; m < pixels; m++, acc += acc_stride) {
+    const int64_t at = (pixel + m) * e.stride + channel;
+    alignas(64) char spare[kChannels * 4];
+    typename S::Float t[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const int64_t c = channel + v * S::kLanes;
+      t[v] = scale_and_shift<S>(S::load(acc + v * S::kLanes), S::load_float(e.scale + c), S::load_float(e.bias + c));
+      if (e.shift != nullptr) {
+        const auto window = e.window_per_channel ? S::load(e.window + v * S::kLanes) : S::set(e.window[pixel + m]);
+        t[v] = add_window<S>(t[v], S::load_float(e.shift + c), window);
+      }
+    }
+    if (e.residual != nullptr) {
+      const char* from = e.residual + at * residual_bytes;
+      if (valid < kChannels) {
+        __builtin_memset(spare, 0, sizeof(spare));
+        __builtin_memcpy(spare, from, valid * residual_bytes);
+        from = spare;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        const auto x = e.residual_dtype == kU8   ? load_residual<S, kResidualU8>(from, v)
+                       : e.residual_dtype == kS8 ? load_residual<S, kResidualS8>(from, v)
+                                                 : load_residual<S, kResidualF32>(from, v);
+        t[v] = S::add(t[v], S::mul(x, residual_scale));
+      }
+    }
+    activate<S>(t, e);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) t[v] = clamp<S>(t[v], lo, S::load_float(e.hi + channel + v * S::kLanes));
+    char* const out = e.out + at * out_bytes;
+    char* const to = valid == kChannels ? out : spare;
+    if (e.out_dtype == kF32) {
+      store_channels<S, kF32>(to, t);
+    } else if (e.out_dtype == kS8) {
+      store_channels<S, kS8>(to, t);
+    } else {
+      store_channels<S, kU8>(to, t);
+    }
+    if (valid < kChannels) __builtin_memcpy(out, spare, valid * out_bytes);
+  }
+}
+
+// By four vectors, or fewer, at a time: enough that none waits for the one before, and they stay in registers.
+template <class S, int BLOCKS>
+void epilogue_with_nonlinearity(const int32_t* acc, int64_t acc_stride, int64_t pixels, const Int8Epilogue& e, int64_t pixel,
+                                int64_t channel) {
+  constexpr int kFull = S::kLanes / 4, kTogether = BLOCKS <= kFull ? BLOCKS : BLOCKS % kFull == 0 ? kFull : 1;
+  for (int b = 0; b < BLOCKS; b += kTogether)
+    activated_epilogue<S, kTogether>(acc + b * kBlock, acc_stride, pixels, e, pixel, channel + b * kBlock);
+}
+
 using EpilogueFn = void (*)(const int32_t*, int64_t, int64_t, const Int8Epilogue&, int64_t, int64_t);
 
 template <class S, int BLOCKS, bool SHIFT>
@@ -225,6 +329,7 @@ EpilogueFn epilogue_in_table(const Int8Epilogue& e) {
 
 template <class S, int BLOCKS>
 EpilogueFn epilogue_of(const Int8Epilogue& e) {
+  if (e.nonlinearity != kNone) return epilogue_with_nonlinearity<S, BLOCKS>;
   return (e.shift == nullptr ? epilogue_in_table<S, BLOCKS, false> : epilogue_in_table<S, BLOCKS, true>)(e);
 }
 

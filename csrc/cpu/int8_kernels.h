@@ -13,8 +13,11 @@ constexpr int kMaxBlocks = 4;     // blocks in a panel of weights
 constexpr int kChannelPad = 64;   // constants can be read up to a multiple of this many channels
 constexpr int kMaxPixels = 16;    // pixels in a register tile, at most
 
-// t = acc * scale[k] + bias[k] (+ shift[k] * window sum) (+ residual * residual_scale); t = min(max(t, lo), hi[k]); rounded to
-// even for 8 bit.
+// What comes before the clamp.
+enum Nonlinearity : int { kNone = 0, kSilu = 1, kHardswish = 2 };
+
+// t = acc * scale[k] + bias[k] (+ shift[k] * window sum) (+ residual * residual_scale); (t = nonlinearity(t) * out_factor;)
+// t = min(max(t, lo), hi[k]); rounded to even for 8 bit.
 struct Int8Epilogue {
   const float *scale, *bias, *hi;  // of the first channel
   float lo, residual_scale;
@@ -29,6 +32,8 @@ struct Int8Epilogue {
   bool bytes;                // out and residual are 8 bit, and what is rounded fits int32 before it is clamped
   uint8_t lo_byte;           // lo and hi, rounded to outputs
   const uint8_t* hi_bytes;   // of the first channel, or null where clamping to them changes nothing
+  Nonlinearity nonlinearity;
+  float out_factor;  // behind a nonlinearity
 };
 
 // A panel: up to kMaxBlocks blocks of output channels, any number of pixels.
@@ -55,7 +60,7 @@ struct DepthwisePanel {
   Int8Epilogue epilogue;
 };
 
-// Rows of output pixels of a window that moves by one or two columns; 8-bit output, no residual, no shift.
+// Rows of output pixels of a window that moves by one or two columns; no residual, no shift.
 struct DepthwiseColumns {
   const uint8_t* const* rows;  // (rows, taps of a column): where the input row under a tap begins
   int64_t num_rows, q;         // of the output
@@ -161,7 +166,8 @@ struct Int8Kernels {
   int max_pixels[kMaxBlocks];   // pixels in the register tile of 1, 2, ... blocks
   void (*conv)(const ConvPanel&);
   void (*depthwise)(const DepthwisePanel&);
-  DepthwiseColumnsFn depthwise_columns[2][2];  // of 3x3 and 5x5 windows, stride 1 and 2 along the row
+  // To bytes without a nonlinearity, to any outputs; of 3x3 and 5x5 windows; stride 1 and 2 along the row.
+  DepthwiseColumnsFn depthwise_columns[2][2][2];
   // sums[i] = sum of the weights of channel i in one block of (quads, 16, 4).
   void (*sum_weights)(const int8_t* block, int64_t quads, int32_t* sums);
   // sums[i] = sum of `channels` inputs under each of the taps of pixel i. rows: (pixels, taps).

@@ -12,8 +12,8 @@ namespace cnncomp {
 
 void max_pool2d_int8(const MaxPool2dInt8Args& a) {
   const auto max_rows = a.x_signed ? int8_kernels().max_rows_s8 : int8_kernels().max_rows_u8;
-  const int64_t out_h = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h);
-  const int64_t out_w = output_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w);
+  const int64_t out_h = pooled_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h, a.ceil_mode);
+  const int64_t out_w = pooled_size(a.w, a.s, a.stride_w, a.pad_w, a.dil_w, a.ceil_mode);
   parallel_for(a.num_threads, a.n * out_h, [&](int64_t i) {
     const int64_t n = i / out_h, p = i % out_h;
     std::vector<const uint8_t*> lines, rows(a.r * a.s);  // of the image under the window; of one pixel's taps

@@ -11,6 +11,7 @@ struct MaxPool2dInt8Args {
   int64_t n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   uint8_t* out;  // (n, p, q, c); a window that lies in the padding altogether gives the lowest value
   int num_threads;
+  bool ceil_mode;
 };
 
 void max_pool2d_int8(const MaxPool2dInt8Args& args);

@@ -7,6 +7,7 @@
 #include "cpuid.h"
 #include "driver.h"
 #include "parallel.h"
+#include "pitch.h"
 #include "pool2d_kernel.h"
 
 namespace cnncomp {
@@ -14,12 +15,6 @@ namespace {
 
 const PoolKernels& kernels() {
   return CNNCOMP_FP32_KERNELS(kPool);
-}
-
-int64_t pooled_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
-  const int64_t floor = output_size(in, taps, stride, pad, dilation);
-  const bool more = ceil_mode && (in + 2 * pad - dilation * (taps - 1) - 1) % stride != 0 && floor * stride < in + pad;
-  return floor + more;
 }
 
 struct Scratch {

@@ -10,8 +10,8 @@
 // load_rows: 16 bytes from each of rows[0], rows[4], ..., one to each 128 bits; store_rows: the reverse.
 // load_lanes: the same as load_rows, `step` bytes apart from p on; store_lanes: the reverse. clamp_bytes: each byte to at least
 // lo, then at most hi.
-// store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and min(a, b) give b where either is
-// NaN.
+// as_int, as_float: the same bits. store_bytes: the lanes' 8-bit values in order. shift_right keeps the sign. max(a, b) and
+// min(a, b) give b where either is NaN.
 #pragma once
 
 #include <cstdint>
@@ -108,12 +108,15 @@ struct Vec128 {
   template <bool SIGNED>
   static void store_bytes(uint8_t* p, const Int (&v)[4]) { store(p, pack<SIGNED>(v[0], v[1], v[2], v[3])); }
 
+  static Int as_int(Float v) { return _mm_castps_si128(v); }
+  static Float as_float(Int v) { return _mm_castsi128_ps(v); }
   static Float set_float(float v) { return _mm_set1_ps(v); }
   static Float load_float(const float* p) { return _mm_loadu_ps(p); }
   static void store_float(float* p, Float v) { _mm_storeu_ps(p, v); }
   static Float to_float(Int v) { return _mm_cvtepi32_ps(v); }
   static Int round(Float v) { return _mm_cvtps_epi32(v); }
   static Float add(Float a, Float b) { return _mm_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm_mul_ps(a, b); }
   static Float max(Float a, Float b) { return _mm_max_ps(a, b); }
   static Float min(Float a, Float b) { return _mm_min_ps(a, b); }

@@ -106,12 +106,15 @@ struct Vec256 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), SIGNED ? _mm_packs_epi16(lo, hi) : _mm_packus_epi16(lo, hi));
   }
 
+  static Int as_int(Float v) { return _mm256_castps_si256(v); }
+  static Float as_float(Int v) { return _mm256_castsi256_ps(v); }
   static Float set_float(float v) { return _mm256_set1_ps(v); }
   static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
   static void store_float(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
   static Int round(Float v) { return _mm256_cvtps_epi32(v); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }

@@ -120,12 +120,15 @@ struct Vec512 {
     }
   }
 
+  static Int as_int(Float v) { return _mm512_castps_si512(v); }
+  static Float as_float(Int v) { return _mm512_castsi512_ps(v); }
   static Float set_float(float v) { return _mm512_set1_ps(v); }
   static Float load_float(const float* p) { return _mm512_loadu_ps(p); }
   static void store_float(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
   static Int round(Float v) { return _mm512_cvtps_epi32(v); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }

@@ -108,12 +108,15 @@ struct Vec128 {
   template <bool SIGNED>
   static void store_bytes(uint8_t* p, const Int (&v)[4]) { store(p, pack<SIGNED>(v[0], v[1], v[2], v[3])); }
 
+  static Int as_int(Float v) { return vreinterpretq_s32_f32(v); }
+  static Float as_float(Int v) { return vreinterpretq_f32_s32(v); }
   static Float set_float(float v) { return vdupq_n_f32(v); }
   static Float load_float(const float* p) { return vld1q_f32(p); }
   static void store_float(float* p, Float v) { vst1q_f32(p, v); }
   static Float to_float(Int v) { return vcvtq_f32_s32(v); }
   static Int round(Float v) { return vcvtnq_s32_f32(v); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
+  static Float sub(Float a, Float b) { return vsubq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   // The instructions FMAX and FMIN would give NaN where either is.
   static Float max(Float a, Float b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }

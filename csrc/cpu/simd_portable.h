@@ -99,6 +99,8 @@ struct Vec128 {
   template <bool SIGNED>
   static void store_bytes(uint8_t* p, const Int (&v)[4]) { store(p, pack<SIGNED>(v[0], v[1], v[2], v[3])); }
 
+  static Int as_int(Float v) { return Int(v); }
+  static Float as_float(Int v) { return Float(v); }
   static Float set_float(float v) { return Float{v, v, v, v}; }
   static Float load_float(const float* p) { return Float(load(p)); }
   static void store_float(float* p, Float v) { store(p, Int(v)); }
@@ -109,6 +111,7 @@ struct Vec128 {
     return Int(v + kMagic) - Int(set_float(kMagic));
   }
   static Float add(Float a, Float b) { return a + b; }
+  static Float sub(Float a, Float b) { return a - b; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float max(Float a, Float b) { return a > b ? a : b; }
   static Float min(Float a, Float b) { return a < b ? a : b; }

@@ -198,8 +198,8 @@ PYBIND11_MODULE(_cuda, m) {
          "of eight, for conv2d_vnm_int8; c is a multiple of 16.",
          Inputs::kBytes, &make_image, &cuda::plan_to_byte_units);
   define(m, "max_pool2d_int8",
-         "max_pool2d_int8(device, stream, x, x_dtype, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, out): of 8-bit "
-         "NHWC images.",
+         "max_pool2d_int8(device, stream, p, q, x, x_dtype, n, h, w, c, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, out): "
+         "of 8-bit NHWC images, to p x q pixels.",
          Inputs::kBytes, &make_pool, &cuda::plan_max_pool2d_int8);
   define(m, "mean_shift_int8",
          "mean_shift_int8(device, stream, x, x_dtype, n, h, w, c, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, "

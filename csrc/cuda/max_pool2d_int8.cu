@@ -43,27 +43,29 @@ __global__ void __launch_bounds__(kThreads) max_pool2d_int8_kernel(const ConvPar
 namespace {
 
 template <int kVec>
-Launch plan_vector(const Conv2d& pool) {
+Launch plan_vector(const Conv2d& pool, int p, int q) {
   Launch launch;
   launch.kernel = "max_pool2d_int8_" + std::to_string(kVec) + (pool.x_signed ? "_s8" : "_u8");
   launch.function = pool.x_signed ? reinterpret_cast<const void*>(&max_pool2d_int8_kernel<kVec, true>)
                                   : reinterpret_cast<const void*>(&max_pool2d_int8_kernel<kVec, false>);
-  const int64_t pixels = static_cast<int64_t>(pool.n) * pool.p() * pool.q();
+  const int64_t pixels = static_cast<int64_t>(pool.n) * p * q;
   const int64_t blocks = ceil_div(pixels * (pool.c / kVec), kThreads);
   if (pixels > INT32_MAX || blocks > INT32_MAX)
     throw std::invalid_argument(launch.kernel + ": " + std::to_string(pixels) + " pixels of " + std::to_string(pool.c) +
                                 " channels are too many");
   launch.grid[0] = static_cast<uint32_t>(blocks);
   launch.block = kThreads;
-  launch.set_params(conv_params(pool, epilogue_params(pool, pool.k, kVec)));
+  ConvParams params = conv_params(pool, epilogue_params(pool, pool.k, kVec));
+  params.p = p, params.q = q;
+  launch.set_params(params);
   return launch;
 }
 
 }  // namespace
 
-Launch plan_max_pool2d_int8(const Conv2d& pool) {
+Launch plan_max_pool2d_int8(const Conv2d& pool, int p, int q) {
   const bool vectors = pool.c % 4 == 0 && aligned(pool.x, 4) && aligned(pool.epilogue.out, 4);
-  return vectors ? plan_vector<4>(pool) : plan_vector<1>(pool);
+  return vectors ? plan_vector<4>(pool, p, q) : plan_vector<1>(pool, p, q);
 }
 
 }  // namespace cnncomp::cuda

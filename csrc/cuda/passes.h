@@ -5,8 +5,9 @@
 
 namespace cnncomp::cuda {
 
-// Max-pool of bytes and mean over all pixels of float32, of NHWC images: sizes, x and epilogue.out are looked at, of Conv2d.
-Launch plan_max_pool2d_int8(const Conv2d& pool);
+// Max-pool of bytes, to p x q pixels, and mean over all pixels of float32, of NHWC images: sizes, x and epilogue.out are looked at,
+// of Conv2d. More pixels than its p() and q() lie at the end, and their windows partly outside.
+Launch plan_max_pool2d_int8(const Conv2d& pool, int p, int q);
 Launch plan_mean_pool2d(const Conv2d& pool);
 
 // Floats (n, pixels, c), or planes (n, c, pixels), to 8-bit (n, pixels, c).

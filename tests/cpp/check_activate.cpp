@@ -24,6 +24,11 @@ void activate(Random& random) {
     cnncomp::affine_rows(a, {scale.data(), with_shift ? shift.data() : nullptr, channels, -0.5f, 0.5f});
   });
   check("copy_rows", [](const cnncomp::ActivateArgs& a) { cnncomp::copy_rows(a); });
+  const Buffer<uint8_t> bytes(random.many<uint8_t>(rows * length));
+  same_everywhere("copy_byte_rows" + what, (rows - 1) * out_pitch + length, false, [&](char* to, int threads) {
+    std::memset(to, 0, (rows - 1) * out_pitch + length);
+    cnncomp::copy_byte_rows(bytes.data(), rows, length, reinterpret_cast<uint8_t*>(to), out_pitch, threads);
+  });
 }
 
 const Registration all("activate", activate);

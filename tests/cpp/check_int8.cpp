@@ -1,6 +1,7 @@
 // conv2d_int8 (dense, grouped, depthwise), max_pool2d_int8 and quantize.
 #include "check.h"
 #include "cpu/conv2d_int8.h"
+#include "cpu/driver.h"
 #include "cpu/max_pool2d_int8.h"
 #include "cpu/quantize.h"
 
@@ -57,21 +58,24 @@ void conv2d_int8(Random& random) {
                          : residual_dtype == cnncomp::kF32 ? reinterpret_cast<const char*>(float_residual.data())
                                                              : reinterpret_cast<const char*>(byte_residual.data());
   const float lo = out_dtype == cnncomp::kU8 ? 0.0f : -128.0f;
+  const auto nonlinearity = random.one_of({cnncomp::kNone, cnncomp::kSilu, cnncomp::kHardswish});
   const std::string what = std::string("conv2d_int8") + (depthwise ? " depthwise" : "") + (shifted ? " shifted" : "");
   same_everywhere(what + z.text(), bytes, false, [&](char* to, int threads) {
     cnncomp::conv2d_int8({x.data(), x_signed, z.n, z.h, z.w, z.c, weights.data(), z.k, z.r, z.s, z.stride_h, z.stride_w,
                           z.pad_h, z.pad_w, z.dil_h, z.dil_w, z.groups, depthwise, packed_constants.data(), residual,
-                          residual_dtype, 0.5f, lo, to, out_dtype, threads, shifted});
+                          residual_dtype, 0.5f, lo, to, out_dtype, threads, shifted, nonlinearity, 1.7f});
   });
 }
 
 void max_pool2d_int8(Random& random) {
   const ConvSizes z(random);
-  const bool x_signed = random.chance(0.5);
+  const bool x_signed = random.chance(0.5), ceil_mode = random.chance(0.5);
+  const int64_t p = cnncomp::pooled_size(z.h, z.r, z.stride_h, z.pad_h, z.dil_h, ceil_mode);
+  const int64_t q = cnncomp::pooled_size(z.w, z.s, z.stride_w, z.pad_w, z.dil_w, ceil_mode);
   const Buffer<uint8_t> x(random.many<uint8_t>(z.n * z.h * z.w * z.c));
-  same_everywhere("max_pool2d_int8" + z.text(), z.n * z.p * z.q * z.c, false, [&](char* to, int threads) {
+  same_everywhere("max_pool2d_int8" + z.text(), z.n * p * q * z.c, false, [&](char* to, int threads) {
     cnncomp::max_pool2d_int8({x.data(), x_signed, z.n, z.h, z.w, z.c, z.r, z.s, z.stride_h, z.stride_w, z.pad_h, z.pad_w,
-                              z.dil_h, z.dil_w, reinterpret_cast<uint8_t*>(to), threads});
+                              z.dil_h, z.dil_w, reinterpret_cast<uint8_t*>(to), threads, ceil_mode});
   });
 }
 

@@ -84,11 +84,12 @@ void conv2d_sparse_int8(Random& random) {
   const char* residual = !with_residual                       ? nullptr
                          : residual_dtype == cnncomp::kF32 ? reinterpret_cast<const char*>(float_residual.data())
                                                              : reinterpret_cast<const char*>(byte_residual.data());
+  const auto nonlinearity = random.one_of({cnncomp::kNone, cnncomp::kSilu, cnncomp::kHardswish});
   const std::string what = std::string("conv2d_sparse_int8") + (scattered ? " scattered" : "");
   same_everywhere(what + z.text(), bytes, false, [&](char* to, int threads) {
     cnncomp::conv2d_sparse_int8({x.data(), x_signed, z.n, z.h, z.w, z.c, weights.packed(), z.k, z.r, z.s, z.stride_h,
                                  z.stride_w, z.pad_h, z.pad_w, z.dil_h, z.dil_w, z.groups, constants.data(), residual,
-                                 residual_dtype, 0.5f, least(out_dtype), to, out_dtype, threads});
+                                 residual_dtype, 0.5f, least(out_dtype), to, out_dtype, threads, nonlinearity, 1.7f});
   });
 }
 
