@@ -1,4 +1,4 @@
-"""Where activations stay in 8 bit between layers."""
+"""Where activations stay in 8 bit between layers, and of those where they stay in units of images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _PASS_METHODS = ("flatten", "reshape")
 
 #: How a node takes its input in 8 bit (None: it doesn't), asked for layers only.
 InputSpec = Callable[[fx.Node], QuantSpec | None]
+#: The format in whose units a node's layer gathers its input and may give its output (None: it doesn't).
+Gathers = Callable[[fx.Node], str | None]
 
 
 def passes_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -72,3 +74,32 @@ def source(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     while passes_8bit(gm, node):
         node = node.all_input_nodes[0]  # the others are sizes
     return node
+
+
+def _unit_readers(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """As :func:`_consumers`, looking through max-pools alone, which take units."""
+    for user in node.users:
+        pool = module_at(gm, user) if user.op == "call_module" else None
+        if type(pool) is QuantMaxPool2d and passes_8bit(gm, user):
+            yield from _unit_readers(gm, user)
+        else:
+            yield user, node
+
+
+def outputs_in_units(gm: fx.GraphModule, gathers: Gathers, specs: dict[fx.Node, QuantSpec]) -> set[fx.Node]:
+    """Layers that best give their 8-bit output in units of images: all that reads it are layers that gather in the same format,
+    one of them its input, or a residual beside an output in units. ``specs``: of :func:`output_specs`.
+
+    A residual that lies otherwise than the output is copied: at most once where a chain ends.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        format = gathers(node) if node in specs else None
+        if format is None or any(source(gm, n) not in specs for n in node.all_input_nodes[1:]):
+            continue  # a residual of floats has no units
+        readers = list(_unit_readers(gm, node))
+        if all(gathers(user) == format for user, _ in readers) and any(
+            user.args[0] is carrier or user in found for user, carrier in readers
+        ):
+            found.add(node)
+    return found

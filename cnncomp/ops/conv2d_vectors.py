@@ -4,9 +4,10 @@ by 4 inputs, packed by :func:`cnncomp.sparsity.pack_vectors`. On a GPU the input
 from __future__ import annotations
 
 from cnncomp.ops.packed import Format, define_conv, define_linear_int8
+from cnncomp.sparsity import vectors
 from cnncomp.sparsity.vectors import check_packed, unpack_vectors
 
-VECTORS = Format("vectors", check_packed, unpack_vectors)
+VECTORS = Format("vectors", check_packed, unpack_vectors, vectors)
 
 define_conv(VECTORS, "int8")
 define_conv(VECTORS, "f16")

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from cnncomp.ops.packed import Format, define_conv, define_linear_int8
+from cnncomp.sparsity import vnm
 from cnncomp.sparsity.vnm import check_packed, unpack_vnm
 
-VNM = Format("vnm", check_packed, unpack_vnm)
+VNM = Format("vnm", check_packed, unpack_vnm, vnm)
 
 define_conv(VNM, "int8")
 define_conv(VNM, "f16")

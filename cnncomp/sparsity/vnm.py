@@ -30,6 +30,7 @@ from cnncomp.sparsity.vectors import table_bytes
 from cnncomp.sparsity.weights import DTYPES, SLICE, check_weight, place
 
 RUN = SLICE  # V
+VECTOR = RUN // 8  # of them, neighbours that a thread has
 COLUMNS = 4  # that are kept of M
 KEPT_BYTES = RUN * 32  # of a piece
 #: M of which :func:`find_m` knows: 75 to 95 % zeros.
@@ -262,3 +263,10 @@ def to_units(x: Tensor, groups: int = 1) -> Tensor:
     size = unit(x.dtype, n)
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -n % size))
     return x.reshape(-1, size, c, h, w).permute(2, 0, 3, 4, 1).contiguous()
+
+
+def units_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Of images (N, C, H, W) in units, N whole ones: as :func:`to_units` returns them."""
+    n, c, h, w = shape
+    size = unit(dtype, n)
+    return c, n // size, h, w, size
