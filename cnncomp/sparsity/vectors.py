@@ -166,4 +166,4 @@ def from_units(units: Tensor) -> Tensor:
     channels_last, copied."""
     order = (1, 4, 2, 3, 0) if units.dim() == 5 else (1, 4, 2, 3, 0, 5)
     n, c, h, w = image_shape(units)
-    return units.permute(order).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return units.permute(order).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)

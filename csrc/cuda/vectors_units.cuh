@@ -49,20 +49,37 @@ __device__ __forceinline__ uint32_t finish_word(const Sum (&acc)[kValues], const
   }
 }
 
-// Of the sums of kTiles neighbouring mma tiles, the pieces of whole words that a thread moves at once. Halves: a channel of eight
-// images at one pixel, for which four lanes with two images each of four pixels exchange them (two tiles: four images, and two
-// lanes). Bytes: eight images of a channel, or four of four channels.
+// Of the sums of kTiles neighbouring mma tiles, the pieces of whole words that a thread moves at once, so that a warp moves whole
+// sectors. Halves: a channel of eight images at one pixel, for which four lanes with two images each of four pixels exchange them
+// (two tiles: four images, and two lanes). Bytes: eight images of a channel; or four images of four channels, of which two lanes
+// with eight images each exchange the halves.
 template <typename Tile, typename Narrow>
 struct UnitsPiece {
   static constexpr bool kHalves = Tile::kElement == 2, kFours = Tile::kColumns == 4;
   static constexpr int kTiles = Tile::kTilesP < 4 ? Tile::kTilesP : 4, kValues = 4 / Tile::kElement;
   static constexpr int kWords = kHalves ? kTiles : kFours ? 4 : 2, kCount = kFours ? 2 : Tile::kVec;
+  static constexpr int kTogether = kFours ? 2 : 1;  // that are exchanged
   using W = typename Word<4 * kWords>::type;
 
-  // Which of the warp's units a thread has after the exchange, and the bytes from there on to what it moves.
-  __device__ __forceinline__ static int unit(int j, int lane) { return kHalves ? j + lane % kWords : Tile::unit(j, lane); }
+  // Which of the warp's units the first piece is of after the exchange, and the bytes from there on to it.
+  __device__ __forceinline__ static int unit(int j, int lane) {
+    return kHalves ? j + lane % kWords : kFours ? Tile::unit(j, lane & ~1) : Tile::unit(j, lane);
+  }
   __device__ __forceinline__ static int within(int j, int lane) {
-    return kHalves ? lane % 4 / kWords * kWords * 4 : kFours ? 0 : Tile::image(j, lane, 0);
+    return kHalves ? lane % 4 / kWords * kWords * 4 : kFours ? lane % 2 * 16 : Tile::image(j, lane, 0);
+  }
+
+  // Its own inverse.
+  __device__ __forceinline__ static void exchange(uint32_t (&words)[kTogether][kWords]) {
+    if constexpr (kHalves) turn_lanes(words[0]);
+    if constexpr (kFours) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        uint32_t pair[2] = {words[0][w], words[1][w]};
+        turn_lanes(pair);
+        words[0][w] = pair[0], words[1][w] = pair[1];
+      }
+    }
   }
 
   template <typename Sum>
@@ -95,22 +112,31 @@ __device__ __forceinline__ void store_units(const VectorsSums<Tile, Sum>& acc, c
   const Epilogue& e = p.epilogue.e;
   const int64_t channel_bytes = static_cast<int64_t>(p.units) * kUnitBytes;
   const int64_t first = (place.group * p.epilogue.limit + channel) / Tile::kColumns * channel_bytes;
+  const int8_t* residual = static_cast<const int8_t*>(e.residual);
+  int8_t* out = static_cast<int8_t*>(e.out);
+  const int warp_unit = place.unit0 + threadIdx.x / 32 * (Tile::kWarpP / Tile::kUnit);
 #pragma unroll
   for (int j = 0; j < Tile::kTilesP; j += Piece::kTiles) {
-    const int unit = place.unit0 + threadIdx.x / 32 * (Tile::kWarpP / Tile::kUnit) + Piece::unit(j, lane);
-    const bool inside = unit < p.units && channel < p.epilogue.limit;
+    const int unit = warp_unit + Piece::unit(j, lane);
     const int64_t at = first + static_cast<int64_t>(unit) * kUnitBytes + Piece::within(j, lane);
 #pragma unroll
-    for (int i = 0; i < Piece::kCount; ++i) {
-      const int64_t offset = at + (Piece::kFours ? i * 16 : i * channel_bytes);
-      alignas(16) uint32_t words[Piece::kWords] = {};
-      if (e.residual != nullptr) {
-        if (inside) *reinterpret_cast<W*>(words) = __ldg(reinterpret_cast<const W*>(static_cast<const int8_t*>(e.residual) + offset));
-        if constexpr (Piece::kHalves) turn_lanes(words);
+    for (int i = 0; i < Piece::kCount; i += Piece::kTogether) {
+      // Of pieces i and, of fours, i + 1, at the next unit.
+      auto inside = [&](int k) { return channel < p.epilogue.limit && unit + k < p.units; };
+      auto offset = [&](int k) { return at + (Piece::kFours ? k * kUnitBytes : i * channel_bytes); };
+      alignas(16) uint32_t words[Piece::kTogether][Piece::kWords] = {};
+      if (residual != nullptr) {
+#pragma unroll
+        for (int k = 0; k < Piece::kTogether; ++k)
+          if (inside(k)) *reinterpret_cast<W*>(words[k]) = __ldg(reinterpret_cast<const W*>(residual + offset(k)));
+        Piece::exchange(words);
       }
-      Piece::finish(words, acc, j, i, constants, e);
-      if constexpr (Piece::kHalves) turn_lanes(words);
-      if (inside) *reinterpret_cast<W*>(static_cast<int8_t*>(e.out) + offset) = *reinterpret_cast<const W*>(words);
+#pragma unroll
+      for (int k = 0; k < Piece::kTogether; ++k) Piece::finish(words[k], acc, j, i + k, constants, e);
+      Piece::exchange(words);
+#pragma unroll
+      for (int k = 0; k < Piece::kTogether; ++k)
+        if (inside(k)) *reinterpret_cast<W*>(out + offset(k)) = *reinterpret_cast<const W*>(words[k]);
     }
   }
 }
