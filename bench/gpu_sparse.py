@@ -122,8 +122,8 @@ class Image(NamedTuple):
 
 
 def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype, chained: bool = False) -> Image:
-    """Those of a layer; of formats that gather channel by channel as :func:`cnncomp.ops.cuda_sparse.conv2d` makes them, or, with
-    ``chained``, finds them and leaves them."""
+    """Those of a layer; of formats that gather channel by channel as :func:`cnncomp.ops.cuda_sparse.conv2d` makes them, or,
+    with ``chained``, finds them."""
     if mask.format not in GATHERED:
         return Image(batch, shape.h, shape.w, shape.c)
     channels = shape.groups * round_up(shape.c // shape.groups, GATHERED[mask.format].columns(dtype))
@@ -180,7 +180,8 @@ def run_sparse(
     planned = getattr(_cuda, f"plan_conv2d_{mask.format}_{'f16' if half else 'int8'}")
     plan = planned(
         gpu.sms, gpu.shared, place(x), code, *image, place(weight), shape.k, shape.r, shape.s,
-        *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), code, *[chained] * (gathered is not None),
+        *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), code,
+        *[chained] * (gathered is not None),
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read, grid = int(share * x.nbytes), plan["grid"]
@@ -248,8 +249,8 @@ DEEP = 256  # input channels from which on the reduction is long enough to tell
 def report(rows: list[dict[str, Any]]) -> str:
     """A table: how many times as fast as dense, for each pattern, network, GPU and batch: the geometric means over all layers
     and over those of many channels, the worst layer, and how many layers gain; where the format has a copy into units, the
-    means with it ("copied"), and how many layers gain still, and the means of layers in a chain of such ("chained"): no copy, and
-    an output in units. Where a batch or layer has none, its copy counts."""
+    means with it ("copied"), and how many layers gain still; the same within a chain of such layers ("chained"), without a copy
+    and with the output in units, but for batches and layers that don't fit into them."""
     head = (
         f"{'pattern':10} {'zeros':>5} {'dtype':6} {'network':14} {'GPU':10} {'batch':>5} {'dense':8} {'layers':>6} {'all':>6} "
         f"{f'C>={DEEP}':>7} {'worst':>6} {'gain':>5}"
@@ -288,13 +289,23 @@ def main() -> None:
         "--gpu", action="append", choices=[g.name for g in GPUS[1:]], help="all of sm_80 and later by default"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="all by default")
+    parser.add_argument("--format", action="append", choices=sorted({m.format for m in MASKS}), help="all by default")
+    parser.add_argument("--zeros", action="append", type=float, help="of a mask, as 0.9; all by default")
+    parser.add_argument(
+        "--layer", action="append", help="part of a layer's name; with this or the two above no file is written"
+    )
     arguments = parser.parse_args()
+    masks = [m for m in MASKS if m.format in (arguments.format or [m.format])]
+    masks = [m for m in masks if any(abs(m.sparsity - z) < 1e-6 for z in arguments.zeros or [m.sparsity])]
     gpus = [g for g in GPUS[1:] if not arguments.gpu or g.name in arguments.gpu]
     rows: list[dict[str, Any]] = []
     for network in arguments.network or GPU_NETWORKS:
         for batch in arguments.batch or (1, 8, 64):
-            rows += records(gpu_shapes(network), batch, gpus, arguments.dtype or DTYPES)
+            shapes = [s for s in gpu_shapes(network) if any(part in s.name for part in arguments.layer or [""])]
+            rows += records(shapes, batch, gpus, arguments.dtype or DTYPES, masks)
     print(report(rows))
+    if arguments.layer or len(masks) < len(MASKS):
+        return
     others = [row for row in json.loads(OUT.read_text()) if "dense_us" not in row] if OUT.exists() else []
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(others + rows, indent=1))

@@ -143,7 +143,9 @@ CHAINED = {
 def test_output_in_units(name, with_residual, dtype, device, arch):
     residual = (dtype if dtype in HALVES else torch.int8) if with_residual else None
     for out_dtype in (torch.int8, torch.uint8) if dtype not in HALVES else (dtype,):
-        check_conv(arch, **CHAINED[name], dtype=dtype, out_dtype=out_dtype, residual=residual, device=device, out_units=True)
+        check_conv(
+            arch, **CHAINED[name], dtype=dtype, out_dtype=out_dtype, residual=residual, device=device, out_units=True
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
@@ -160,10 +162,11 @@ def test_output_in_units_takes_no_more_sectors(dtype):
      (dict(residual=16, residual_code=2), "another size")],
 )  # fmt: skip
 def test_outputs_that_do_not_fit_into_units_are_refused(change, match):
-    a = dict(n=8, k=8, out=0, code=0, residual=0, residual_code=0) | change
-    args = (a["n"], 4, 4, 32, 0, a["k"], 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, a["residual"], a["residual_code"], 1.0, 0.0, a["out"])
+    a = dict(n=8, k=8, residual=0, residual_code=0, out=0, code=0) | change
+    n, k, *rest = a.values()
+    epilogue = (*rest[:2], 1.0, 0.0, *rest[2:])
     with pytest.raises(ValueError, match=match):
-        _cuda.plan_conv2d_vectors_int8(*SMALL, 0, 0, *args, a["code"], True)
+        _cuda.plan_conv2d_vectors_int8(*SMALL, 0, 0, n, 4, 4, 32, 0, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, *epilogue, True)
 
 
 def test_sums_of_halves_stay_within_their_bound():
@@ -177,7 +180,26 @@ def test_sums_of_halves_stay_within_their_bound():
         to_units(x).flatten(1), pack_vectors(weight), constants, None, (8, 32, 4, 4), torch.float32, packed=True
     )
     plan = _cuda.plan_conv2d_vectors_f16(
-        *LARGE, case.x, 3, 8, 6, 6, 64, case.weight, 32, 3, 3, 1, 1, 0, 0, 1, 1, 1, *case.epilogue(0.0, -float("inf")), False
+        *LARGE,
+        case.x,
+        3,
+        8,
+        6,
+        6,
+        64,
+        case.weight,
+        32,
+        3,
+        3,
+        1,
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        *case.epilogue(0.0, -float("inf")),
+        False,
     )
     emulated.run_planned(plan, "80", case.memory)
     exact, magnitude = F.conv2d(x.double(), weight.double()), F.conv2d(x.double().abs(), weight.double().abs())

@@ -132,7 +132,9 @@ def test_conv_random(data):
 def test_output_in_units(name, with_residual, dtype, device, arch):
     residual = (dtype if dtype in HALVES else torch.int8) if with_residual else None
     for out_dtype in (torch.int8, torch.uint8) if dtype not in HALVES else (dtype,):
-        check_conv(arch, **CHAINED[name], dtype=dtype, out_dtype=out_dtype, residual=residual, device=device, out_units=True)
+        check_conv(
+            arch, **CHAINED[name], dtype=dtype, out_dtype=out_dtype, residual=residual, device=device, out_units=True
+        )
 
 
 @pytest.mark.parametrize("n, dtype", [(16, torch.uint8), (8, torch.uint8), (8, torch.float16)])
@@ -152,7 +154,26 @@ def test_sums_of_halves_stay_within_their_bound():
     units = to_units(x).flatten(1)
     case = emulated.Case(units, pack_vnm(weight, 8), constants, None, (8, 64, 4, 4), torch.float32, packed=True)
     plan = _cuda.plan_conv2d_vnm_f16(
-        *LARGE, case.x, 3, 8, 6, 6, 64, case.weight, 64, 3, 3, 1, 1, 0, 0, 1, 1, 1, *case.epilogue(0.0, -float("inf")), False
+        *LARGE,
+        case.x,
+        3,
+        8,
+        6,
+        6,
+        64,
+        case.weight,
+        64,
+        3,
+        3,
+        1,
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        *case.epilogue(0.0, -float("inf")),
+        False,
     )
     emulated.run_planned(plan, "80", case.memory)
     exact, magnitude = F.conv2d(x.double(), weight.double()), F.conv2d(x.double().abs(), weight.double().abs())

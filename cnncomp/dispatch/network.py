@@ -22,10 +22,9 @@ from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
 from cnncomp.graph import Traced
-from cnncomp.graph.chain import output_specs, outputs_in_units, source
+from cnncomp.graph.chain import output_specs, settle_units, source
 from cnncomp.graph.nodes import cloned, input_node, put_module
 from cnncomp.nn import QuantConv2d, QuantLinear, QuantSpec
-from cnncomp.nn.packed_quant import GatheredConv2d
 from cnncomp.progress import Advance
 from cnncomp.recordings import Recordings
 
@@ -248,12 +247,7 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
         layer = None if option is None else option.layer
         return layer.input if isinstance(layer, (QuantConv2d, QuantLinear)) else None
 
-    def gathers(node: fx.Node) -> str | None:
-        option = assignment.get(node)
-        return option.layer.gathers if option is not None and isinstance(option.layer, GatheredConv2d) else None
-
     specs = output_specs(gm, input_spec)
-    in_units = outputs_in_units(gm, gathers, specs)
     for node, option in assignment.items():
         layer = option.layer
         put_module(gm, node, layer)
@@ -262,5 +256,4 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
             if len(node.args) > 1 and (spec := specs.get(source(gm, input_node(node, 1)))) is not None:
                 step = spec.scale
             layer.set_output(specs.get(node), step)
-        if isinstance(layer, GatheredConv2d):
-            layer.out_units = node in in_units
+    settle_units(gm)

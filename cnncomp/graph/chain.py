@@ -8,14 +8,12 @@ import torch
 from torch import fx, nn
 
 from cnncomp.graph.nodes import has_user_hooks, module_at
-from cnncomp.nn import QuantMaxPool2d, QuantSpec
+from cnncomp.nn import GatheredConv2d, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 
 _PASS_METHODS = ("flatten", "reshape")
 
 #: How a node takes its input in 8 bit (None: it doesn't), asked for layers only.
 InputSpec = Callable[[fx.Node], QuantSpec | None]
-#: The format in whose units a node's layer gathers its input and may give its output (None: it doesn't).
-Gathers = Callable[[fx.Node], str | None]
 
 
 def passes_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -86,20 +84,33 @@ def _unit_readers(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, 
             yield user, node
 
 
-def outputs_in_units(gm: fx.GraphModule, gathers: Gathers, specs: dict[fx.Node, QuantSpec]) -> set[fx.Node]:
-    """Layers that best give their 8-bit output in units of images: all that reads it are layers that gather in the same format,
-    one of them its input, or a residual beside an output in units. ``specs``: of :func:`output_specs`.
+def _gathers(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """The format in whose units a node's layer gathers its input and can give its output."""
+    layer = module_at(gm, node) if node.op == "call_module" else None
+    return layer.gathers if isinstance(layer, GatheredConv2d) else None
 
-    A residual that lies otherwise than the output is copied: at most once where a chain ends.
+
+def _gives_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
+    layer = module_at(gm, node) if node.op == "call_module" else None
+    return isinstance(layer, (QuantConv2d, QuantLinear)) and layer.output is not None
+
+
+def settle_units(gm: fx.GraphModule) -> None:
+    """Decide which layers give their output in units of images, whether it is 8 bit being settled.
+
+    Those do all whose readers gather in the same format, if one of them multiplies it, or adds it to an output in units. A
+    residual that lies otherwise than the output is copied: where a chain begins or ends.
     """
-    found: set[fx.Node] = set()
+    chained: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
-        format = gathers(node) if node in specs else None
-        if format is None or any(source(gm, n) not in specs for n in node.all_input_nodes[1:]):
-            continue  # a residual of floats has no units
+        if (format := _gathers(gm, node)) is None:
+            continue
         readers = list(_unit_readers(gm, node))
-        if all(gathers(user) == format for user, _ in readers) and any(
-            user.args[0] is carrier or user in found for user, carrier in readers
+        fits = _gives_8bit(gm, node) and all(_gives_8bit(gm, source(gm, n)) for n in node.all_input_nodes[1:])
+        if (
+            fits
+            and all(_gathers(gm, user) == format for user, _ in readers)
+            and any(user.args[0] is carrier or user in chained for user, carrier in readers)
         ):
-            found.add(node)
-    return found
+            chained.add(node)
+        module_at(gm, node).out_units = node in chained

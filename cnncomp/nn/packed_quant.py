@@ -90,7 +90,6 @@ class GatheredConv2d(_PackedConv2d):
         return Units(out) if out_units else out
 
 
-
 class _PackedLinear(_PackedQuant, QuantLinear):
     def weight_int8(self) -> Tensor:
         if self.weight.device.type == "cpu":

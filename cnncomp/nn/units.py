@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnncomp.sparsity.vectors import image_shape
+from cnncomp.sparsity.vectors import from_units, image_shape
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Units:
 
     def dim(self) -> int:
         return 4
+
+    def clone(self) -> Units:
+        return Units(self.tensor.clone())
+
+    def images(self) -> Tensor:
+        """(N, C, H, W), channels_last, copied."""
+        return from_units(self.tensor)
 
 
 def plain(t: Tensor | Units | None) -> Tensor | None:

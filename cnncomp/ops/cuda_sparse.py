@@ -59,8 +59,8 @@ def conv2d(
 
     Args:
         name: Of the format: "sparse24", "blocks", "vectors" or "vnm".
-        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; for "vectors" and "vnm" in the format's
-            units of images, else it is copied into them.
+        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; for "vectors" and "vnm" in units of
+            images, or it is copied into them.
         weight: From :func:`cnncomp.sparsity.pack_2to4`, :func:`cnncomp.sparsity.pack_gathered`,
             :func:`cnncomp.sparsity.pack_vectors` or :func:`cnncomp.sparsity.pack_vnm`, int8 or of x's dtype.
         constants: (3, K) float32: scale, bias, hi.
@@ -91,7 +91,7 @@ def conv2d(
     shape = (n, constants.shape[1], p, q)
     if out_units:
         if not (gathered and units_fit(name, x.dtype, n, shape[1], groups)):
-            raise ArgumentError("out_units", f"{name}, an output {shape}", "whole units of images and vectors of channels")
+            raise ArgumentError("out_units", f"{name}, an output {shape}", "whole units of images, vectors of channels")
         out = x.new_empty(GATHERED[name].units_shape(shape, out_dtype), dtype=out_dtype)
     else:
         out = torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
@@ -123,8 +123,8 @@ def conv2d(
 
 
 def units_fit(name: str, dtype: torch.dtype, images: int, channels: int, groups: int) -> bool:
-    """Whether images of so many channels, an output of a convolution in ``groups``, can lie in a format's units: these are full,
-    and threads have whole vectors of channels."""
+    """Whether images of so many channels, the output of a convolution in ``groups``, can lie in a format's units: units are
+    full, and threads have whole vectors of channels."""
     fmt = GATHERED[name]
     return images % fmt.unit(dtype, images) == 0 and channels // groups % fmt.VECTOR == 0
 
