@@ -84,10 +84,10 @@ def _unit_readers(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, 
             yield user, node
 
 
-def _gathers(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """The format in whose units a node's layer gathers its input and can give its output."""
+def _gathering(gm: fx.GraphModule, node: fx.Node) -> GatheredConv2d | None:
+    """A node's layer, if it gathers its input in units and can give its output in them."""
     layer = module_at(gm, node) if node.op == "call_module" else None
-    return layer.gathers if isinstance(layer, GatheredConv2d) else None
+    return layer if isinstance(layer, GatheredConv2d) and layer.gathers else None
 
 
 def _gives_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -103,14 +103,13 @@ def settle_units(gm: fx.GraphModule) -> None:
     """
     chained: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
-        if (format := _gathers(gm, node)) is None:
+        if (layer := _gathering(gm, node)) is None:
             continue
-        readers = list(_unit_readers(gm, node))
-        fits = _gives_8bit(gm, node) and all(_gives_8bit(gm, source(gm, n)) for n in node.all_input_nodes[1:])
-        if (
-            fits
-            and all(_gathers(gm, user) == format for user, _ in readers)
-            and any(user.args[0] is carrier or user in chained for user, carrier in readers)
-        ):
-            chained.add(node)
-        module_at(gm, node).out_units = node in chained
+        readers = [(_gathering(gm, user), user, carrier) for user, carrier in _unit_readers(gm, node)]
+        layer.out_units = (
+            _gives_8bit(gm, node)
+            and all(_gives_8bit(gm, source(gm, n)) for n in node.all_input_nodes[1:])
+            and all(other is not None and other.gathers == layer.gathers for other, *_ in readers)
+            and any(user.args[0] is carrier or user in chained for _, user, carrier in readers)
+        )
+        chained.update([node] * layer.out_units)

@@ -67,6 +67,11 @@ def _images(t: Tensor) -> Tensor:
     return t if t.dim() <= 4 else t.flatten()[:1].expand(image_shape(t))
 
 
+def _nhwc(t: Tensor) -> Tensor:
+    """``t`` as images (N, C, H, W)."""
+    return t if t.dim() <= 4 else from_units(t)
+
+
 def define_conv(fmt: Format, kind: str) -> None:
     """Register ``cnncomp::conv2d_<format>_<kind>``; ``kind``: "int8" or "f16". Those that gather take activations in units of
     images too, and with a last argument ``out_units`` give them."""
@@ -101,7 +106,7 @@ def define_conv(fmt: Format, kind: str) -> None:
         *rest: Any,
     ) -> Tensor:
         logical = checked(x, weight, constants, residual, rest)
-        x, residual = (from_units(t) if t is not None and t.dim() > 4 else t for t in (x, residual))
+        x, residual = _nhwc(x), None if residual is None else _nhwc(residual)
         _, stride, padding, dilation, groups, out_dtype = rest[:6]
         if kind == "int8":
             dense = pack_int8(fmt.unpack(weight, logical, torch.int8, groups), groups)
