@@ -1,5 +1,6 @@
 """``cnncomp::conv2d_vectors_int8``, ``linear_vectors_int8`` and ``conv2d_vectors_f16``: weights in runs of 32 outputs, for int8
-by 4 inputs, packed by :func:`cnncomp.sparsity.pack_vectors`. On a GPU the input is copied into units of eight images first."""
+by 4 inputs, packed by :func:`cnncomp.sparsity.pack_vectors`. On a GPU the input is copied into units of eight images first,
+if it does not lie in them."""
 
 from __future__ import annotations
 
