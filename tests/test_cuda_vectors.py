@@ -156,6 +156,17 @@ def test_output_in_units_takes_no_more_sectors(dtype):
     assert units.sectors == plain.sectors
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_words_that_are_not_exchanged_are_caught(dtype):
+    kernel = "conv2d_vectors_f16" if dtype == torch.float16 else "conv2d_vectors_int8"
+    ptx, count = re.subn(
+        r"shfl\.sync\.bfly\.b32(\s+)(%\w+)\|%\w+, (%\w+),.*;", r"mov.b32\1\2, \3;", emulated.ptx_of(kernel, "80")
+    )
+    assert count > 0
+    with pytest.raises(AssertionError):
+        check_conv("80", **CHAINED["edges"], dtype=dtype, out_dtype=dtype, out_units=True, ptx=ptx)
+
+
 @pytest.mark.parametrize(
     "change, match",
     [(dict(n=9), "multiple of 8"), (dict(k=6), "multiple of 4"), (dict(out=8), "aligned to 16"), (dict(code=2), "another size"),
