@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -135,17 +136,21 @@ CHAINED = {
 }
 
 
+def check_in_units(check_conv, name, dtype, with_residual):
+    """A convolution of CHAINED whose output and residual lie in units."""
+    half = dtype in HALVES
+    residual = (dtype if half else torch.int8) if with_residual else None
+    for out_dtype in (dtype,) if half else (torch.int8, torch.uint8):
+        check_conv(**CHAINED[name], out_dtype=out_dtype, residual=residual, out_units=True)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype, device", [(torch.uint8, LARGE), (torch.int8, SMALL), (torch.float16, LARGE_IN_LESS),
                                            (torch.bfloat16, SMALL)])  # fmt: skip
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("name", CHAINED)
 def test_output_in_units(name, with_residual, dtype, device, arch):
-    residual = (dtype if dtype in HALVES else torch.int8) if with_residual else None
-    for out_dtype in (torch.int8, torch.uint8) if dtype not in HALVES else (dtype,):
-        check_conv(
-            arch, **CHAINED[name], dtype=dtype, out_dtype=out_dtype, residual=residual, device=device, out_units=True
-        )
+    check_in_units(partial(check_conv, arch, dtype=dtype, device=device), name, dtype, with_residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])

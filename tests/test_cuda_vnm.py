@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests import cuda_emulated as emulated
 from tests.ptx import MemoryFault
 from tests.test_cuda_kernels import OUT_DTYPES, RESIDUALS, assert_same, random_constants, random_tensor
 from tests.test_cuda_sparse24 import ARCHS
-from tests.test_cuda_vectors import CHAINED, HALVES
+from tests.test_cuda_vectors import CHAINED, HALVES, check_in_units
 from tests.test_cuda_vectors import MUTANTS as COMMON
 from tests.test_packers import masked_vnm
 
@@ -130,11 +131,7 @@ def test_conv_random(data):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("name", CHAINED)
 def test_output_in_units(name, with_residual, dtype, device, arch):
-    residual = (dtype if dtype in HALVES else torch.int8) if with_residual else None
-    for out_dtype in (torch.int8, torch.uint8) if dtype not in HALVES else (dtype,):
-        check_conv(
-            arch, **CHAINED[name], dtype=dtype, out_dtype=out_dtype, residual=residual, device=device, out_units=True
-        )
+    check_in_units(partial(check_conv, arch, dtype=dtype, device=device), name, dtype, with_residual)
 
 
 @pytest.mark.parametrize("n, dtype", [(16, torch.uint8), (8, torch.uint8), (8, torch.float16)])
