@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -32,7 +33,8 @@ from cnncomp.dispatch.plan import LayerPlan, Plan
 from cnncomp.graph import trace
 from cnncomp.models import DigitsNet
 from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear
-from cnncomp.nn.packed_quant import _PackedQuant
+from cnncomp.nn.packed_quant import _PackedConv2d, _PackedQuant
+from cnncomp.nn.units import Units
 from cnncomp.ops import cuda, cuda_sparse
 from cnncomp.results.idx import fashion_mnist
 from tests.cuda_device import emulated_device
@@ -52,6 +54,7 @@ class Outcome:
         zeros: Fraction of the weights that were pruned.
         accuracy: Of the int8 network on all test images.
         kernels: Of each layer, by its name.
+        in_units: Layers whose output went to the next ones in units of images.
         launched: Logits (EXAMPLES, classes) by the GPU's kernels; ``on_cpu``: by the CPU's; ``float_``: of the pruned network
             before it was quantised; ``dense``: of the one that was pruned.
     """
@@ -60,6 +63,7 @@ class Outcome:
     zeros: float
     accuracy: float
     kernels: dict[str, str]
+    in_units: list[str]
     launched: Tensor
     on_cpu: Tensor
     float_: Tensor
@@ -105,11 +109,11 @@ def planned(model: nn.Module, x: Tensor, format: str) -> tuple[nn.Module, Plan]:
 
 def _launch_conv(layer: QuantConv2d, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
     g, weight = layer.geometry, layer.weight_int8()
+    if isinstance(layer, _PackedConv2d):
+        operator = functools.partial(cuda_sparse.conv2d, layer._format.name)
+        return layer.run_on(operator, layer._pack_format(weight), x, residual, clamped)
     constants, lo, dtype = layer._constants(clamped)
     before, where = (constants, residual, layer.residual_scale, lo), (g.stride, g.padding, g.dilation, g.groups, dtype)
-    if isinstance(layer, _PackedQuant):
-        packed = layer._pack_format(weight)
-        return cuda_sparse.conv2d(layer._format.name, layer._input(x), packed, *before, g.kernel_size, *where)
     return cuda.conv2d_int8(layer._input(x), weight.permute(0, 2, 3, 1), *before, *where, *layer._ending(clamped))
 
 
@@ -123,15 +127,23 @@ def _launch_linear(layer: QuantLinear, x: Tensor, residual: Tensor | None, clamp
     return cuda.linear_int8(layer._input(x), weight, *rest, *layer._ending(clamped))
 
 
-@contextmanager
-def launched(module: nn.Module) -> Iterator[list[str]]:
-    """While this lasts, the int8 layers of a network run in the emulator, as their GPU kernels would be launched. Gives the
-    kernels of the layers that have run."""
-    ran: list[str] = []
+class Launched(NamedTuple):
+    """Kernels of the layers that have run, and names of those whose output was in units of images."""
 
-    def noted(run: Callable[..., Tensor], layer: ConvertedLayer, *arguments: object, **named: object) -> Tensor:
-        ran.append(layer.kernel)
-        return run(layer, *arguments, **named)
+    kernels: list[str]
+    in_units: list[str]
+
+
+@contextmanager
+def launched(module: nn.Module) -> Iterator[Launched]:
+    """While this lasts, the int8 layers of a network run in the emulator, as their GPU kernels would be launched."""
+    ran = Launched([], [])
+
+    def noted(run: Callable[..., Any], layer: ConvertedLayer, *arguments: object, **named: object) -> Any:
+        out = run(layer, *arguments, **named)
+        ran.kernels.append(layer.kernel)
+        ran.in_units.extend([layer.info.name] * isinstance(out, Units))
+        return out
 
     layers = [m for m in module.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
     with emulated_device():
@@ -171,19 +183,19 @@ def run(split: data.Split, patterns: list[str], epochs: int, finetune: int) -> l
                 split.test_labels
             )
         kernels = {name: layer.kernel for name, layer in plan.layers.items()}
-        assert sorted(ran) == sorted(kernels.values()), (ran, kernels)
+        assert sorted(ran.kernels) == sorted(kernels.values()), (ran, kernels)
         fraction = sum(layer.zeros for layer in zeros) / sum(layer.numel for layer in zeros)
-        found.append(Outcome(pattern, fraction, accuracy, kernels, logits, on_cpu, *outputs))
+        found.append(Outcome(pattern, fraction, accuracy, kernels, ran.in_units, logits, on_cpu, *outputs))
     return found
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """One line for each pattern, and the kernels of its layers."""
+    """One line for each pattern, and the kernels of its layers, of which some leave their output in units of images."""
     lines = [f"{'pattern':8} {'zeros':>6} {'accuracy':>8} {'off float':>9} {'same class':>10} {'off CPU':>8}  kernels"]
     for o in outcomes:
         off = float((o.launched - o.float_).norm() / o.float_.norm())
         numbers = f"{o.pattern:8} {o.zeros:6.1%} {o.accuracy:8.1%} {off:9.2%} {agreement(o.launched, o.dense):10.0%}"
-        kernels = ", ".join(f"{name} {kernel}" for name, kernel in o.kernels.items())
+        kernels = ", ".join(f"{n} {kernel}{' → units' * (n in o.in_units)}" for n, kernel in o.kernels.items())
         lines.append(f"{numbers} {float((o.launched - o.on_cpu).abs().max()):8g}  {kernels}")
     return "\n".join(lines)
 

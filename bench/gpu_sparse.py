@@ -35,7 +35,7 @@ from bench.gpu_model import (
 from bench.gpu_peers import conv_candidates
 from bench.layers import GPU_NETWORKS, ConvShape, gpu_shapes
 from cnncomp import _cuda
-from cnncomp.ops.cuda_sparse import GATHERED
+from cnncomp.ops.cuda_sparse import GATHERED, units_fit
 from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm, vnm
 from cnncomp.sparsity.blocks import as_blocks
 from cnncomp.sparsity.vectors import RUN, columns
@@ -121,12 +121,13 @@ class Image(NamedTuple):
         return math.prod(self)
 
 
-def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype) -> Image:
-    """Those of a layer; of formats that gather channel by channel as :func:`cnncomp.ops.cuda_sparse.conv2d` makes them."""
+def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype, chained: bool = False) -> Image:
+    """Those of a layer; of formats that gather channel by channel as :func:`cnncomp.ops.cuda_sparse.conv2d` makes them, or,
+    with ``chained``, finds them."""
     if mask.format not in GATHERED:
         return Image(batch, shape.h, shape.w, shape.c)
     channels = shape.groups * round_up(shape.c // shape.groups, GATHERED[mask.format].columns(dtype))
-    if shape.r == shape.s == shape.stride == 1 and shape.padding == 0:
+    if not chained and shape.r == shape.s == shape.stride == 1 and shape.padding == 0:
         return Image(batch * shape.h * shape.w, 1, 1, channels)
     return Image(batch, shape.h, shape.w, channels)
 
@@ -158,16 +159,19 @@ def units_pass(image: Image, gpu: Gpu, dtype: torch.dtype, format: str = "vector
 
 
 def run_sparse(
-    shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "int8", mask: Mask = MASKS[0]
+    shape: ConvShape, batch: int, arch: str, gpu: Gpu, dtype: str = "int8", mask: Mask = MASKS[0], chained: bool = False
 ) -> tuple[Counted, str] | None:
     """Counts and launch of a layer's convolution, no residual, and the kernel's name; None for a layer that it can't run.
-    ``dtype``: "int8", with u8 input and output, or "fp16"."""
+    ``dtype``: "int8", with u8 input and output, or "fp16". ``chained``: its output too lies in units of images; None where it
+    can't."""
     g, half = shape.geometry, dtype == "fp16"
     kind, of_weight = (torch.float16, torch.float16) if half else (torch.uint8, torch.int8)
     gathered = GATHERED.get(mask.format)
     if too_many_taps(g.kernel_size) if gathered else why_not(shape.c, g.kernel_size, shape.groups, kind.itemsize):
         return None
-    memory, image = GlobalMemory(), image_of(shape, batch, mask, kind)
+    if chained and not (gathered and units_fit(mask.format, kind, batch, shape.k, shape.groups)):
+        return None
+    memory, image = GlobalMemory(), image_of(shape, batch, mask, kind, chained)
     images = round_up(image.n, gathered.unit(kind, image.n)) if gathered else image.n
     x = torch.zeros(image._replace(n=images).elements(), dtype=kind)
     weight = mask.packed((shape.k, shape.c // shape.groups, shape.r, shape.s), of_weight, shape.groups)
@@ -177,6 +181,7 @@ def run_sparse(
     plan = planned(
         gpu.sms, gpu.shared, place(x), code, *image, place(weight), shape.k, shape.r, shape.s,
         *g.stride, *g.padding, *g.dilation, shape.groups, place(constants), 0, 0, 0.0, 0.0, place(out), code,
+        *[chained] * (gathered is not None),
     )  # fmt: skip
     share = math.prod(touched(v, r, shape.stride) for v, r in ((shape.h, shape.r), (shape.w, shape.s)))
     read, grid = int(share * x.nbytes), plan["grid"]
@@ -184,7 +189,7 @@ def run_sparse(
     sweeps = 1 if gathered else grid[1] * grid[2]
     launch = Launch(math.prod(grid), plan["block"], 0, least, dtype, read, sweeps, sparse=mask.sparse_tensor_cores)
     source = emulated.source_of(plan["kernel"])
-    key = (emulated.digest(source), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask)
+    key = (emulated.digest(source), arch, plan["kernel"], grid, batch, shape, BLOCKS, L1, mask, *["chained"] * chained)
     return counted(key, lambda: _run(plan, arch, memory, launch)), plan["kernel"]
 
 
@@ -231,6 +236,8 @@ def records(
                 "us_varied": varied(counts, launch, gpu),
                 "pass_us": units_pass(image, gpu, kind, mask.format) if gathered else 0.0,
             }
+            chain = run_sparse(shape, batch, "80", gpu, dtype, mask, chained=True)
+            about["chained_us"] = model(*chain[0], gpu)["us"] if chain else None
             about["dense_us"] = dense_us(shape, batch, gpu, dtype)
             found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
     return found
@@ -242,25 +249,29 @@ DEEP = 256  # input channels from which on the reduction is long enough to tell
 def report(rows: list[dict[str, Any]]) -> str:
     """A table: how many times as fast as dense, for each pattern, network, GPU and batch: the geometric means over all layers
     and over those of many channels, the worst layer, and how many layers gain; where the format has a copy into units, the
-    means with it ("copied"), and how many layers gain still."""
+    means with it ("copied"), and how many layers gain still; the same within a chain of such layers ("chained"), without a copy
+    and with the output in units, but for batches and layers that don't fit into them."""
     head = (
         f"{'pattern':10} {'zeros':>5} {'dtype':6} {'network':14} {'GPU':10} {'batch':>5} {'dense':8} {'layers':>6} {'all':>6} "
         f"{f'C>={DEEP}':>7} {'worst':>6} {'gain':>5}"
     )
-    lines = [f"{head} {'copied':>6} {f'C>={DEEP}':>7} {'gain':>5}  ({LABEL})"]
-    groups: dict[tuple[Any, ...], list[tuple[int, float, float]]] = {}
+    head += f" {'copied':>6} {f'C>={DEEP}':>7} {'gain':>5} {'chained':>7} {f'C>={DEEP}':>7} {'gain':>5}"
+    lines = [f"{head}  ({LABEL})"]
+    groups: dict[tuple[Any, ...], list[tuple[float, ...]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("pattern", "sparsity", "dtype", "network", "gpu", "batch"))
         for than, us in row["dense_us"].items():
-            ratios = us / row["us"], us / (row["us"] + row["pass_us"])
+            copied = row["us"] + row["pass_us"]
+            ratios = us / row["us"], us / copied, us / (row["chained_us"] or copied)
             groups.setdefault((*key, than), []).append((row["shape"]["c"], *ratios))
     for (pattern, zeros, dtype, network, gpu, batch, than), found in sorted(groups.items()):
-        means = [_mean([row[which] for row in found if row[0] >= least]) for which in (1, 2) for least in (0, DEEP)]
-        gains = [sum(row[which] > 1 for row in found) for which in (1, 2)]
-        worst = min(ratio for _, ratio, _ in found)
+        means = [_mean([row[which] for row in found if row[0] >= least]) for which in (1, 2, 3) for least in (0, DEEP)]
+        gains = [sum(row[which] > 1 for row in found) for which in (1, 2, 3)]
+        worst = min(row[1] for row in found)
         lines.append(
             f"{pattern:10} {zeros:5.0%} {dtype:6} {network:14} {gpu:10} {batch:5d} {than:8} {len(found):6d} {means[0]:6.2f}"
             f" {means[1]:7.2f} {worst:6.2f} {gains[0]:5d} {means[2]:6.2f} {means[3]:7.2f} {gains[1]:5d}"
+            f" {means[4]:7.2f} {means[5]:7.2f} {gains[2]:5d}"
         )
     return "\n".join(lines)
 
@@ -278,13 +289,23 @@ def main() -> None:
         "--gpu", action="append", choices=[g.name for g in GPUS[1:]], help="all of sm_80 and later by default"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="all by default")
+    parser.add_argument("--format", action="append", choices=sorted({m.format for m in MASKS}), help="all by default")
+    parser.add_argument("--zeros", action="append", type=float, help="of a mask, as 0.9; all by default")
+    parser.add_argument(
+        "--layer", action="append", help="part of a layer's name; with this or the two above no file is written"
+    )
     arguments = parser.parse_args()
+    masks = [m for m in MASKS if m.format in (arguments.format or [m.format])]
+    masks = [m for m in masks if any(abs(m.sparsity - z) < 1e-6 for z in arguments.zeros or [m.sparsity])]
     gpus = [g for g in GPUS[1:] if not arguments.gpu or g.name in arguments.gpu]
     rows: list[dict[str, Any]] = []
     for network in arguments.network or GPU_NETWORKS:
         for batch in arguments.batch or (1, 8, 64):
-            rows += records(gpu_shapes(network), batch, gpus, arguments.dtype or DTYPES)
+            shapes = [s for s in gpu_shapes(network) if any(part in s.name for part in arguments.layer or [""])]
+            rows += records(shapes, batch, gpus, arguments.dtype or DTYPES, masks)
     print(report(rows))
+    if arguments.layer or len(masks) < len(MASKS):
+        return
     others = [row for row in json.loads(OUT.read_text()) if "dense_us" not in row] if OUT.exists() else []
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(others + rows, indent=1))

@@ -24,6 +24,7 @@ from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
 from cnncomp.nn import ConvertedLayer, DenseConv2d, QuantConv2d, QuantLinear
 from cnncomp.nn.dense import NCHW_KERNELS, dense_kernels
+from cnncomp.nn.units import Units
 from cnncomp.progress import track
 from cnncomp.recordings import kernels_of
 
@@ -121,7 +122,8 @@ def _record_calls(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, 
 
 
 def _float_call(layer: ConvertedLayer, call: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The layer's inputs as floats."""
+    """The layer's inputs as floats, images none of which lies in units."""
+    call = tuple(t.images() if isinstance(t, Units) else t for t in call)
     if not isinstance(layer, (QuantConv2d, QuantLinear)):
         return call
     steps = (layer.input.scale, layer.residual_step)

@@ -36,6 +36,7 @@ from cnncomp._version import __version__
 from cnncomp.convert import Conversion, ConvertedModel, convert
 from cnncomp.dispatch import CONV_CANDIDATES, LINEAR_CANDIDATES, Plan, device_key
 from cnncomp.errors import ArgumentError, DeviceError, FileFormatError, SerializationError
+from cnncomp.graph.chain import settle_units
 from cnncomp.nn import ConvertedLayer
 
 #: Zeros are taken out of a tensor where that makes it smaller than this fraction: int8 from 18 % zeros, fp32 from 9 %.
@@ -305,6 +306,7 @@ def _decode(document: Document, tensors: Tensors) -> ConvertedModel:
     if tensors or bitmaps:
         raise ValueError(f"tensors that belong to no layer: {sorted({*tensors, *bitmaps})}")
     network = fx.GraphModule(_assemble(parts), graph)
+    settle_units(network)
     conversion = Conversion(_decode_plan(document["plan"]), _decode_kept(document["kept"]))
     conversion.inputs = [_decode_input(*entry) for entry in document["inputs"]]
     return ConvertedModel(network, conversion).eval().requires_grad_(False)

@@ -69,7 +69,8 @@ class EmulatedModule:
     def _packed(
         self, format: str, kind: str, device: int, stream: int, multiprocessors: int, shared: int, *arguments: Any
     ) -> None:
-        a = dict(zip(CONV_NAMES.split(), arguments, strict=True))
+        names = CONV_NAMES + " out_units" * (format in cuda_sparse.GATHERED)
+        a = dict(zip(names.split(), arguments, strict=True))
         dtype = torch.int8 if kind == "int8" else torch.float16
         logical, groups = (a["k"], a["c"] // a["groups"], a["r"], a["s"]), a["groups"]
         runs_of = {"vectors": vectors, "vnm": vnm}.get(format)

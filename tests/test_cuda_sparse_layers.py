@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from cnncomp.nn import (
     Geometry,
     QuantConv2d,
     QuantLinear,
+    QuantMaxPool2d,
     QuantSpec,
     Sparse24QuantConv2d,
     Sparse24QuantLinear,
@@ -23,8 +26,9 @@ from cnncomp.nn import (
     VnmQuantConv2d,
     VnmQuantLinear,
 )
+from cnncomp.nn.units import Units
 from cnncomp.ops import cuda_sparse, reference
-from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm
+from cnncomp.sparsity import pack_2to4, pack_gathered, pack_vectors, pack_vnm, vectors, vnm
 from tests import cuda_emulated as emulated
 from tests.cuda_device import emulated_device
 from tests.helpers import random_8bit
@@ -199,6 +203,54 @@ def test_launch_of_vnm(dtype, channels, kernel_size, stride, padding):
     kind = dtype if dtype == torch.float16 else INT8
     weight = masked_vnm(torch.randint(-2, 3, (140, channels, *kernel_size)).to(kind), 64, 10, 2)
     check_launch("vnm", dtype, weight, pack_vnm(weight, 10, 2), stride, padding)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+@pytest.mark.parametrize("format", ["vectors", "vnm"])
+def test_launches_in_a_chain(format, dtype):
+    """The first convolution gives units of images, the second takes them; its residual and output lie in both ways."""
+    fmt, kind = cuda_sparse.GATHERED[format], dtype if dtype == torch.float16 else INT8
+    width = 1 if dtype == torch.float16 else 4
+    draw = (torch.randint(-2, 3, (k, c, r, r)).to(kind) for k, c, r in ((64, 32, 3), (72, 64, 1)))
+    masked = [masked_blocks(w, 32, width, 1, 0.4) if format == "vectors" else masked_vnm(w, 64, 10) for w in draw]
+    packed = [pack_vectors(w) if format == "vectors" else pack_vnm(w, 10) for w in masked]
+    constants = [torch.tensor([[2.0**-4], [3.0], [240.0]]).repeat(1, len(w)) for w in masked]
+    x, where = torch.randint(0, 3, (8, 32, 5, 6)).to(dtype), ((1, 1), (1, 1), (1, 1), 1, dtype)
+    acc = torch.nn.functional.conv2d(x.float(), masked[0].float(), None, 1, 1)
+    middle = reference.epilogue(acc, constants[0], None, 0.0, 0.0, dtype)
+    acc = torch.nn.functional.conv2d(middle.float(), masked[1].float(), None, 1, 1)
+    res = torch.randint(-8, 9, acc.shape).to(kind)
+    expected = reference.epilogue(acc, constants[1], res, 0.25, 3.0, dtype)
+
+    def run(conv):
+        units = conv(x, packed[0], constants[0], None, 0.0, 0.0, (3, 3), *where, True)
+        assert torch.equal(units, fmt.to_units(middle)) and torch.equal(vectors.from_units(units), middle)
+        for residual in (res, fmt.to_units(res)):
+            args = (units, packed[1], constants[1], residual, 0.25, 3.0, (1, 1), *where)
+            assert torch.equal(conv(*args), expected) and torch.equal(conv(*args, True), fmt.to_units(expected))
+
+    with emulated_device():
+        run(partial(cuda_sparse.conv2d, format))
+    run(getattr(torch.ops.cnncomp, f"conv2d_{format}_{'f16' if width == 1 else 'int8'}"))  # on the CPU
+
+
+def test_outputs_that_fit_into_no_units():
+    packed = pack_vectors(torch.zeros(8, 16, 1, 1, dtype=INT8))
+    x, where = torch.zeros(9, 16, 4, 4, dtype=torch.uint8), ((1, 1), (1, 1), (0, 0), (1, 1), 1, torch.uint8, True)
+    with pytest.raises(ArgumentError, match="whole units"):
+        cuda_sparse.conv2d("vectors", x, packed, random_constants(8), None, 0.0, 0.0, *where)
+    assert not cuda_sparse.units_fit("vnm", INT8, 24, 64, 1) and cuda_sparse.units_fit("vnm", torch.float16, 24, 64, 1)
+    assert not cuda_sparse.units_fit("vnm", INT8, 8, 36, 1) and cuda_sparse.units_fit("vectors", INT8, 8, 36, 1)
+
+
+@pytest.mark.parametrize("fmt, images", [(vectors, 8), (vectors, 16), (vnm, 8), (vnm, 16)])
+def test_max_pool_of_units(fmt, images):
+    """The bits that images have, and units again."""
+    x, pool = random_8bit((images, 8, 7, 5), torch.uint8), QuantMaxPool2d(3, 2, 1)
+    got = pool(Units(fmt.to_units(x)))
+    assert isinstance(got, Units) and got.shape == (images, 8, 4, 3) and got.dtype == torch.uint8 and got.dim() == 4
+    assert torch.equal(got.tensor, fmt.to_units(pool(x)))
 
 
 @needs_nvcc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def check_conv(
     arch, n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, density=0.4, dtype=torch.float16,
-    out_dtype=None, residual=None, device=SMALL, ptx=None,
+    out_dtype=None, residual=None, device=SMALL, ptx=None, out_units=False,
 ):  # fmt: skip
-    """One convolution against the reference, bit by bit: halves are small integers, whose sums are exact."""
+    """One convolution against the reference, bit by bit: halves are small integers, whose sums are exact. ``out_units``: output
+    and residual lie as the input does."""
     what = {name: value for name, value in locals().items() if name != "ptx"}
     torch.manual_seed(n + c + h + k)
     half, geometry = dtype in HALVES, (stride, padding, dilation, groups)
@@ -49,14 +51,13 @@ def check_conv(
     else:
         constants, lo = random_constants(k, max(1, int(r * s * c // groups * density)), out_dtype)
         expected = reference.conv2d_int8(x, weight, constants, res, 0.5, lo, *geometry, out_dtype)
-    units = to_units(x, groups)
-    case = emulated.Case(
-        units.flatten(1), pack_vectors(weight, groups), constants, res, tuple(acc.shape), out_dtype, packed=True
-    )
+    units, packed = to_units(x, groups), pack_vectors(weight, groups)
+    expected, res = ((to_units(t).flatten(1) if out_units and t is not None else t) for t in (expected, res))
+    case = emulated.Case(units.flatten(1), packed, constants, res, tuple(expected.shape), out_dtype, packed=True)
     planned = _cuda.plan_conv2d_vectors_f16 if half else _cuda.plan_conv2d_vectors_int8
     plan = planned(
         *device, case.x, emulated.DTYPE_CODE[dtype], n, h, w, len(units) * columns(dtype), case.weight, k, r, s,
-        *stride, *padding, *dilation, groups, *case.epilogue(0.5, lo),
+        *stride, *padding, *dilation, groups, *case.epilogue(0.5, lo), out_units,
     )  # fmt: skip
     assert f"_{TILES[device]}_" in plan["kernel"], plan["kernel"]
     result = emulated.run_planned(plan, arch, case.memory, ptx)
@@ -127,6 +128,63 @@ def test_conv_random(data):
     )  # fmt: skip
 
 
+#: Batches of whole units, whose pixels are no whole tiles, and outputs that are no whole runs.
+CHAINED = {
+    "edges": dict(n=16, c=32, h=5, w=5, k=72, r=3, s=3, padding=(1, 1)),
+    "one unit": dict(n=8, c=20, h=3, w=3, k=200, r=1, s=1, stride=(2, 2)),
+    "groups": dict(n=32, c=48, h=4, w=3, k=80, r=3, s=2, padding=(1, 0), groups=2),
+}
+
+
+def check_in_units(check_conv, name, dtype, with_residual):
+    """A convolution of CHAINED whose output and residual lie in units."""
+    half = dtype in HALVES
+    residual = (dtype if half else torch.int8) if with_residual else None
+    for out_dtype in (dtype,) if half else (torch.int8, torch.uint8):
+        check_conv(**CHAINED[name], out_dtype=out_dtype, residual=residual, out_units=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype, device", [(torch.uint8, LARGE), (torch.int8, SMALL), (torch.float16, LARGE_IN_LESS),
+                                           (torch.bfloat16, SMALL)])  # fmt: skip
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("name", CHAINED)
+def test_output_in_units(name, with_residual, dtype, device, arch):
+    check_in_units(partial(check_conv, arch, dtype=dtype, device=device), name, dtype, with_residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_output_in_units_takes_no_more_sectors(dtype):
+    """Stores of whole sectors: as many as images need."""
+    sizes = dict(n=16, c=16, h=8, w=8, k=64, r=1, s=1, dtype=dtype, out_dtype=dtype, device=LARGE, density=0.0)
+    plain, units = (check_conv("80", **sizes, out_units=out_units) for out_units in (False, True))
+    assert units.sectors == plain.sectors
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_words_that_are_not_exchanged_are_caught(dtype):
+    kernel = "conv2d_vectors_f16" if dtype == torch.float16 else "conv2d_vectors_int8"
+    ptx, count = re.subn(
+        r"shfl\.sync\.bfly\.b32(\s+)(%\w+)\|%\w+, (%\w+),.*;", r"mov.b32\1\2, \3;", emulated.ptx_of(kernel, "80")
+    )
+    assert count > 0
+    with pytest.raises(AssertionError):
+        check_conv("80", **CHAINED["edges"], dtype=dtype, out_dtype=dtype, out_units=True, ptx=ptx)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [(dict(n=9), "multiple of 8"), (dict(k=6), "multiple of 4"), (dict(out=8), "aligned to 16"), (dict(code=2), "another size"),
+     (dict(residual=16, residual_code=2), "another size")],
+)  # fmt: skip
+def test_outputs_that_do_not_fit_into_units_are_refused(change, match):
+    a = dict(n=8, k=8, residual=0, residual_code=0, out=0, code=0) | change
+    n, k, *rest = a.values()
+    epilogue = (*rest[:2], 1.0, 0.0, *rest[2:])
+    with pytest.raises(ValueError, match=match):
+        _cuda.plan_conv2d_vectors_int8(*SMALL, 0, 0, n, 4, 4, 32, 0, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, *epilogue, True)
+
+
 def test_sums_of_halves_stay_within_their_bound():
     """Random numbers: a sum of n products in float32, in any order, is off by at most n 2^-24 times the sum of their magnitudes
     (Higham, Accuracy and Stability of Numerical Algorithms, 3.1); tensor cores truncate, which doubles it."""
@@ -138,7 +196,26 @@ def test_sums_of_halves_stay_within_their_bound():
         to_units(x).flatten(1), pack_vectors(weight), constants, None, (8, 32, 4, 4), torch.float32, packed=True
     )
     plan = _cuda.plan_conv2d_vectors_f16(
-        *LARGE, case.x, 3, 8, 6, 6, 64, case.weight, 32, 3, 3, 1, 1, 0, 0, 1, 1, 1, *case.epilogue(0.0, -float("inf"))
+        *LARGE,
+        case.x,
+        3,
+        8,
+        6,
+        6,
+        64,
+        case.weight,
+        32,
+        3,
+        3,
+        1,
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        *case.epilogue(0.0, -float("inf")),
+        False,
     )
     emulated.run_planned(plan, "80", case.memory)
     exact, magnitude = F.conv2d(x.double(), weight.double()), F.conv2d(x.double().abs(), weight.double().abs())
@@ -237,4 +314,4 @@ def test_broken_kernel_is_caught(name, dtype):
 def test_what_the_kernels_cannot_run_is_refused(change, match):
     a = dict(x=0, signed=False, n=1, h=20, w=20, c=32, weight=0, k=8, r=3, s=3) | change
     with pytest.raises(ValueError, match=match):
-        _cuda.plan_conv2d_vectors_int8(*SMALL, *a.values(), 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0, 0.0, 0, 0)
+        _cuda.plan_conv2d_vectors_int8(*SMALL, *a.values(), 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0, 0.0, 0, 0, False)

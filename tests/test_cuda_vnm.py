@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests import cuda_emulated as emulated
 from tests.ptx import MemoryFault
 from tests.test_cuda_kernels import OUT_DTYPES, RESIDUALS, assert_same, random_constants, random_tensor
 from tests.test_cuda_sparse24 import ARCHS
-from tests.test_cuda_vectors import HALVES
+from tests.test_cuda_vectors import CHAINED, HALVES, check_in_units
 from tests.test_cuda_vectors import MUTANTS as COMMON
 from tests.test_packers import masked_vnm
 
@@ -31,8 +32,10 @@ TILES = {LARGE: "128_32_2_3", LARGE_IN_LESS: "128_32_2_2", SMALL: "64_16_4_3"}
 def check_conv(
     arch, n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, m=8, density=1.0,
     dtype=torch.float16, out_dtype=None, residual=None, device=LARGE, ptx=None,
+    out_units=False,
 ):  # fmt: skip
-    """One convolution against the reference, bit by bit: halves are small integers, whose sums are exact."""
+    """One convolution against the reference, bit by bit: halves are small integers, whose sums are exact. ``out_units``: output
+    and residual lie as the input does."""
     what = {name: value for name, value in locals().items() if name != "ptx"}
     torch.manual_seed(n + c + h + k)
     half, geometry = dtype in HALVES, (stride, padding, dilation, groups)
@@ -50,11 +53,12 @@ def check_conv(
         constants, lo = random_constants(k, max(1, int(r * s * c // groups * 2 / m)), out_dtype)
         expected = reference.conv2d_int8(x, weight, constants, res, 0.5, lo, *geometry, out_dtype)
     units, packed = to_units(x), pack_vnm(weight, m, groups)
-    case = emulated.Case(units.flatten(1), packed, constants, res, tuple(acc.shape), out_dtype, packed=True)
+    expected, res = ((to_units(t).flatten(1) if out_units and t is not None else t) for t in (expected, res))
+    case = emulated.Case(units.flatten(1), packed, constants, res, tuple(expected.shape), out_dtype, packed=True)
     planned = _cuda.plan_conv2d_vnm_f16 if half else _cuda.plan_conv2d_vnm_int8
     plan = planned(
         *device, case.x, emulated.DTYPE_CODE[dtype], n, h, w, len(units), case.weight, k, r, s,
-        *stride, *padding, *dilation, groups, *case.epilogue(0.5, lo),
+        *stride, *padding, *dilation, groups, *case.epilogue(0.5, lo), out_units,
     )  # fmt: skip
     unit = "16" if dtype.itemsize == 1 and n > 8 else "8"
     assert f"_{TILES[device]}_{unit}_" in plan["kernel"] or (device == SMALL and not half), plan["kernel"]
@@ -121,6 +125,23 @@ def test_conv_random(data):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype, device", [(torch.uint8, LARGE), (torch.int8, LARGE_IN_LESS), (torch.float16, LARGE),
+                                           (torch.bfloat16, SMALL)])  # fmt: skip
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("name", CHAINED)
+def test_output_in_units(name, with_residual, dtype, device, arch):
+    check_in_units(partial(check_conv, arch, dtype=dtype, device=device), name, dtype, with_residual)
+
+
+@pytest.mark.parametrize("n, dtype", [(16, torch.uint8), (8, torch.uint8), (8, torch.float16)])
+def test_output_in_units_takes_no_more_sectors(n, dtype):
+    """Stores of whole sectors: as many as images need."""
+    sizes = dict(n=n, c=16, h=8, w=8, k=64, r=1, s=1, dtype=dtype, out_dtype=dtype, density=0.0)
+    plain, units = (check_conv("80", **sizes, out_units=out_units) for out_units in (False, True))
+    assert units.sectors == plain.sectors
+
+
 def test_sums_of_halves_stay_within_their_bound():
     """Random numbers: a sum of n products in float32, in any order, is off by at most n 2^-24 times the sum of their magnitudes
     (Higham, Accuracy and Stability of Numerical Algorithms, 3.1); tensor cores truncate, which doubles it."""
@@ -130,7 +151,26 @@ def test_sums_of_halves_stay_within_their_bound():
     units = to_units(x).flatten(1)
     case = emulated.Case(units, pack_vnm(weight, 8), constants, None, (8, 64, 4, 4), torch.float32, packed=True)
     plan = _cuda.plan_conv2d_vnm_f16(
-        *LARGE, case.x, 3, 8, 6, 6, 64, case.weight, 64, 3, 3, 1, 1, 0, 0, 1, 1, 1, *case.epilogue(0.0, -float("inf"))
+        *LARGE,
+        case.x,
+        3,
+        8,
+        6,
+        6,
+        64,
+        case.weight,
+        64,
+        3,
+        3,
+        1,
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        *case.epilogue(0.0, -float("inf")),
+        False,
     )
     emulated.run_planned(plan, "80", case.memory)
     exact, magnitude = F.conv2d(x.double(), weight.double()), F.conv2d(x.double().abs(), weight.double().abs())
@@ -230,4 +270,4 @@ def test_broken_kernel_is_caught(name, dtype):
 def test_what_the_kernels_cannot_run_is_refused(change, match):
     a = dict(x=0, signed=False, n=1, h=20, w=20, c=32, weight=0, k=8, r=3, s=3) | change
     with pytest.raises(ValueError, match=match):
-        _cuda.plan_conv2d_vnm_int8(*SMALL, *a.values(), 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0, 0.0, 0, 0)
+        _cuda.plan_conv2d_vnm_int8(*SMALL, *a.values(), 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0.0, 0.0, 0, 0, False)

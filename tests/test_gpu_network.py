@@ -33,6 +33,8 @@ def test_networks_by_their_launches(outcomes, pattern, zeros):
     kernels = outcome.kernels
     assert [name for name, kernel in kernels.items() if kernel == f"conv2d_{format}_int8"] == SPARSE
     assert kernels["conv1.0"] == "conv2d_int8" and kernels["fc"] == "linear_int8"
+    # Through the max-pool, and as a residual; the last convolution gives floats.
+    assert outcome.in_units == ([] if pattern == "2:4" else SPARSE[:2])
 
 
 def test_table(outcomes):

@@ -22,7 +22,7 @@ from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
 from cnncomp.graph import Traced
-from cnncomp.graph.chain import output_specs, source
+from cnncomp.graph.chain import output_specs, settle_units, source
 from cnncomp.graph.nodes import cloned, input_node, put_module
 from cnncomp.nn import QuantConv2d, QuantLinear, QuantSpec
 from cnncomp.progress import Advance
@@ -240,7 +240,7 @@ def _reason(chooser: Chooser, node: fx.Node, option: Option, measured: bool) -> 
 
 
 def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
-    """Put the chosen layers into the graph and settle where 8 bit is handed over."""
+    """Put the chosen layers into the graph and settle where 8 bit is handed over, and where in units of images."""
 
     def input_spec(node: fx.Node) -> QuantSpec | None:
         option = assignment.get(node)
@@ -256,3 +256,4 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
             if len(node.args) > 1 and (spec := specs.get(source(gm, input_node(node, 1)))) is not None:
                 step = spec.scale
             layer.set_output(specs.get(node), step)
+    settle_units(gm)

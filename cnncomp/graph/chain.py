@@ -1,4 +1,4 @@
-"""Where activations stay in 8 bit between layers."""
+"""Where activations stay in 8 bit between layers, and of those where they stay in units of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from cnncomp.graph.nodes import has_user_hooks, module_at
-from cnncomp.nn import ConcatChannels, QuantMaxPool2d, QuantSpec
+from cnncomp.nn import ConcatChannels, GatheredConv2d, QuantConv2d, QuantLinear, QuantMaxPool2d, QuantSpec
 
 _PASS_METHODS = ("flatten", "reshape")
 
@@ -93,3 +93,44 @@ def source(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     while passes_8bit(gm, node):
         node = node.all_input_nodes[0]  # the others are sizes
     return node
+
+
+def _unit_readers(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """As :func:`_consumers`, looking through max-pools alone, which take units."""
+    for user in node.users:
+        pool = module_at(gm, user) if user.op == "call_module" else None
+        if type(pool) is QuantMaxPool2d and passes_8bit(gm, user):
+            yield from _unit_readers(gm, user)
+        else:
+            yield user, node
+
+
+def _gathering(gm: fx.GraphModule, node: fx.Node) -> GatheredConv2d | None:
+    """A node's layer, if it gathers its input in units and can give its output in them."""
+    layer = module_at(gm, node) if node.op == "call_module" else None
+    return layer if isinstance(layer, GatheredConv2d) and layer.gathers else None
+
+
+def _gives_8bit(gm: fx.GraphModule, node: fx.Node) -> bool:
+    layer = module_at(gm, node) if node.op == "call_module" else None
+    return isinstance(layer, (QuantConv2d, QuantLinear)) and layer.output is not None
+
+
+def settle_units(gm: fx.GraphModule) -> None:
+    """Decide which layers give their output in units of images, whether it is 8 bit being settled.
+
+    Those do all whose readers gather in the same format, if one of them multiplies it, or adds it to an output in units. A
+    residual that lies otherwise than the output is copied: where a chain begins or ends.
+    """
+    chained: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if (layer := _gathering(gm, node)) is None:
+            continue
+        readers = [(_gathering(gm, user), user, carrier) for user, carrier in _unit_readers(gm, node)]
+        layer.out_units = (
+            _gives_8bit(gm, node)
+            and all(_gives_8bit(gm, source(gm, n)) for n in node.all_input_nodes[1:])
+            and all(other is not None and other.gathers == layer.gathers for other, *_ in readers)
+            and any(user.args[0] is carrier or user in chained for _, user, carrier in readers)
+        )
+        chained.update([node] * layer.out_units)

@@ -22,7 +22,7 @@ from cnncomp.graph.arguments import optional_arguments, positional, trace_with_f
 from cnncomp.graph.fuse import READ_ELSEWHERE, fuse
 from cnncomp.graph.nodes import cloned, has_user_hooks
 from cnncomp.graph.normalize import CannotNormalize
-from cnncomp.nn import KERNEL_MODULES, ConvertedLayer
+from cnncomp.nn import KERNEL_MODULES, ConvertedLayer, GatheredConv2d
 from cnncomp.quantization import ClampChannels, QuantizeInputHook, quantization_of, remove_layer_quantization
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -184,6 +184,9 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
         example_inputs: positional arguments of the model's forward; tensors lie on the model's device.
     """
     root = clone_for_inference(model)
+    for module in root.modules():
+        if isinstance(module, GatheredConv2d):
+            module.out_units = False  # values are looked at as images until it is settled again
     return _Visitor(root, example_inputs).traced
 
 

@@ -9,6 +9,7 @@ from cnncomp.nn.dense import DenseConv2d, DenseLinear
 from cnncomp.nn.packed_quant import (
     BlocksQuantConv2d,
     BlocksQuantLinear,
+    GatheredConv2d,
     Sparse24QuantConv2d,
     Sparse24QuantLinear,
     VectorsQuantConv2d,
@@ -61,6 +62,7 @@ __all__ = [
     "ConvertedLayer",
     "DenseConv2d",
     "DenseLinear",
+    "GatheredConv2d",
     "Geometry",
     "LayerInfo",
     "MeanPool2d",

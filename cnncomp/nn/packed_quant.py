@@ -3,6 +3,7 @@ same bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from cnncomp.errors import ArgumentError
 from cnncomp.nn.quant import QuantConv2d, QuantLinear
 from cnncomp.nn.sparse_quant import ZerosQuant
+from cnncomp.nn.units import Units, plain
 from cnncomp.ops.conv2d_blocks import BLOCKS
 from cnncomp.ops.conv2d_sparse24 import SPARSE24
 from cnncomp.ops.conv2d_vectors import VECTORS
@@ -56,12 +58,46 @@ class _PackedConv2d(_PackedQuant, QuantConv2d):
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         if self.weight.device.type == "cpu":
             return super()._image(x, residual, clamped)
+        return self.run_on(getattr(torch.ops.cnncomp, self.kernel), self.weight, x, residual, clamped)
+
+    def run_on(
+        self, operator: Callable[..., Tensor], weight: Tensor, x: Any, residual: Any, clamped: bool, **more: Any
+    ) -> Any:
+        """What the format's operator, or another function with its arguments, gives for the packed ``weight``."""
         g = self.geometry
         constants, lo, dtype = self._constants(clamped)
-        return getattr(torch.ops.cnncomp, self.kernel)(
-            self._input(x), self.weight, constants, residual, self.residual_scale, lo,
-            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype,
+        return operator(
+            self._input(x), weight, constants, residual, self.residual_scale, lo,
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype, **more,
         )  # fmt: skip
+
+
+class GatheredConv2d(_PackedConv2d):
+    """A convolution whose kernels gather activations in units of images, and can give them so to the next such layer.
+
+    Attributes:
+        out_units: Whether the output is :class:`cnncomp.nn.units.Units`, of a batch that fills them, on a GPU. The input and
+            the residual may be such in any case.
+    """
+
+    out_units = False
+
+    @property
+    def gathers(self) -> str | None:
+        """The format's name, if the input and the output may lie in its units, for batches that fill them."""
+        g, units = self.geometry, self._format.units
+        assert units is not None
+        whole = g.in_channels // g.groups % units.columns(torch.int8) == g.out_channels // g.groups % units.VECTOR == 0
+        return self._format.name if whole and not g.conv1d else None
+
+    def run_on(
+        self, operator: Callable[..., Tensor], weight: Tensor, x: Any, residual: Any, clamped: bool, **more: Any
+    ) -> Any:
+        units, n = self._format.units, x.shape[0]
+        assert units is not None
+        out_units = self.out_units and clamped and n > 0 and n % units.unit(torch.int8, n) == 0
+        out = super().run_on(operator, weight, plain(x), plain(residual), clamped, out_units=out_units, **more)
+        return Units(out) if out_units else out
 
 
 class _PackedLinear(_PackedQuant, QuantLinear):
@@ -155,7 +191,7 @@ class BlocksQuantLinear(_Blocks, _PackedLinear):
     kernel = "linear_blocks_int8"
 
 
-class VectorsQuantConv2d(_Vectors, _PackedConv2d):
+class VectorsQuantConv2d(_Vectors, GatheredConv2d):
     """int8 convolution on a GPU that leaves out all runs of 32 outputs by 4 inputs at one tap that are zero.
 
     Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it. Batches of less than 8 are filled up.
@@ -174,7 +210,7 @@ class VectorsQuantLinear(_Vectors, _PackedLinear):
     kernel = "linear_vectors_int8"
 
 
-class VnmQuantConv2d(_Vnm, _PackedConv2d):
+class VnmQuantConv2d(_Vnm, GatheredConv2d):
     """int8 convolution whose weights are 64:2:M (:mod:`cnncomp.sparsity.vnm`), on a GPU's sparse tensor cores.
 
     Arguments, input, output and errors as :class:`QuantConv2d`, bit-equal to it. Batches are filled up to 8, or to whole 16.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from cnncomp.nn.base import runs_float_kernels
+from cnncomp.nn.units import Units, as_images, from_images
 
 
 def _ours(x: Tensor) -> bool:
@@ -24,10 +25,13 @@ def _on_gpu(x: Tensor) -> bool:
 class QuantMaxPool2d(nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 8-bit images in 8 bit: max-pool changes no value, so scale and zero point stay.
 
-    Float images run in torch, but those in NCHW on a CPU. Returned indices are for float images only.
+    Float images run in torch, but those in NCHW on a CPU. Returned indices are for float images only. Images in units
+    (:class:`cnncomp.nn.units.Units`) stay in them.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Any) -> Any:
+        if isinstance(input, Units):
+            return Units(from_images(self.forward(as_images(input.tensor)), input.tensor))
         eight_bit = input.dtype in (torch.uint8, torch.int8)
         if self.return_indices or not (eight_bit or (_ours(input) and input.is_contiguous())):
             return super().forward(input)

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
-from cnncomp.ops.library import contiguous, conv_out_size
+from cnncomp.ops.library import conv_out_size
 from cnncomp.sparsity import vectors, vnm
 from cnncomp.sparsity.weights import CHUNK_BYTES, too_many_taps, why_not
 
 #: Formats whose kernels gather activations that lie channel by channel in units of images.
 GATHERED = {"vectors": vectors, "vnm": vnm}
+#: Kernel size, stride and padding of a convolution that looks at each pixel alone.
+POINTWISE = ((1, 1), (1, 1), (0, 0))
 
 
 def check_device(device: torch.device) -> None:
@@ -51,78 +53,103 @@ def conv2d(
     dilation: Sequence[int],
     groups: int,
     out_dtype: torch.dtype,
+    out_units: bool = False,
 ) -> Tensor:
     """Convolution with packed sparse weights. No synchronisation.
 
     Args:
         name: Of the format: "sparse24", "blocks", "vectors" or "vnm".
-        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; always for "vectors" and "vnm".
+        x: (N, C, H, W) uint8, int8, float16 or bfloat16; channels_last, or it is copied; for "vectors" and "vnm" in units of
+            images, or it is copied into them.
         weight: From :func:`cnncomp.sparsity.pack_2to4`, :func:`cnncomp.sparsity.pack_gathered`,
             :func:`cnncomp.sparsity.pack_vectors` or :func:`cnncomp.sparsity.pack_vnm`, int8 or of x's dtype.
         constants: (3, K) float32: scale, bias, hi.
-        residual: Shape of the output; float32, or 8-bit beside an 8-bit x, or of x's dtype; None for none.
+        residual: Shape of the output; float32, or 8-bit beside an 8-bit x, or of x's dtype; in units or not, copied where the
+            output is the other; None for none.
         residual_scale: Factor of the residual.
         lo: Lower clamp.
         kernel_size, stride, padding, dilation: (vertical, horizontal).
         groups: G.
         out_dtype: As the residual's.
+        out_units: Give the output in units of images, of "vectors" and "vnm" alone: as :func:`units_fit` says; out_dtype and
+            the residual have elements of x's size.
 
     Returns:
-        (N, K, P, Q) of ``out_dtype``, channels_last.
+        (N, K, P, Q) of ``out_dtype``, channels_last; with ``out_units`` in units.
 
     Raises:
         DeviceError: a device before sm_80.
         ArgumentError: input channels of a group that are no multiple of 16 bytes (but for "vectors" and "vnm"), more than 15
-            rows or columns of taps, 2^31 bytes of input, types that do not belong together.
+            rows or columns of taps, 2^31 bytes of input, types that do not belong together, an output that does not fit into
+            units.
     """
-    n, c = x.shape[:2]
-    gathered = name in GATHERED
+    gathered, in_units = name in GATHERED, x.dim() > 4
+    n, c, h, w = vectors.image_shape(x) if in_units else x.shape
     if reason := too_many_taps(kernel_size) if gathered else why_not(c, kernel_size, groups, x.itemsize):
         raise ArgumentError("weight", f"{c} channels, {tuple(kernel_size)} taps, {groups} groups", reason)
-    p, q = (conv_out_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    k = constants.shape[1]
-    out = torch.empty((n, k, p, q), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    p, q = (conv_out_size((h, w)[i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    shape = (n, constants.shape[1], p, q)
+    if out_units:
+        if not (gathered and units_fit(name, x.dtype, n, shape[1], groups)):
+            raise ArgumentError("out_units", f"{name}, an output {shape}", "whole units of images, vectors of channels")
+        out = x.new_empty(GATHERED[name].units_shape(shape, out_dtype), dtype=out_dtype)
+    else:
+        out = torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
     check_device(x.device)
-    shape = tuple(x.shape)
     weight, constants = _aligned(weight.contiguous()), constants.contiguous()
-    residual = contiguous(residual, torch.channels_last)
+    if residual is not None:
+        residual = to_units(name, residual) if out_units else from_units(residual)
+    given, more = tuple(x.shape), (out_units,) if gathered else ()
     launch = getattr(cuda._module(), f"conv2d_{name}_{'int8' if x.itemsize == 1 else 'f16'}")
     try:
         if gathered:
-            x, sizes = _units(name, x, kernel_size, stride, padding, groups)
+            if not (in_units or out_units) and (tuple(kernel_size), tuple(stride), tuple(padding)) == POINTWISE:
+                # Pixels are looked at alone, so they are images: whatever the batch, units are full.
+                x, (n, h, w) = x.permute(0, 2, 3, 1).reshape(-1, c, 1, 1), (n * h * w, 1, 1)
+            x = to_units(name, x, groups)
+            c = len(x) * GATHERED[name].columns(x.dtype)
         else:
-            x, sizes = _aligned(x.contiguous(memory_format=torch.channels_last)), (n, *x.shape[2:], c)
+            x = _aligned(x.contiguous(memory_format=torch.channels_last))
         launch(
-            *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], *sizes, weight.data_ptr(), k, *kernel_size,
-            *stride, *padding, *dilation, groups, *cuda._epilogue_arguments(constants, residual, residual_scale, lo, out),
+            *_launch_arguments(x), x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, weight.data_ptr(), shape[1],
+            *kernel_size, *stride, *padding, *dilation, groups,
+            *cuda._epilogue_arguments(constants, residual, residual_scale, lo, out), *more,
         )  # fmt: skip
     except ValueError as error:  # the plan refuses sizes and types before anything is launched
-        raise ArgumentError("x", f"shape {shape}", str(error)) from None
+        raise ArgumentError("x", f"shape {given}", str(error)) from None
     return out
 
 
-def _units(
-    name: str, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
-) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """``x`` in the units of images of a format, and the N, H, W and C that its kernel is told. Of a convolution that looks at
-    each pixel alone, pixels are images: whatever the batch, units are full. torch copies channels that are no whole pieces of
-    16 bytes."""
-    if tuple(kernel_size) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
+def units_fit(name: str, dtype: torch.dtype, images: int, channels: int, groups: int) -> bool:
+    """Whether images of so many channels, the output of a convolution in ``groups``, can lie in a format's units: units are
+    full, and threads have whole vectors of channels."""
+    fmt = GATHERED[name]
+    return images % fmt.unit(dtype, images) == 0 and channels // groups % fmt.VECTOR == 0
+
+
+def to_units(name: str, x: Tensor, groups: int = 1) -> Tensor:
+    """Images (N, C, H, W) in a format's units, where they don't lie in them already. torch copies channels that are no whole
+    pieces of 16 bytes."""
+    if x.dim() > 4:
+        return x
     n, c, h, w = x.shape
     fmt = GATHERED[name]
     columns, images = fmt.columns(x.dtype), fmt.unit(x.dtype, n)
     if c * x.itemsize % CHUNK_BYTES or c // groups % columns:
-        units = fmt.to_units(x, groups)
-    else:
-        x = _aligned(x.contiguous(memory_format=torch.channels_last))
-        units = x.new_empty((c // columns, -(-n // images), h, w, images, *[columns] * (columns > 1)))
-        arguments = (x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, units.data_ptr())
-        copy = cuda._module().to_byte_units if name == "vnm" and x.itemsize == 1 else cuda._module().to_units
-        copy(*cuda._launch_arguments(x)[:2], *arguments)
-    return units, (len(x), x.shape[2], x.shape[3], len(units) * columns)
+        return fmt.to_units(x, groups)
+    x = _aligned(x.contiguous(memory_format=torch.channels_last))
+    units = x.new_empty((c // columns, -(-n // images), h, w, images, *[columns] * (columns > 1)))
+    arguments = (x.data_ptr(), cuda._DTYPE_CODE[x.dtype], n, h, w, c, units.data_ptr())
+    copy = cuda._module().to_byte_units if name == "vnm" and x.itemsize == 1 else cuda._module().to_units
+    copy(*cuda._launch_arguments(x)[:2], *arguments)
+    return units
+
+
+def from_units(x: Tensor) -> Tensor:
+    """Images (N, C, H, W), channels_last, where they don't lie so already."""
+    return vectors.from_units(x) if x.dim() > 4 else x.contiguous(memory_format=torch.channels_last)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ and runs as a dense one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from cnncomp.ops.conv2d_int8 import (
 from cnncomp.ops.library import check_dtype, check_residual, check_same_device, conv_out_shape, define
 from cnncomp.ops.packing import pack_int8
 from cnncomp.ops.reference import epilogue
+from cnncomp.sparsity.vectors import from_units, image_shape
 
 Shape = tuple[int, int, int, int]
 
@@ -37,11 +39,13 @@ class Format(NamedTuple):
         name: As in the kernels' names.
         check: Raises unless a packed weight belongs to a logical shape (K, C/G, R, S), a dtype and a number of groups.
         unpack: The logical weight of a packed one, from the same arguments.
+        units: Where the format's kernels gather activations, the module that lays them out in units of images.
     """
 
     name: str
     check: Callable[[Tensor, Shape, torch.dtype, int], None]
     unpack: Callable[[Tensor, Shape, torch.dtype, int], Tensor]
+    units: ModuleType | None = None
 
 
 def _check_halves(
@@ -58,20 +62,39 @@ def _check_halves(
     check_residual(residual, shape)
 
 
+def _images(t: Tensor) -> Tensor:
+    """``t``, or of what lies in units one element in the shape of its images: to check operands by."""
+    return t if t.dim() <= 4 else t.flatten()[:1].expand(image_shape(t))
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """``t`` as images (N, C, H, W)."""
+    return t if t.dim() <= 4 else from_units(t)
+
+
 def define_conv(fmt: Format, kind: str) -> None:
-    """Register ``cnncomp::conv2d_<format>_<kind>``; ``kind``: "int8" or "f16"."""
+    """Register ``cnncomp::conv2d_<format>_<kind>``; ``kind``: "int8" or "f16". Those that gather take activations in units of
+    images too, and with a last argument ``out_units`` give them."""
     check_types = check_operands if kind == "int8" else _check_halves
 
-    # rest: kernel size, stride, padding, dilation, groups, the output's dtype.
+    # rest: kernel size, stride, padding, dilation, groups, the output's dtype, and whether it is in units.
     def checked(x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, rest: tuple[Any, ...]) -> Shape:
         """The unpacked weight's shape, operands checked."""
-        kernel_size, *geometry, groups, out_dtype = rest
+        kernel_size, *geometry, groups, out_dtype = rest[:6]
+        x, residual = _images(x), None if residual is None else _images(residual)
         shape = conv_out_shape(x, constants.shape[-1], kernel_size, *geometry)
         check_types(x, weight, constants, residual, shape, out_dtype)
         check_unshifted(constants)
         logical = (shape[1], x.shape[1] // groups, *kernel_size)
         fmt.check(weight, logical, torch.int8 if kind == "int8" else x.dtype, groups)
         return logical
+
+    def laid_out(out: Tensor, out_units: bool = False) -> Tensor:
+        return fmt.units.to_units(out) if out_units and fmt.units else out
+
+    def fake(x: Tensor, weight: Tensor, constants: Tensor, *rest: Any) -> Tensor:
+        out = _conv_fake(_images(x), weight, constants, *rest[:9])
+        return out.new_empty(fmt.units.units_shape(out.shape, out.dtype)) if rest[9:] == (True,) and fmt.units else out
 
     def cpu(
         x: Tensor,
@@ -83,15 +106,17 @@ def define_conv(fmt: Format, kind: str) -> None:
         *rest: Any,
     ) -> Tensor:
         logical = checked(x, weight, constants, residual, rest)
-        _, stride, padding, dilation, groups, out_dtype = rest
+        x, residual = _nhwc(x), None if residual is None else _nhwc(residual)
+        _, stride, padding, dilation, groups, out_dtype = rest[:6]
         if kind == "int8":
             dense = pack_int8(fmt.unpack(weight, logical, torch.int8, groups), groups)
-            return torch.ops.cnncomp.conv2d_int8(x, dense, constants, residual, residual_scale, lo, *rest)
+            out = torch.ops.cnncomp.conv2d_int8(x, dense, constants, residual, residual_scale, lo, *rest[:6])
+            return laid_out(out, *rest[6:])
         acc = F.conv2d(
             x.float(), fmt.unpack(weight, logical, x.dtype, groups).float(), None, stride, padding, dilation, groups
         )
         out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype)
-        return out.contiguous(memory_format=torch.channels_last)
+        return laid_out(out.contiguous(memory_format=torch.channels_last), *rest[6:])
 
     def cuda(
         x: Tensor,
@@ -107,7 +132,8 @@ def define_conv(fmt: Format, kind: str) -> None:
         checked(x, weight, constants, residual, rest)
         return cuda_sparse.conv2d(fmt.name, x, weight, constants, residual, residual_scale, lo, *rest)
 
-    define(f"conv2d_{fmt.name}_{kind}", CONV_SCHEMA, _conv_fake, cpu, cuda)
+    schema = CONV_SCHEMA.replace(")", ", bool out_units=False)") if fmt.units else CONV_SCHEMA
+    define(f"conv2d_{fmt.name}_{kind}", schema, fake, cpu, cuda)
 
 
 def define_linear_int8(fmt: Format) -> None:

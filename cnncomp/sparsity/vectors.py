@@ -17,6 +17,7 @@ The kernels gather activations that lie channel by channel in units of eight ima
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,7 @@ from cnncomp.sparsity.places import check_pieces, fill_pieces, gathered_blocks, 
 from cnncomp.sparsity.weights import CHUNK_BYTES, round_up
 
 RUN = 32  # output channels
+VECTOR = RUN // 8  # of them, neighbours that a thread has
 UNIT = 8  # images whose pixels lie next to each other
 QUAD = 4  # input channels of 8 bits that stay or go together
 VALUE_BYTES = RUN * 32  # of a piece
@@ -144,3 +146,24 @@ def to_units(x: Tensor, groups: int = 1) -> Tensor:
     if quad == 1:
         return x.reshape(-1, UNIT, c, h, w).permute(2, 0, 3, 4, 1).contiguous()
     return x.reshape(-1, UNIT, x.shape[1] // quad, quad, h, w).permute(2, 0, 4, 5, 1, 3).contiguous()
+
+
+def units_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Of images (N, C, H, W) in units, N and the channels of a group whole ones: as :func:`to_units` returns them."""
+    n, c, h, w = shape
+    quad = columns(dtype)
+    return (c // quad, n // UNIT, h, w, UNIT, *[quad] * (quad > 1))
+
+
+def image_shape(units: Tensor) -> tuple[int, int, int, int]:
+    """(N, C, H, W) of the images that lie in units, of this format or of :mod:`cnncomp.sparsity.vnm`, all of them full."""
+    c, blocks, h, w, images, *quad = units.shape
+    return blocks * images, c * math.prod(quad), h, w
+
+
+def from_units(units: Tensor) -> Tensor:
+    """The inverse of :func:`to_units`, for units that are full, here and in :mod:`cnncomp.sparsity.vnm`: (N, C, H, W),
+    channels_last, copied."""
+    order = (1, 4, 2, 3, 0) if units.dim() == 5 else (1, 4, 2, 3, 0, 5)
+    n, c, h, w = image_shape(units)
+    return units.permute(order).contiguous().view(n, h, w, c).permute(0, 3, 1, 2)

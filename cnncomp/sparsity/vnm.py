@@ -30,6 +30,7 @@ from cnncomp.sparsity.vectors import table_bytes
 from cnncomp.sparsity.weights import DTYPES, SLICE, check_weight, place
 
 RUN = SLICE  # V
+VECTOR = RUN // 8  # of them, neighbours that a thread has
 COLUMNS = 4  # that are kept of M
 KEPT_BYTES = RUN * 32  # of a piece
 #: M of which :func:`find_m` knows: 75 to 95 % zeros.
@@ -137,7 +138,7 @@ def pack_vnm(weight: Tensor, m: int, groups: int = 1) -> Tensor:
     check_weight(weight, groups, DTYPES)
     check_sizes(RUN, m)
     check_taps(weight)
-    values, places, counts = _kept(weight, m, groups)
+    rows, source, places, counts = _kept(weight, m, groups)
     per_piece = depth(weight.dtype) // COLUMNS
     pieces = -(-counts // per_piece)
     order = pieces.argsort(descending=True, stable=True)
@@ -148,8 +149,9 @@ def pack_vnm(weight: Tensor, m: int, groups: int = 1) -> Tensor:
     ends = counts.cumsum(0)
     run = torch.repeat_interleave(torch.arange(runs, device=device), counts)
     at = torch.arange(len(run), device=device) + (start * per_piece - ends + counts)[run]
-    fours = values.new_zeros(RUN, _in_steps(total) * per_piece, COLUMNS)
-    fours[:, at] = values
+    columns = source.new_full((_in_steps(total) * per_piece, COLUMNS), -1)  # the zeros
+    columns[at] = source
+    fours = rows[:, columns]
     filled = torch.full((total * per_piece, COLUMNS), -1, dtype=torch.int32, device=device)
     filled[at] = places
     table = torch.zeros(table_bytes(runs) // 4, dtype=torch.int32, device=device)
@@ -158,12 +160,13 @@ def pack_vnm(weight: Tensor, m: int, groups: int = 1) -> Tensor:
     return torch.cat([table.view(torch.int8), body.flatten()])
 
 
-def _kept(weight: Tensor, m: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The fours that are kept, of all runs: values (64, F, 4), places (F, 4), and how many each run has."""
+def _kept(weight: Tensor, m: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All runs' columns (64, ...), zeros last; the kept fours' columns (F, 4) and places (F, 4); how many each run has."""
     _, c, _, s = weight.shape
     blocks = as_blocks(weight, RUN, m, groups)  # (runs, 64, CM, M, taps)
-    used = (blocks != 0).any(1).transpose(2, 3)  # (runs, CM, taps, M)
-    if int(used.sum(3).amax()) > COLUMNS or two_four.first_violation(weight, 2, m):
+    nonzero = blocks != 0
+    used = nonzero.any(1).transpose(2, 3)  # (runs, CM, taps, M)
+    if int(used.sum(3).amax()) > COLUMNS or int(nonzero.sum(3, dtype=torch.uint8).amax()) > 2:
         raise PatternError("weight", first_violation_vnm(weight, RUN, m, groups), f"{RUN}:2:{m}")
     # The used ones first, then the lowest: all different, and zero where they are not used.
     columns = used.to(torch.uint8).sort(dim=3, descending=True, stable=True).indices[..., :COLUMNS].sort(3).values
@@ -172,9 +175,10 @@ def _kept(weight: Tensor, m: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     real = used[run, cm, tap].gather(1, columns)
     channel = cm[:, None] * m + columns
     places = torch.where(real, channel * 256 + (tap // s * 16 + tap % s)[:, None], -1).to(torch.int32)
-    rows = blocks.transpose(0, 1).flatten(1, 4)  # (64, runs * CM * M * taps)
+    rows = blocks.new_zeros(RUN, blocks[:, 0].numel() + 1)
+    rows[:, :-1].unflatten(1, (len(blocks), *blocks.shape[2:])).copy_(blocks.transpose(0, 1))
     at = ((run[:, None] * blocks.shape[2] + cm[:, None]) * m + columns) * blocks.shape[4] + tap[:, None]
-    return rows[:, at], places, torch.bincount(run, minlength=len(blocks))
+    return rows, at, places, torch.bincount(run, minlength=len(blocks))
 
 
 def _in_steps(pieces: int) -> int:
@@ -262,3 +266,10 @@ def to_units(x: Tensor, groups: int = 1) -> Tensor:
     size = unit(x.dtype, n)
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -n % size))
     return x.reshape(-1, size, c, h, w).permute(2, 0, 3, 4, 1).contiguous()
+
+
+def units_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Of images (N, C, H, W) in units, N whole ones: as :func:`to_units` returns them."""
+    n, c, h, w = shape
+    size = unit(dtype, n)
+    return c, n // size, h, w, size

@@ -149,6 +149,18 @@ auto add_options(cuda::Conv2d (*)(Args...)) {
   return &with_options<kMake, Args...>;
 }
 
+// A convolution whose output, with a trailing argument, lies in units of images as its input does.
+template <auto kMake, typename... Args>
+cuda::Conv2d with_units(Args... args, bool out_units) {
+  cuda::Conv2d conv = kMake(args...);
+  conv.out_units = out_units;
+  return conv;
+}
+template <auto kMake, typename... Args>
+auto add_units(cuda::Conv2d (*)(Args...)) {
+  return &with_units<kMake, Args...>;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -177,14 +189,14 @@ PYBIND11_MODULE(_cuda, m) {
   define(m, "conv2d_blocks_f16", blocks, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_blocks_f16);
   const char* vectors =
       "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vectors; x: laid out by "
-      "cnncomp.sparsity.vectors.to_units. sm_80 and later.";
-  define(m, "conv2d_vectors_int8", vectors, Inputs::kNoHalves, &make_conv, &cuda::plan_conv2d_vectors_int8);
-  define(m, "conv2d_vectors_f16", vectors, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vectors_f16);
+      "cnncomp.sparsity.vectors.to_units; out_units, last: so are the output and the residual. sm_80 and later.";
+  define(m, "conv2d_vectors_int8", vectors, Inputs::kNoHalves, add_units<&make_conv>(&make_conv), &cuda::plan_conv2d_vectors_int8);
+  define(m, "conv2d_vectors_f16", vectors, Inputs::kOthers, add_units<&make_conv>(&make_conv), &cuda::plan_conv2d_vectors_f16);
   const char* vnm =
       "As conv2d_int8, or of float16 or bfloat16; weight: packed by cnncomp.sparsity.pack_vnm; x: laid out by "
-      "cnncomp.sparsity.vnm.to_units. sm_80 and later.";
-  define(m, "conv2d_vnm_int8", vnm, Inputs::kNoHalves, &make_conv, &cuda::plan_conv2d_vnm_int8);
-  define(m, "conv2d_vnm_f16", vnm, Inputs::kOthers, &make_conv, &cuda::plan_conv2d_vnm_f16);
+      "cnncomp.sparsity.vnm.to_units; out_units, last: so are the output and the residual. sm_80 and later.";
+  define(m, "conv2d_vnm_int8", vnm, Inputs::kNoHalves, add_units<&make_conv>(&make_conv), &cuda::plan_conv2d_vnm_int8);
+  define(m, "conv2d_vnm_f16", vnm, Inputs::kOthers, add_units<&make_conv>(&make_conv), &cuda::plan_conv2d_vnm_f16);
   define(m, "linear_sparse24_int8",
          "linear_sparse24_int8(device, stream, multiprocessors, shared, x, ..., out_dtype), as linear_int8 with the weight of "
          "conv2d_sparse24_int8.",

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) conv2d_vectors_f16_kernel(c
   vectors_main_loop<Tile>(p, place, shared_address(stages), [&](uint32_t values, uint32_t rows, int first) {
     multiply_piece<Tile, kOperand>(acc, values, rows, first);
   });
-  store_vectors<Tile, std::conditional_t<kBfloat16, __nv_bfloat16, __half>>(acc, p, place);
+  store_outputs<Tile, std::conditional_t<kBfloat16, __nv_bfloat16, __half>>(acc, p, place);
 }
 
 Launch plan_conv2d_vectors_f16(const Conv2d& conv, int multiprocessors, int shared) {

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) conv2d_vectors_int8_kernel(
   vectors_main_loop<Tile>(p, place, shared_address(stages), [&](uint32_t values, uint32_t rows, int first) {
     multiply_piece<Tile, kOperand>(acc, values, rows, first);
   });
-  store_vectors<Tile, uint8_t>(acc, p, place);
+  store_outputs<Tile, uint8_t>(acc, p, place);
 }
 
 Launch plan_conv2d_vectors_int8(const Conv2d& conv, int multiprocessors, int shared) {

@@ -60,6 +60,7 @@ struct Conv2d {
   int32_t n, h, w, c, k, r, s;
   int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t groups;
+  bool out_units;       // out and residual lie in units of images, as x does; of kernels that gather alone
   Workspace workspace;  // null: no reduction is shared between blocks
   Wish wish;
 
@@ -123,7 +124,8 @@ Launch plan_conv2d_sparse24_f16(const Conv2d& conv, int multiprocessors, int sha
 Launch plan_conv2d_blocks_int8(const Conv2d& conv, int multiprocessors, int shared);
 Launch plan_conv2d_blocks_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 
-// With weights packed by cnncomp/sparsity/vectors.py and x in units of eight images (vectors_tile.cuh), for sm_80 and later.
+// With weights packed by cnncomp/sparsity/vectors.py and x in units of eight images (vectors_tile.cuh), for sm_80 and later. With
+// out_units, out and residual are of x's size, batches of whole units, and channels of a group of whole vectors.
 Launch plan_conv2d_vectors_int8(const Conv2d& conv, int multiprocessors, int shared);
 Launch plan_conv2d_vectors_f16(const Conv2d& conv, int multiprocessors, int shared);  // x float16 or bfloat16, as the weights
 

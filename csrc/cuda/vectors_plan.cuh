@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sparse24_plan.cuh"
-#include "cuda/vectors_tile.cuh"
+#include "cuda/vectors_units.cuh"
 
 namespace cnncomp::cuda {
 
@@ -16,6 +16,14 @@ std::string vectors_refusal(const Conv2d& c) {
   if (c.r > 15 || c.s > 15) return "a kernel of more than 15 rows or columns";
   if (images * c.h * c.w * pixel + border > INT32_MAX) return "an input of more than 2^31 bytes";
   if (!aligned(c.x, 16) || !aligned(c.weight, 16)) return "an input or weight that is not aligned to 16 bytes";
+  if (!c.out_units) return "";
+  const Epilogue& e = c.epilogue;
+  if (c.n % Tile::kUnit) return "an output in units of a batch that is no multiple of " + std::to_string(Tile::kUnit);
+  if (c.k / c.groups % Tile::kVec)
+    return "an output in units, of channels of a group that are no multiple of " + std::to_string(Tile::kVec);
+  if (size_of(e.out_dtype) != Tile::kElement || (e.residual != nullptr && size_of(e.residual_dtype) != Tile::kElement))
+    return "an output in units, of elements of another size than the input's";
+  if (!aligned(e.out, 16) || !aligned(e.residual, 16)) return "an output or residual that is not aligned to 16 bytes";
   return "";
 }
 
@@ -44,7 +52,7 @@ void set_vectors(Launch& launch, const Conv2d& c) {
   p.unit_bytes = Tile::kUnit * Tile::kElement * channels, p.row_bytes = c.w * p.unit_bytes;
   p.channel_bytes = static_cast<int32_t>(ceil_div(c.n, Tile::kUnit)) * c.h * p.row_bytes;
   p.group_bytes = c.c / c.groups / channels * p.channel_bytes;
-  p.units = static_cast<int32_t>(units);
+  p.units = static_cast<int32_t>(units), p.out_units = c.out_units;
   p.runs = divisor(static_cast<int32_t>(runs)), p.image = divisor(c.p() * c.q()), p.row = divisor(c.q());
   launch.set_params(p);
 }

@@ -5,7 +5,7 @@
 //
 // Activations lie channel by channel, in units of eight images: (C, N / 8, H, W, 8), for 8 bits (C / 4, N / 8, H, W, 8, 4). So
 // each tap of eight images is aligned, whatever stride and padding, and is inside the image or outside as a whole; neighbouring
-// pixels of a channel are neighbours in memory. The output is NHWC.
+// pixels of a channel are neighbours in memory. The output is NHWC, or lies as the input does (vectors_units.cuh).
 //
 // Weights are the left operand of mma. The right one, pixels, is gathered into rows of kBlockP pixels; fp16 is turned by
 // ldmatrix, int8 read as it lies, four mma tiles at once.
@@ -74,7 +74,7 @@ struct VectorsParams {
   int32_t n, h, w, r, s;
   int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t unit_bytes, row_bytes, channel_bytes, group_bytes;  // of x: eight images' pixel, row, channel (or four), group
-  int32_t units;                                              // of the output
+  int32_t units, out_units;                                   // of the output; whether it lies in them
   Divisor runs, image, row;                                   // image, row: pixels of an output image and row
 };
 
