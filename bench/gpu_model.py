@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -230,16 +231,17 @@ def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[s
     return found
 
 
-def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One record per layer of a network, GPU and kernel: the package's CUDA kernels, also sparse, and peers of these dtypes."""
+def records(network: str, batch: int, dtypes: Sequence[str] = (), gpus: Sequence[Gpu] = GPUS) -> list[dict[str, Any]]:
+    """One record per layer of a network, GPU and kernel: the package's CUDA kernels, dense and 2:4, and peers of these dtypes.
+    Other patterns of zeros are added by ``python -m bench.gpu_sparse``."""
     from bench import gpu_sparse
     from bench.gpu_layers import run_layer
     from bench.layers import gpu_shapes
 
     shapes = gpu_shapes(network)
-    found = gpu_sparse.records(shapes, batch, GPUS[1:])
+    found = gpu_sparse.records(shapes, batch, [g for g in gpus if g.arch != "sm_75"], masks=gpu_sparse.MASKS[:1])
     for shape in shapes:
-        for gpu in GPUS:
+        for gpu in gpus:
             (counts, launch), kernel = run_layer(shape, batch, gpu.code, gpu)
             about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
             about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
@@ -255,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
     parser.add_argument("--batch", action="append", type=int, help="1, 8, 64 by default")
+    parser.add_argument("--gpu", action="append", choices=[gpu.name for gpu in GPUS], help="all by default")
     parser.add_argument(
         "--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed"
     )
@@ -265,10 +268,15 @@ def main() -> None:
         from tests.ptx.cute import headers
 
         dtypes = ["int8", "fp16"] if headers() else []
+    gpus = [gpu for gpu in GPUS if not arguments.gpu or gpu.name in arguments.gpu]
     rows: list[dict[str, Any]] = []
     for network in arguments.network or GPU_NETWORKS:
         for batch in arguments.batch or (1, 8, 64):
-            rows += records(network, batch, dtypes)
+            rows += records(network, batch, dtypes, gpus)
+            print(
+                f"{network}, batch {batch}: {len(rows)} records, {sum(os.times()[:4]) / 60:.1f} minutes of CPU so far",
+                flush=True,
+            )
             OUT.parent.mkdir(parents=True, exist_ok=True)
             OUT.write_text(json.dumps(rows, indent=1))
     gpu_report.write(rows, arguments.docs)

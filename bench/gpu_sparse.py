@@ -285,7 +285,10 @@ def main() -> None:
         for batch in arguments.batch or (1, 8, 64):
             rows += records(gpu_shapes(network), batch, gpus, arguments.dtype or DTYPES)
     print(report(rows))
-    others = [row for row in json.loads(OUT.read_text()) if "dense_us" not in row] if OUT.exists() else []
+    names = ("network", "layer", "batch", "gpu", "peer", "dtype", "pattern", "sparsity")
+    place = lambda r: tuple(r.get(name) for name in names)  # noqa: E731
+    new = {place(row) for row in rows}
+    others = [row for row in json.loads(OUT.read_text()) if place(row) not in new] if OUT.exists() else []
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(others + rows, indent=1))
     print(f"{OUT}: {len(rows)} records")

@@ -209,8 +209,11 @@ def test_sparse_kernels_are_among_the_records(monkeypatch):
     pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr("bench.layers.gpu_shapes", lambda network: [])
-    monkeypatch.setattr("bench.gpu_sparse.records", lambda shapes, batch, gpus: [(batch, len(gpus))])
-    assert records("resnet50", 8) == [(8, len(GPUS) - 1)]
+    kinds = lambda masks: [mask.format for mask in masks]  # noqa: E731
+    monkeypatch.setattr(
+        "bench.gpu_sparse.records", lambda shapes, batch, gpus, masks: [(batch, len(gpus), *kinds(masks))]
+    )
+    assert records("resnet50", 8) == [(8, len(GPUS) - 1, "sparse24")]
 
 
 def test_comparison(tmp_path):
