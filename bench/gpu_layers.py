@@ -26,7 +26,7 @@ BLOCKS = 16  # of a large grid that are run
 
 
 @cache
-def _text(kernel: str, arch: str) -> str:
+def text_of(kernel: str, arch: str) -> str:
     """A planned kernel's own PTX, without the others of its file."""
     ptx = emulated.ptx_of(emulated.source_of(kernel), arch)
     return single_entry(ptx, emulated.entry_of(kernel, ptx))
@@ -38,7 +38,7 @@ def registers_of(kernel: str, arch: str) -> int:
     assert emulated.NVCC
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
-        source.write_text(_text(kernel, arch))
+        source.write_text(text_of(kernel, arch))
         command = [
             emulated.NVCC,
             f"-arch=sm_{arch}",
@@ -57,7 +57,7 @@ def registers_of(kernel: str, arch: str) -> int:
 @cache
 def _digest(kernel: str, arch: str) -> str:
     """Of a planned kernel's own PTX: what is changed in others leaves its counts."""
-    return hashlib.sha256(_text(kernel, arch).encode()).hexdigest()
+    return hashlib.sha256(text_of(kernel, arch).encode()).hexdigest()
 
 
 def out_size(shape: ConvShape) -> tuple[int, int]:
@@ -72,12 +72,17 @@ def out_size(shape: ConvShape) -> tuple[int, int]:
     return p, q
 
 
-def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple[dict[str, Any], Launch]:
-    """What would be launched, on tensors of zeros: the values change no count."""
+def planned(
+    shape: ConvShape, batch: int, sms: int, memory: GlobalMemory, random: bool = False
+) -> tuple[dict[str, Any], Launch]:
+    """What would be launched, on tensors of zeros, since the values change no count, or of random numbers."""
     g = shape.geometry
     x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=torch.uint8)
     weight = torch.zeros(shape.k * g.reduction, dtype=torch.int8)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=torch.uint8)
+    if random:
+        x.random_(256)
+        weight.random_(-127, 128)
     constants = torch.ones(3, shape.k)
     workspace = torch.zeros(_cuda.WORKSPACE_BYTES // 4, dtype=torch.int32)
     place = memory.pointer
@@ -134,15 +139,13 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
         gpu: Whose number of multiprocessors the plan is made for.
     """
     memory = GlobalMemory()
-    plan, launch = _plan(shape, batch, gpu.sms, memory)
+    plan, launch = planned(shape, batch, gpu.sms, memory)
     kernel = plan["kernel"]
-    source = emulated.source_of(kernel)
-    ptx = emulated.ptx_of(source, arch)
     blocks = _blocks(plan, shape)
 
     def run() -> tuple[Result, Launch]:
         result = emulate(
-            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]],
+            load(text_of(kernel, arch)), plan["grid"], plan["block"], [plan["params"]],
             shared=emulated.shared_of(plan, arch), memory=memory, blocks=blocks,
             checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import GPUS, Gpu
-from bench.gpu_layers import BLOCKS, out_size, registers_of, run_layer
+from bench.gpu_layers import BLOCKS, out_size, registers_of, run_layer, text_of
 from bench.gpu_model import (
     CALIBRATION,
     L1,
@@ -132,9 +132,8 @@ def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype) -> Im
 
 
 def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) -> tuple[Result, Launch]:
-    ptx = emulated.ptx_of(emulated.source_of(plan["kernel"]), arch)
     result = emulate(
-        load(ptx, emulated.entry_of(plan["kernel"], ptx)), plan["grid"], plan["block"], [plan["params"]],
+        load(text_of(plan["kernel"], arch)), plan["grid"], plan["block"], [plan["params"]],
         shared=plan["shared"], memory=memory, blocks=sample_of(launch.grid, BLOCKS),
         checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
     )  # fmt: skip

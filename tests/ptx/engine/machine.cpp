@@ -165,7 +165,7 @@ void Machine::run_warp(Warp& w) {
       if (mask) {
         ++c.warps;
         c.lanes += __builtin_popcount(mask);
-        if (!w.matrices.empty()) check_matrices(w, inst);
+        if (config.check_shared && !w.matrices.empty()) check_matrices(w, inst);
         inst.run(*this, w, inst, mask);
       }
       if (++executed > config.max_instructions) fail(kDeadlock, "the block has not ended after this many instructions: " + std::to_string(executed));

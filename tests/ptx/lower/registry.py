@@ -169,8 +169,8 @@ class Program:
 
     @cached_property
     def flat(self) -> tuple[bytes, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """The instructions as the engine reads them: handlers; predicate, negated, touches_async, operands and ints of each; all
-        operands; all ints."""
+        """The instructions as the engine reads them: handlers; predicate, negated, touches_async, numbers of operands and ints
+        of each; all operands; all ints."""
         each = zip(self.lowered, self.predicates, strict=True)
         heads = [(*predicate, one.touches_async, len(one.operands), len(one.ints)) for one, predicate in each]
         operands = [part for one in self.lowered for operand in one.operands for part in operand]
