@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from bench.gpu_report import averages, compare, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman, within_layers
 from bench.layers import gpu_shapes
 from bench.plot import plot_gpu, plot_gpu_means
+from tests import cuda_emulated as emulated
 from tests.ptx import emulate, load
 from tests.ptx.test_checks import KERNEL
 
@@ -187,6 +189,21 @@ def test_layers_of_vgg16():
     """15.47 billion multiply-adds of an image (Simonyan and Zisserman 2014, configuration D)."""
     assert sum(s.count * s.macs for s in gpu_shapes("vgg16")) == pytest.approx(15.47e9, rel=1e-3)
     assert gpu_shapes("resnet50")[-1].name == "fc"
+
+
+def test_seconds_of_the_emulator(monkeypatch, capsys):
+    """A line for each layer, without and with all checks, and the slowest of each."""
+    pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
+    gpu_emulator = pytest.importorskip("bench.gpu_emulator")
+    if emulated.NVCC is None:
+        pytest.skip("nvcc is not installed")
+    small, large = (replace(gpu_emulator.GEMM, name=str(h), c=64, k=64, h=h, w=h) for h in (4, 24))
+    monkeypatch.setattr(gpu_emulator, "GEMM", small)
+    monkeypatch.setattr(gpu_emulator, "gpu_shapes", lambda network: [large])
+    monkeypatch.setattr("sys.argv", ["gpu_emulator"])
+    gpu_emulator.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["4", "24", "slowest"]
 
 
 def row_of(layer, us, peer=None):
