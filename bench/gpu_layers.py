@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import subprocess
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +19,45 @@ from bench.gpu_model import L1, Launch, sample_of, touched
 from bench.layers import ConvShape
 from cnncomp import _cuda
 from tests import cuda_emulated as emulated
-from tests import cuda_gate
 from tests.ptx import Caches, Checks, GlobalMemory, Result, emulate, load
 from tests.ptx.mutate import single_entry
 
 BLOCKS = 16  # of a large grid that are run
 
 
-def registers_of(kernel: str, arch: str) -> int:
-    """Registers of a thread of a planned kernel, from its machine code."""
-    source = emulated.source_of(kernel)
-    wanted = cuda_gate.short_name(emulated.entry_of(kernel, emulated.ptx_of(source, arch)))
-    return next(row.registers for row in cuda_gate.all_rows(source, arch) if row.kernel == wanted)
+@cache
+def text_of(kernel: str, arch: str) -> str:
+    """A planned kernel's own PTX, without the others of its file."""
+    ptx = emulated.ptx_of(emulated.source_of(kernel), arch)
+    return single_entry(ptx, emulated.entry_of(kernel, ptx))
 
 
 @cache
-def _text(kernel: str, arch: str) -> str:
-    """Digest of a planned kernel's own PTX: what is changed in others leaves its counts."""
-    ptx = emulated.ptx_of(emulated.source_of(kernel), arch)
-    return hashlib.sha256(single_entry(ptx, emulated.entry_of(kernel, ptx)).encode()).hexdigest()
+def registers_of(kernel: str, arch: str) -> int:
+    """Registers of a thread of a planned kernel: what ptxas says of this one alone, not of some dozens in its file."""
+    assert emulated.NVCC
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(text_of(kernel, arch))
+        command = [
+            emulated.NVCC,
+            f"-arch=sm_{arch}",
+            "-cubin",
+            "-Xptxas=-v",
+            str(source),
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    used = re.findall(r"Used (\d+) registers", said)
+    assert len(used) == 1, said
+    return int(used[0])
+
+
+@cache
+def _digest(kernel: str, arch: str) -> str:
+    """Of a planned kernel's own PTX: what is changed in others leaves its counts."""
+    return hashlib.sha256(text_of(kernel, arch).encode()).hexdigest()
 
 
 def out_size(shape: ConvShape) -> tuple[int, int]:
@@ -49,12 +72,17 @@ def out_size(shape: ConvShape) -> tuple[int, int]:
     return p, q
 
 
-def _plan(shape: ConvShape, batch: int, sms: int, memory: GlobalMemory) -> tuple[dict[str, Any], Launch]:
-    """What would be launched, on tensors of zeros: the values change no count."""
+def planned(
+    shape: ConvShape, batch: int, sms: int, memory: GlobalMemory, random: bool = False
+) -> tuple[dict[str, Any], Launch]:
+    """What would be launched, on tensors of zeros, since the values change no count, or of random numbers."""
     g = shape.geometry
     x = torch.zeros(batch * shape.h * shape.w * shape.c, dtype=torch.uint8)
     weight = torch.zeros(shape.k * g.reduction, dtype=torch.int8)
     out = torch.zeros(batch * math.prod(out_size(shape)) * shape.k, dtype=torch.uint8)
+    if random:
+        x.random_(256)
+        weight.random_(-127, 128)
     constants = torch.ones(3, shape.k)
     workspace = torch.zeros(_cuda.WORKSPACE_BYTES // 4, dtype=torch.int32)
     place = memory.pointer
@@ -111,20 +139,18 @@ def run_layer(shape: ConvShape, batch: int, arch: str, gpu: Gpu) -> tuple[Counte
         gpu: Whose number of multiprocessors the plan is made for.
     """
     memory = GlobalMemory()
-    plan, launch = _plan(shape, batch, gpu.sms, memory)
+    plan, launch = planned(shape, batch, gpu.sms, memory)
     kernel = plan["kernel"]
-    source = emulated.source_of(kernel)
-    ptx = emulated.ptx_of(source, arch)
     blocks = _blocks(plan, shape)
 
     def run() -> tuple[Result, Launch]:
         result = emulate(
-            load(ptx, emulated.entry_of(kernel, ptx)), plan["grid"], plan["block"], [plan["params"]],
+            load(text_of(kernel, arch)), plan["grid"], plan["block"], [plan["params"]],
             shared=emulated.shared_of(plan, arch), memory=memory, blocks=blocks,
             checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
         )  # fmt: skip
         registers = registers_of(kernel, arch)
         return result, Launch(**{**vars(launch), "registers": registers})
 
-    key = (_text(kernel, arch), arch, kernel, plan["grid"], batch, shape, blocks, L1)
+    key = (_digest(kernel, arch), arch, kernel, plan["grid"], batch, shape, blocks, L1)
     return counted(key, run), kernel

@@ -25,8 +25,11 @@ term of its own for each wave of blocks was fitted to nothing.
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -200,15 +203,23 @@ def _record(shape: Any, batch: int, gpu: Gpu, **rest: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, inductor's, plain Triton."""
+PEERS = ("cutlass", "triton", "inductor")
+
+
+def peer_records(
+    shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[str], peers: Sequence[str] = PEERS
+) -> list[dict[str, Any]]:
+    """The best of each peer's kernels on a layer, by the model: CUTLASS's int8, fp16 and 2:4, Triton's int8, inductor's."""
     from bench import gpu_peers
 
-    groups = [list(gpu_peers.conv_candidates(shape, batch, arch, dtype)) for dtype in dtypes]
-    if arch != "75":  # whose tensor cores Triton does not feed with int8, and which have no 2:4
-        groups += [list(gpu_peers.triton_candidates(shape, batch, dtype)) for dtype in dtypes]
+    groups = []
+    if "cutlass" in peers:
+        groups += [list(gpu_peers.conv_candidates(shape, batch, arch, dtype)) for dtype in dtypes]
+        groups += [list(gpu_peers.sparse_candidates(shape, batch))] if "int8" in dtypes and arch != "75" else []
+    if "triton" in peers and "int8" in dtypes and arch != "75":  # whose tensor cores Triton does not feed with int8
+        groups += [list(gpu_peers.triton_candidates(shape, batch, "int8"))]
+    if "inductor" in peers and arch != "75":
         groups += [list(gpu_peers.inductor_candidates(shape, batch, dtype)) for dtype in dtypes]
-        groups += [list(gpu_peers.sparse_candidates(shape, batch))] if "int8" in dtypes else []
     found = []
     for candidates in filter(None, groups):
         _, peer, dtype, pattern, _ = candidates[0]
@@ -230,21 +241,24 @@ def peer_records(shape: Any, batch: int, arch: str, gpu: Gpu, dtypes: Sequence[s
     return found
 
 
-def records(network: str, batch: int, dtypes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One record per layer of a network, GPU and kernel: the package's CUDA kernels, also sparse, and peers of these dtypes."""
+def records(
+    network: str, batch: int, dtypes: Sequence[str] = (), gpus: Sequence[Gpu] = GPUS, peers: Sequence[str] = PEERS
+) -> list[dict[str, Any]]:
+    """One record per layer of a network, GPU and kernel: the package's CUDA kernels, dense and 2:4, and peers of these dtypes.
+    Other patterns of zeros are added by ``python -m bench.gpu_sparse``."""
     from bench import gpu_sparse
     from bench.gpu_layers import run_layer
     from bench.layers import gpu_shapes
 
     shapes = gpu_shapes(network)
-    found = gpu_sparse.records(shapes, batch, GPUS[1:])
+    found = gpu_sparse.records(shapes, batch, [g for g in gpus if g.arch != "sm_75"], masks=gpu_sparse.MASKS[:1])
     for shape in shapes:
-        for gpu in GPUS:
+        for gpu in gpus:
             (counts, launch), kernel = run_layer(shape, batch, gpu.code, gpu)
             about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
             about |= {"us_varied": varied(counts, launch, gpu), "pass_us": 0.0}
             found.append(_record(shape, batch, gpu, **about, **model(counts, launch, gpu), counters=counts))
-            found += peer_records(shape, batch, "75" if gpu.code == "75" else "80", gpu, dtypes)
+            found += peer_records(shape, batch, "75" if gpu.code == "75" else "80", gpu, dtypes, peers)
     return found
 
 
@@ -255,8 +269,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
     parser.add_argument("--batch", action="append", type=int, help="1, 8, 64 by default")
+    parser.add_argument("--gpu", action="append", choices=[gpu.name for gpu in GPUS], help="all by default")
     parser.add_argument(
         "--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed"
+    )
+    parser.add_argument("--without", action="append", choices=PEERS, default=[], help="a peer that is not counted")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the file holds of other networks, batches and GPUs"
     )
     parser.add_argument("--docs", type=Path, help="a Markdown file to put the tables into")
     arguments = parser.parse_args()
@@ -265,12 +284,19 @@ def main() -> None:
         from tests.ptx.cute import headers
 
         dtypes = ["int8", "fp16"] if headers() else []
-    rows: list[dict[str, Any]] = []
-    for network in arguments.network or GPU_NETWORKS:
-        for batch in arguments.batch or (1, 8, 64):
-            rows += records(network, batch, dtypes)
-            OUT.parent.mkdir(parents=True, exist_ok=True)
-            OUT.write_text(json.dumps(rows, indent=1))
+    gpus = [gpu for gpu in GPUS if not arguments.gpu or gpu.name in arguments.gpu]
+    peers = [peer for peer in PEERS if peer not in arguments.without]
+    gc.disable()  # parsed kernels are kept: going through them again and again takes a third of the time
+    runs = list(itertools.product(arguments.network or GPU_NETWORKS, arguments.batch or (1, 8, 64)))
+    made = {(*run, gpu.name) for run in runs for gpu in gpus}
+    kept = json.loads(OUT.read_text()) if arguments.add and OUT.exists() else []
+    rows = [row for row in kept if (row["network"], row["batch"], row["gpu"]) not in made]
+    for network, batch in runs:
+        rows += records(network, batch, dtypes, gpus, peers)
+        minutes = sum(os.times()[:4]) / 60
+        print(f"{network}, batch {batch}: {len(rows)} records, {minutes:.1f} minutes of CPU so far", flush=True)
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        OUT.write_text(json.dumps(rows, indent=1))
     gpu_report.write(rows, arguments.docs)
 
 

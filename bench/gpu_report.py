@@ -143,6 +143,9 @@ def document(rows: list[dict[str, Any]]) -> str:
     """The section of docs/results.md."""
     shown = ("A100", "H100")
     others = tuple(gpu.name for gpu in GPUS if gpu.name not in shown)
+    table = overview(rows, others)
+    some = table.count("\n") > 1
+    elsewhere = f"<details><summary>Other GPUs</summary>\n\n{table}\n\n</details>\n\n" if some else ""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "triton", "nvidia-cutlass"))
     return f"""## GPU kernels beside others ({LABEL})
 
@@ -157,16 +160,12 @@ the distinct convolution and linear layers that the peer has a kernel for. u8 in
 bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak, with no
 tile, wave or multiprocessor wasted, which no kernel reaches on small batches. CUTLASS 2:4 multiplies half as much, in layers
 that are matrix products; the package's kernel beside it is the dense one, except in a column "both 2:4". Neither CUTLASS nor
-Triton has int8 for depthwise layers, and inductor has int8 for products alone.
+Triton has int8 for depthwise layers, and inductor has int8 for products alone. A cell is empty where the peer has no kernel
+that the emulator runs, or was not counted (`--without`).
 
-<details><summary>Other GPUs</summary>
-
-{overview(rows, others)}
-
-</details>
-
-Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}. Records, with ranges over
-the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is worth is in docs/design.md."""
+{elsewhere}Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}. Records, with
+ranges over the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is worth, and how
+long it takes, is in docs/design.md."""
 
 
 def write(rows: list[dict[str, Any]], docs: Path | None) -> None:

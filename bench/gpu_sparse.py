@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.gpu_counts import Counted, counted
 from bench.gpu_hardware import GPUS, Gpu
-from bench.gpu_layers import BLOCKS, out_size, registers_of, run_layer
+from bench.gpu_layers import BLOCKS, out_size, registers_of, run_layer, text_of
 from bench.gpu_model import (
     CALIBRATION,
     L1,
@@ -133,9 +133,8 @@ def image_of(shape: ConvShape, batch: int, mask: Mask, dtype: torch.dtype, chain
 
 
 def _run(plan: dict[str, Any], arch: str, memory: GlobalMemory, launch: Launch) -> tuple[Result, Launch]:
-    ptx = emulated.ptx_of(emulated.source_of(plan["kernel"]), arch)
     result = emulate(
-        load(ptx, emulated.entry_of(plan["kernel"], ptx)), plan["grid"], plan["block"], [plan["params"]],
+        load(text_of(plan["kernel"], arch)), plan["grid"], plan["block"], [plan["params"]],
         shared=plan["shared"], memory=memory, blocks=sample_of(launch.grid, BLOCKS),
         checks=Checks(races=False, initialised=False, blocks=False), caches=Caches(l1=L1),
     )  # fmt: skip
@@ -304,9 +303,10 @@ def main() -> None:
             shapes = [s for s in gpu_shapes(network) if any(part in s.name for part in arguments.layer or [""])]
             rows += records(shapes, batch, gpus, arguments.dtype or DTYPES, masks)
     print(report(rows))
-    if arguments.layer or len(masks) < len(MASKS):
-        return
-    others = [row for row in json.loads(OUT.read_text()) if "dense_us" not in row] if OUT.exists() else []
+    names = ("network", "layer", "batch", "gpu", "peer", "dtype", "pattern", "sparsity")
+    place = lambda r: tuple(r.get(name) for name in names)  # noqa: E731
+    new = {place(row) for row in rows}
+    others = [row for row in json.loads(OUT.read_text()) if place(row) not in new] if OUT.exists() else []
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(others + rows, indent=1))
     print(f"{OUT}: {len(rows)} records")

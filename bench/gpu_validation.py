@@ -235,10 +235,13 @@ def report(all_points: list[Point], us: np.ndarray[Any, Any]) -> str:
     lines.append(
         f"tiles of a held-out layer: Spearman, mean {np.mean(found):.2f}, over {len(found)} layers whose tiles differ by 5 %;"
     )
-    pooled, alike = within_layers(us, published, list(layers.values()))
-    lines.append(
-        f"of all layers together, times over their layer's mean: {pooled:.2f}; {alike:.0%} of pairs that differ by 5 % right;"
-    )
+    for name in (*CONV_FILES, "both"):
+        tiles = [where for (dtype, _), where in layers.items() if name in (dtype, "both")]
+        pooled, alike = within_layers(us, published, tiles)
+        lines.append(
+            f"held-out layers of the profile {name} together, times over their layer's mean: Spearman {pooled:.2f}; "
+            f"{alike:.0%} of pairs that differ by 5 % right;"
+        )
     lines.append(
         f"the model's choice costs {np.exp(np.mean(np.log(loss))) - 1:.1%} in the geometric mean, at most {max(loss) - 1:.1%}"
     )

@@ -112,6 +112,7 @@ def source_of(launch: str) -> str:
     return max((name for name in KERNELS if launch.startswith(name + "_")), key=len)
 
 
+@cache
 def entry_of(launch: str, ptx: str) -> str:
     """The mangled kernel of a launch's name: the same numbers first, and the same flags."""
     source = source_of(launch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from bench.gpu_report import averages, compare, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman, within_layers
 from bench.layers import gpu_shapes
 from bench.plot import plot_gpu, plot_gpu_means
+from tests import cuda_emulated as emulated
 from tests.ptx import emulate, load
 from tests.ptx.test_checks import KERNEL
 
@@ -189,6 +191,21 @@ def test_layers_of_vgg16():
     assert gpu_shapes("resnet50")[-1].name == "fc"
 
 
+def test_seconds_of_the_emulator(monkeypatch, capsys):
+    """A line for each layer, without and with all checks, and the slowest of each."""
+    pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
+    gpu_emulator = pytest.importorskip("bench.gpu_emulator")
+    if emulated.NVCC is None:
+        pytest.skip("nvcc is not installed")
+    small, large = (replace(gpu_emulator.GEMM, name=str(h), c=64, k=64, h=h, w=h) for h in (4, 24))
+    monkeypatch.setattr(gpu_emulator, "GEMM", small)
+    monkeypatch.setattr(gpu_emulator, "gpu_shapes", lambda network: [large])
+    monkeypatch.setattr("sys.argv", ["gpu_emulator"])
+    gpu_emulator.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["4", "24", "slowest"]
+
+
 def row_of(layer, us, peer=None):
     return {"network": "n", "layer": layer, "gpu": "A100", "batch": 8, "peer": peer, "dtype": "int8", "pattern": "dense",
             "us": us, "pass_us": 20.0 if peer else 0.0, "us_varied": [us, us * (1.5 if peer else 1.0)]}  # fmt: skip
@@ -209,8 +226,11 @@ def test_sparse_kernels_are_among_the_records(monkeypatch):
     pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr("bench.layers.gpu_shapes", lambda network: [])
-    monkeypatch.setattr("bench.gpu_sparse.records", lambda shapes, batch, gpus: [(batch, len(gpus))])
-    assert records("resnet50", 8) == [(8, len(GPUS) - 1)]
+    kinds = lambda masks: [mask.format for mask in masks]  # noqa: E731
+    monkeypatch.setattr(
+        "bench.gpu_sparse.records", lambda shapes, batch, gpus, masks: [(batch, len(gpus), *kinds(masks))]
+    )
+    assert records("resnet50", 8) == [(8, len(GPUS) - 1, "sparse24")]
 
 
 def test_comparison(tmp_path):

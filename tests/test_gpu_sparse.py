@@ -99,7 +99,9 @@ def test_pixels_of_1x1_convolutions_are_images_and_the_copy_is_charged():
 
 def test_report_and_records(monkeypatch, tmp_path, capsys):
     out = tmp_path / "gpu_model.json"
-    out.write_text(json.dumps([{"kernel": "other"}, {"kernel": "old", "dense_us": 1.0}]))
+    old = dict(network=LAYER.network, layer=LAYER.name, batch=1, gpu="A100", peer=None)
+    old |= dict(dtype="int8", pattern="2:4", sparsity=0.5)
+    out.write_text(json.dumps([{"kernel": "other"}, old]))
     monkeypatch.setattr(gpu_sparse, "OUT", out)
     monkeypatch.setattr(gpu_sparse, "headers", lambda: None)
     monkeypatch.setattr(gpu_sparse, "gpu_shapes", lambda network: [LAYER])

@@ -95,9 +95,8 @@ def library() -> ctypes.CDLL:
     lib.ptx_new.restype = ctypes.c_void_p
     lib.ptx_delete.argtypes = [ctypes.c_void_p]
     lib.ptx_knows.argtypes = [ctypes.c_char_p]
-    lib.ptx_add.argtypes = [
-        ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
-    ]  # fmt: skip
+    lib.ptx_program.restype = ctypes.c_int64
+    lib.ptx_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, *[ctypes.c_void_p] * 3]
     lib.ptx_registers.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     lib.ptx_region.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p]
     lib.ptx_run.argtypes = [
@@ -123,13 +122,9 @@ class Engine:
         self.lib = library()
         self.machine = self.lib.ptx_new()
         self.count = len(program.lowered)
-        for one, (predicate, negated) in zip(program.lowered, program.predicates, strict=True):
-            operands, ints = np.array(one.operands, np.int64), np.array(one.ints, np.int64)
-            added = self.lib.ptx_add(
-                self.machine, one.handler.encode(), predicate, negated, one.touches_async, len(one.operands),
-                _pointer(operands), ints.size, _pointer(ints),
-            )  # fmt: skip
-            assert added, one.handler
+        names, *arrays = program.flat
+        added = self.lib.ptx_program(self.machine, self.count, names, *map(_pointer, arrays))
+        assert added == self.count, program.lowered[added].handler
         self.lib.ptx_registers(
             self.machine, _pointer(program.initial), program.initial.size, _pointer(program.special_slots)
         )

@@ -1,4 +1,4 @@
-"""Each instruction on its own, and each check of the emulator seen to fire."""
+"""Each instruction on its own, and each check of the emulator seen to fire. Comments name the sections of the PTX ISA 8.8."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def byte(v, i):
 
 
 INTEGER = {
+    # 9.7.1 integer arithmetic
     "add.s32 %r9, %r1, %r2;": X + Y,
     "sub.s32 %r9, %r1, %r2;": X - Y,
     "mul.lo.s32 %r9, %r1, %r2;": X * Y,
@@ -50,6 +51,7 @@ INTEGER = {
     "div.s32 %r9, %r1, %r2;": np.trunc(X.astype(object) / Y).astype(np.int64),
     "rem.s32 %r9, %r1, %r2;": np.fmod(X, Y),
     "div.u32 %r9, %r1, %r2;": U // V,
+    # 9.7.8 logic and shift; 9.7.1 bit fields
     "and.b32 %r9, %r1, %r2;": X & Y,
     "or.b32 %r9, %r1, -16;": X | -16,
     "xor.b32 %r9, %r1, %r2;": X ^ Y,
@@ -61,6 +63,7 @@ INTEGER = {
     "bfe.u32 %r9, %r1, 7, 9;": U >> 7 & 511,
     "bfe.s32 %r9, %r1, 8, 8;": byte(X, 1).astype(np.int8),
     "bfi.b32 %r9, %r1, %r2, 8, 4;": (Y & ~0xF00) | (X & 15) << 8,
+    # 9.7.9.7 prmt; 9.7.6 comparison and selection; 9.7.9 data movement and conversion
     "prmt.b32 %r9, %r1, %r2, 0x5410;": byte(U, 0) | byte(U, 1) << 8 | byte(V, 0) << 16 | byte(V, 1) << 24,
     "prmt.b32 %r9, %r1, %r2, 0x9180;": (
         byte(U, 0) | (byte(U, 0) > 127) * 0xFF00 | byte(U, 1) << 16 | (byte(U, 1) > 127) * 0xFF000000
@@ -77,6 +80,7 @@ INTEGER = {
     "{ .reg .b32 %r1; mov.u32 %r1, 3; mov.u32 %r9, %r1; }": np.full(N, 3),
     "ld.global.nc.s8 %r9, [%rd5+1];": byte(X, 1).astype(np.int8),
     "ld.global.u8 %r9, [%rd5+3];": byte(U, 3),
+    # 9.7.9.6 shfl; 9.7.12 control flow
     "shfl.sync.idx.b32 %r9|%p1, %r1, 5, 31, -1;": np.repeat(X[[5, 37]], 32),
     "shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1;": X[np.arange(N) ^ 1],
     "setp.gt.s32 %p1, %r1, 0; mov.u32 %r9, 1; @%p1 bra L; mov.u32 %r9, 2; add.s32 %r9, %r9, 5; L: ;": np.where(X > 0, 1, 7),
@@ -93,7 +97,7 @@ def test_integer_instruction(body):
 F = np.linspace(-300.25, 299, N).astype(np.float32)
 F[:8] = [0.5, 1.5, 2.5, -0.5, np.nan, 1e20, -1e20, 3.3]
 G = np.random.default_rng(2).standard_normal(N).astype(np.float32)
-FLOAT = {
+FLOAT = {  # 9.7.3 floating point, 9.7.9 conversion, 9.7.6 comparison
     "mul.rn.f32 %f3, %f1, %f2; mov.b32 %r9, %f3;": (F * G).view(np.int32),
     "add.rn.f32 %f3, %f1, %f2; mov.b32 %r9, %f3;": (F + G).view(np.int32),
     "add.f32 %f3, %f1, 0f3F000000; mov.b32 %r9, %f3;": (F + np.float32(0.5)).view(np.int32),
@@ -111,6 +115,7 @@ def test_float_instruction(body):
 
 
 def test_vectors_of_memory():
+    """9.7.9 ld, of four elements"""
     body = "mul.wide.u32 %rd9, %r0, 12; add.s64 %rd5, %rd5, %rd9;"
     body += "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd5]; sub.s32 %r9, %r4, %r2;" + STORE
     source = np.arange(4 * N, dtype=np.int32) ** 2
@@ -126,7 +131,7 @@ def fragment(matrix, row, k):
 @pytest.mark.parametrize("kind", ["s8", "u8"])
 @pytest.mark.parametrize("rows, depth", [(8, 16), (16, 32)])
 def test_mma_against_the_isa(kind, rows, depth):
-    """Fragments laid out as the PTX ISA's figures of m8n8k16 and m16n8k32 say."""
+    """Fragments laid out as the PTX ISA's figures of m8n8k16 and m16n8k32 say (9.7.14.5)."""
     rng = np.random.default_rng(3)
     left = rng.integers(*((0, 256) if kind == "u8" else (-128, 128)), (rows, depth)).astype(np.uint8)
     right = rng.integers(-128, 128, (8, depth)).astype(np.int8)
@@ -156,7 +161,7 @@ def test_mma_against_the_isa(kind, rows, depth):
 
 
 def test_ldmatrix():
-    """Lane l of a warp gets bytes 4 * (l % 4) and on of row l / 4 of every matrix."""
+    """9.7.14.5.15: lane l of a warp gets bytes 4 * (l % 4) and on of row l / 4 of every matrix."""
     body = "shl.b32 %r5, %r0, 2; mov.u32 %r6, tile; add.s32 %r6, %r6, %r5;" + LOAD
     body += "st.shared.u32 [%r6], %r1; st.shared.u32 [%r6+128], %r2; st.shared.u32 [%r6+256], %r3;"
     body += "bar.sync 0; and.b32 %r7, %r0, 31; shl.b32 %r7, %r7, 4; mov.u32 %r8, tile; add.s32 %r7, %r7, %r8;"
@@ -177,12 +182,14 @@ ASYNC = "cp.async.ca.shared.global [%r6], [%rd5], 4, 4; cp.async.commit_group;"
 
 
 def test_barrier_orders_warps():
+    """9.7.13 bar"""
     body = SHARED + SWAP + "st.shared.u32 [%r6], %r0; bar.sync 0; ld.shared.u32 %r9, [%r7];" + STORE
     out, _ = run(body)
     np.testing.assert_array_equal(out, np.arange(N) ^ 32)
 
 
 def test_async_copy_and_wait():
+    """9.7.9.25 asynchronous copies"""
     body = SHARED + SWAP + ASYNC + "cp.async.wait_group 0; bar.sync 0; ld.shared.u32 %r9, [%r7];" + STORE
     out, _ = run(body, A)
     np.testing.assert_array_equal(out, A[np.arange(N) ^ 32])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tests.ptx import TrapError
 from tests.ptx.harness import N, run
+from tests.ptx.lower.registry import TABLE
 
 rng = np.random.default_rng(11)
 A = rng.integers(-(2**31), 2**31, N).astype(np.int32)
@@ -219,6 +224,10 @@ with np.errstate(all="ignore"):
         "copysign.f32 %f3, %f2, %f4;": f32(np.copysign(H, G)),
         "ex2.approx.f32 %f3, %f4;": f32(np.exp2(HH)),
         "tanh.approx.f32 %f3, %f4;": f32(np.tanh(HH)),
+        "abs.f32 %f5, %f4; rsqrt.approx.f32 %f3, %f5;": f32(1 / np.sqrt(np.abs(HH))),
+        "abs.f32 %f5, %f4; lg2.approx.f32 %f3, %f5;": f32(np.log2(np.abs(HH))),
+        "sin.approx.f32 %f3, %f4;": f32(np.sin(HH)),
+        "cos.approx.ftz.f32 %f3, %f4;": f32(np.cos(HH)),
         TO_F64 + "fma.rn.f64 %fd3, %fd1, %fd2, 0d3FF0000000000000; cvt.rn.f32.f64 %f3, %fd3;": f32(FF * GG + 1),
         "cvt.f64.f32 %fd1, %f4; cvt.f64.f32 %fd2, %f4; mul.rn.f64 %fd3, %fd1, %fd2; cvt.rz.f32.f64 %f3, %fd3;": [
             round_down(h * h) for h in HH
@@ -371,3 +380,46 @@ def test_matrix_load_and_store(size, trans):
     expected = matrices.transpose(0, 2, 1) if trans else matrices
     np.testing.assert_array_equal(out.view(np.int16).reshape(4, 8, 8), expected)
     assert result.wavefronts == result.ideal_wavefronts
+
+
+HINTS = [
+    # 9.7.9 data movement: hints to the caches
+    "prefetch.global.L2 [%rd5];",
+    "prefetchu.L1 [%rd5];",
+    "applypriority.global.L2::evict_normal [%rd0], 128;",
+    "discard.global.L2 [%rd3], 128;",
+    "createpolicy.fractional.L2::evict_last.b64 %rd9, 0f3F800000;",
+    # 9.7.13 synchronisation: of grids that depend on each other
+    "griddepcontrol.wait;",
+    "griddepcontrol.launch_dependents;",
+    # 9.7.19 miscellaneous
+    "nanosleep.u32 20;",
+    "pmevent 3;",
+    "setmaxnreg.inc.sync.aligned.u32 64;",
+]
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_hint_changes_nothing(hint):
+    """And 9.7.9 ldu, which reads as ld does."""
+    out, _ = run(hint + "ldu.global.u32 %r9, [%rd5];" + STORE, A)
+    np.testing.assert_array_equal(out, A)
+
+
+def test_exit_ends_a_thread():
+    """9.7.12 control flow: the lanes that are left go on, and a later barrier does not wait for the others."""
+    out, _ = run("setp.lt.u32 %p1, %r0, 40; @%p1 exit; bar.sync 0; mov.u32 %r9, 7;" + STORE)
+    np.testing.assert_array_equal(out, (np.arange(N) >= 40) * 7)
+
+
+@pytest.mark.parametrize("opcode", ["trap", "brkpt"])
+def test_trap_stops_the_kernel(opcode):
+    """9.7.19 miscellaneous"""
+    with pytest.raises(TrapError, match="line"):
+        run(f"setp.eq.u32 %p1, %r0, 3; @%p1 {opcode};")
+
+
+def test_every_instruction_has_a_test():
+    """Each opcode that is lowered stands in the PTX of a test of this folder."""
+    texts = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [opcode for opcode in {*TABLE} - {"unsupported"} if not re.search(rf"\b{opcode}[.; \"]", texts)] == []

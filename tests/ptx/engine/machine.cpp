@@ -165,7 +165,7 @@ void Machine::run_warp(Warp& w) {
       if (mask) {
         ++c.warps;
         c.lanes += __builtin_popcount(mask);
-        if (!w.matrices.empty()) check_matrices(w, inst);
+        if (config.check_shared && !w.matrices.empty()) check_matrices(w, inst);
         inst.run(*this, w, inst, mask);
       }
       if (++executed > config.max_instructions) fail(kDeadlock, "the block has not ended after this many instructions: " + std::to_string(executed));
@@ -225,21 +225,24 @@ void ptx_delete(Machine* m) { delete m; }
 // 1 where the engine has the handler.
 int ptx_knows(const char* handler) { return ptx::handlers().count(handler) ? 1 : 0; }
 
-// Append an instruction. `operands` holds slot, width, disp of each.
-int ptx_add(Machine* m, const char* handler, int predicate, int negated, int may_touch_async, int n_operands,
-            const int64_t* operands, int n_ints, const int64_t* ints) {
-  const auto found = ptx::handlers().find(handler);
-  if (found == ptx::handlers().end()) return 0;
-  ptx::Inst inst;
-  inst.run = found->second;
-  inst.predicate = predicate;
-  inst.negated = negated;
-  inst.may_touch_async = may_touch_async;
-  for (int i = 0; i < n_operands; ++i)
-    inst.ops.push_back({static_cast<int32_t>(operands[3 * i]), static_cast<int32_t>(operands[3 * i + 1]), operands[3 * i + 2]});
-  inst.ints.assign(ints, ints + n_ints);
-  m->program.push_back(std::move(inst));
-  return 1;
+// Load a program. `names` are the handlers, each with its zero at the end; `heads` has for each instruction predicate, negated,
+// may_touch_async, operands and ints; then slot, width, disp of all operands, and all ints. How many instructions were known.
+int64_t ptx_program(Machine* m, int64_t count, const char* names, const int32_t* heads, const int64_t* operands, const int64_t* ints) {
+  for (int64_t n = 0; n < count; ++n, heads += 5, names += std::strlen(names) + 1) {
+    const auto found = ptx::handlers().find(names);
+    if (found == ptx::handlers().end()) return n;
+    ptx::Inst inst;
+    inst.run = found->second;
+    inst.predicate = heads[0];
+    inst.negated = heads[1];
+    inst.may_touch_async = heads[2];
+    for (int i = 0; i < heads[3]; ++i, operands += 3)
+      inst.ops.push_back({static_cast<int32_t>(operands[0]), static_cast<int32_t>(operands[1]), operands[2]});
+    inst.ints.assign(ints, ints + heads[4]);
+    ints += heads[4];
+    m->program.push_back(std::move(inst));
+  }
+  return count;
 }
 
 void ptx_registers(Machine* m, const uint8_t* initial, int64_t bytes, const ptx::SpecialSlots* special) {

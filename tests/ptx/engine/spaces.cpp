@@ -145,6 +145,7 @@ bool write_unordered(const Unit& u, const Warp& w, int lane) {
 }  // namespace
 
 void Machine::note_read(Warp& w, uint32_t address, uint32_t size, int lane) {
+  if (!config.check_shared && !config.check_initialised) return;
   const int shift = unit_shift();
   const size_t count = warps.size();
   for (uint32_t k = address >> shift; k <= (address + size - 1) >> shift; ++k) {
@@ -167,9 +168,10 @@ void Machine::note_read(Warp& w, uint32_t address, uint32_t size, int lane) {
 // `unchanged`: the bytes are there already. Two warps may write one value, as Triton's do where both hold it; whoever reads must
 // come after the first.
 void Machine::note_write(Warp& w, uint32_t address, uint32_t size, int lane, bool atomic, bool unchanged) {
+  ++progress;
+  if (!config.check_shared && !config.check_initialised) return;
   const int shift = unit_shift();
   const size_t count = warps.size();
-  ++progress;
   for (uint32_t k = address >> shift; k <= (address + size - 1) >> shift; ++k) {
     Unit& u = units[k];
     if (config.check_shared) {
@@ -200,12 +202,14 @@ void Machine::note_write(Warp& w, uint32_t address, uint32_t size, int lane, boo
 void Machine::note_pending(Warp& w, uint32_t address, uint32_t size, int lane) {
   note_write(w, address, size, lane);
   const int shift = unit_shift();
-  for (uint32_t k = address >> shift; k <= (address + size - 1) >> shift; ++k) ++units[k].pending;
+  for (uint32_t k = address >> shift; config.check_shared && k <= (address + size - 1) >> shift; ++k) ++units[k].pending;
   bytes_in_flight += size;
   most_in_flight = std::max(most_in_flight, bytes_in_flight);
 }
 
 void Machine::note_landed(uint32_t address, uint32_t size, int warp, uint32_t clock, int lane, uint32_t sync) {
+  bytes_in_flight -= size;
+  if (!config.check_shared) return;
   const int shift = unit_shift();
   for (uint32_t k = address >> shift; k <= (address + size - 1) >> shift; ++k) {
     Unit& u = units[k];
@@ -215,7 +219,6 @@ void Machine::note_landed(uint32_t address, uint32_t size, int warp, uint32_t cl
     u.write_lane = static_cast<uint8_t>(lane);
     u.write_sync = sync;
   }
-  bytes_in_flight -= size;
 }
 
 // A wgmma or bulk store begins (+1) or ends (-1) to read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -165,6 +166,17 @@ class Program:
     special_slots: NDArray[np.int32]
     problems: dict[int, str] = field(default_factory=dict)
     bytewise: bool = False  # accesses less than a word of shared memory at once
+
+    @cached_property
+    def flat(self) -> tuple[bytes, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """The instructions as the engine reads them: handlers; predicate, negated, touches_async, numbers of operands and ints
+        of each; all operands; all ints."""
+        each = zip(self.lowered, self.predicates, strict=True)
+        heads = [(*predicate, one.touches_async, len(one.operands), len(one.ints)) for one, predicate in each]
+        operands = [part for one in self.lowered for operand in one.operands for part in operand]
+        ints = [value for one in self.lowered for value in one.ints]
+        names = "".join(f"{one.handler}\0" for one in self.lowered).encode()
+        return names, np.array(heads, np.int32), np.array(operands, np.int64), np.array(ints, np.int64)
 
 
 def _bytewise(ins: Instruction) -> bool:
