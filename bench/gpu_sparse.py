@@ -290,9 +290,7 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="all by default")
     parser.add_argument("--format", action="append", choices=sorted({m.format for m in MASKS}), help="all by default")
     parser.add_argument("--zeros", action="append", type=float, help="of a mask, as 0.9; all by default")
-    parser.add_argument(
-        "--layer", action="append", help="part of a layer's name; with this or the two above no file is written"
-    )
+    parser.add_argument("--layer", action="append", help="part of a layer's name; all by default")
     arguments = parser.parse_args()
     masks = [m for m in MASKS if m.format in (arguments.format or [m.format])]
     masks = [m for m in masks if any(abs(m.sparsity - z) < 1e-6 for z in arguments.zeros or [m.sparsity])]

@@ -110,6 +110,7 @@ GRID = {
     "padding beyond the kernel": Conv(padding=(5, 7)),
     "padding beyond the image": Conv(h=1, w=2, padding=(4, 40)),
     "more channels than are taken together": Conv(n=2, c=45, h=14, w=14),
+    "more channels than are taken together, nothing added": Conv(n=2, c=45, h=14, w=14, residual=False),
     "no images": Conv(n=0),
     "nothing added": Conv(bias=False, residual=False),
 }
@@ -160,9 +161,10 @@ def test_random_shapes_and_threads(conv: Conv, num_threads: int) -> None:
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
 @pytest.mark.parametrize("w", [7, 16, 33, 64])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_stays_inside_its_memory(isa: str, stride: int, w: int, at_end: bool) -> None:
+@pytest.mark.parametrize("residual", [True, False])
+def test_stays_inside_its_memory(isa: str, residual: bool, stride: int, w: int, at_end: bool) -> None:
     for kernel, padding in (((3, 3), (1, 1)), ((3, 3), (0, 0)), ((5, 5), (2, 2)), ((2, 4), (1, 0))):
-        run(Conv(1, 2, 7, w, kernel, (stride, stride), padding), guarded=Guarded(at_end))
+        run(Conv(1, 2, 7, w, kernel, (stride, stride), padding, residual=residual), guarded=Guarded(at_end))
 
 
 def test_nan_passes_the_clamp_and_infinity_meets_no_other_pixel(isa: str) -> None:

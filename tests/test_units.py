@@ -11,7 +11,16 @@ from cnncomp.convert import Conversion, ConvertedModel
 from cnncomp.dispatch.plan import Plan
 from cnncomp.graph import trace
 from cnncomp.graph.chain import settle_units
-from cnncomp.nn import Clamp, Geometry, QuantConv2d, QuantMaxPool2d, QuantSpec, VectorsQuantConv2d, VnmQuantConv2d
+from cnncomp.nn import (
+    Clamp,
+    ConcatChannels,
+    Geometry,
+    QuantConv2d,
+    QuantMaxPool2d,
+    QuantSpec,
+    VectorsQuantConv2d,
+    VnmQuantConv2d,
+)
 from cnncomp.nn.units import Units
 from cnncomp.profile import _float_call, _record_calls
 from cnncomp.sparsity import vectors
@@ -59,6 +68,10 @@ CASES = {
     "a residual of an output in NHWC": ([(conv(), 0), (conv(), 0), (conv(output=FLOATS), 1, 2)], ["m1"]),
     "a residual of a dense layer": ([(conv(QuantConv2d), 0), (conv(), 0), (conv(), 2, 1), (conv(), 3)], ["m2", "m3"]),
     "a residual of floats": ([(conv(output=FLOATS), 0), (conv(), 0), (conv(), 2, 1), (conv(), 3)], ["m2"]),
+    "its own input in floats": ([(conv(output=FLOATS), 0), (conv(), 1, 1), (conv(), 2)], []),
+    "the network's input twice": ([(conv(), 0, 0), (conv(), 1)], []),
+    "a pool in ceil mode": ([(conv(), 0), (QuantMaxPool2d(3, 2, 1, ceil_mode=True), 1), (conv(), 2)], ["m1"]),
+    "concatenated": ([(conv(k=8), 0), (conv(k=8), 0), (ConcatChannels(), 1, 2), (conv(), 3)], []),
     "the network's input": ([(conv(), 0), (conv(), 1, 0), (conv(), 2)], ["m1"]),
 }
 

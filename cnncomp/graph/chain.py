@@ -129,7 +129,7 @@ def settle_units(gm: fx.GraphModule) -> None:
         readers = [(_gathering(gm, user), user, carrier) for user, carrier in _unit_readers(gm, node)]
         layer.out_units = (
             _gives_8bit(gm, node)
-            and all(_gives_8bit(gm, source(gm, n)) for n in node.all_input_nodes[1:])
+            and all(_gives_8bit(gm, source(gm, n)) for n in node.args[1:] if isinstance(n, fx.Node))
             and all(other is not None and other.gathers == layer.gathers for other, *_ in readers)
             and any(user.args[0] is carrier or user in chained for _, user, carrier in readers)
         )

@@ -32,10 +32,10 @@ class _PackedQuant(ZerosQuant):
 
     _format: Format
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, nonlinearity: str = "", **kwargs: Any) -> None:
+        if nonlinearity:
+            raise ArgumentError("nonlinearity", repr(nonlinearity), "none: other int8 layers have one")
         super().__init__(*args, **kwargs)
-        if self.nonlinearity:
-            raise ArgumentError("nonlinearity", repr(self.nonlinearity), "none: other int8 layers have one")
 
     def _pack_cuda(self, weight: Tensor) -> Tensor:
         from cnncomp.ops.cuda_sparse import check_device
@@ -89,6 +89,9 @@ class GatheredConv2d(_PackedConv2d):
         assert units is not None
         whole = g.in_channels // g.groups % units.columns(torch.int8) == g.out_channels // g.groups % units.VECTOR == 0
         return self._format.name if whole and not g.conv1d else None
+
+    def _epilogue(self, t: Tensor, residual: Any) -> Tensor:
+        return super()._epilogue(t, residual.images() if isinstance(residual, Units) else residual)
 
     def run_on(
         self, operator: Callable[..., Tensor], weight: Tensor, x: Any, residual: Any, clamped: bool, **more: Any
@@ -160,7 +163,7 @@ class Sparse24QuantConv2d(_Sparse24, _PackedConv2d):
     Raises:
         PatternError: a weight that is not 2:4; the message names the first four channels that are not.
         DeviceError: a GPU before sm_80.
-        ArgumentError: mean-shift weights.
+        ArgumentError: mean-shift weights; a nonlinearity.
     """
 
     kernel = "conv2d_sparse24_int8"
@@ -179,7 +182,7 @@ class BlocksQuantConv2d(_Blocks, _PackedConv2d):
 
     Raises:
         DeviceError: a GPU before sm_80.
-        ArgumentError: mean-shift weights.
+        ArgumentError: mean-shift weights; a nonlinearity.
     """
 
     kernel = "conv2d_blocks_int8"
@@ -198,7 +201,7 @@ class VectorsQuantConv2d(_Vectors, GatheredConv2d):
 
     Raises:
         DeviceError: a GPU before sm_80.
-        ArgumentError: mean-shift weights.
+        ArgumentError: mean-shift weights; a nonlinearity.
     """
 
     kernel = "conv2d_vectors_int8"
@@ -220,7 +223,7 @@ class VnmQuantConv2d(_Vnm, GatheredConv2d):
     Raises:
         PatternError: a weight that is 64:2:M for no M; the message names what breaks the smallest one.
         DeviceError: a GPU before sm_80.
-        ArgumentError: mean-shift weights.
+        ArgumentError: mean-shift weights; a nonlinearity.
     """
 
     kernel = "conv2d_vnm_int8"

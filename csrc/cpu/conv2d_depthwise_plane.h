@@ -25,7 +25,9 @@ struct Inside {
 // One channel.
 struct Plane : DepthwisePlanes {
   float first;  // what sums begin with
-  const float* end;  // of all planes: before it may be written what is written over later. Null where a residual may lie there
+  // Of these planes: before it may be written what is written over later, or lies in a gap behind a channel, which may hold
+  // anything. Null where a residual may lie there.
+  const float* end;
   Plane(const DepthwisePlanes& a, int64_t i)
       : DepthwisePlanes(a),
         first(a.bias != nullptr ? a.bias[i] : 0.0f),

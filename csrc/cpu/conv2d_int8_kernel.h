@@ -193,7 +193,7 @@ void conv_blocks(const ConvPanel& a) {
   constexpr int64_t kTiles = kEpiloguePixels / MAX;
   alignas(64) int32_t acc[kTiles * MAX * BLOCKS * kBlock];
   // Tiles of equal size, give or take one: no tile is left with a single pixel.
-  const int64_t first = FEW > 0 && direct && !past && a.taps == 1 && a.split == nullptr ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
+  const int64_t first = direct && !past && a.taps == 1 ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
   const int64_t pixels = a.pixels - first, count = (pixels + MAX - 1) / MAX;
   int64_t done = first, end = first;
   for (int64_t i = 0; i < count; i++) {

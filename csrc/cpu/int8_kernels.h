@@ -181,7 +181,7 @@ struct Int8Kernels {
   void (*max_rows_u8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   void (*max_rows_s8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   // Widens bytes to 16 bits, as products of pairs take them: of each four the even two, then the odd two. to: twice as many
-  // bytes; count: a multiple of 4; flip: the bits to flip before. Null where there are products of bytes.
+  // bytes; count: a multiple of 4; flip: the bits to flip before. Null but for x86 without products of bytes.
   void (*split)(const uint8_t* from, int64_t count, uint8_t flip, uint8_t* to);
   SparseInt8Kernels sparse;
   // Dot products are of signed bytes: conv sees unsigned inputs as x - 128, else signed ones as x + 128.
