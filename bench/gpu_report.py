@@ -167,9 +167,9 @@ that are matrix products; the package's kernel beside it is the dense one, excep
 Triton has int8 for depthwise layers, and inductor has int8 for products alone. A cell is empty where the peer has no kernel
 that the emulator runs, or was not counted (`--without`).
 
-{elsewhere}{scope}Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}. Records, with
-ranges over the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is worth, and how
-long it takes, is in docs/design.md."""
+{elsewhere}{scope}Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}.
+Records, with ranges over the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is
+worth, and how long it takes, is in docs/design.md."""
 
 
 def write(rows: list[dict[str, Any]], docs: Path | None) -> None:
