@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.gpu_hardware import GPUS
 from bench.gpu_model import LABEL, OUT
+from bench.layers import GPU_NETWORKS
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -146,6 +147,9 @@ def document(rows: list[dict[str, Any]]) -> str:
     table = overview(rows, others)
     some = table.count("\n") > 1
     elsewhere = f"<details><summary>Other GPUs</summary>\n\n{table}\n\n</details>\n\n" if some else ""
+    lacking = [name for name in GPU_NETWORKS if all(row["network"] != name for row in rows)]
+    lacking += [gpu.name for gpu in GPUS if all(row["gpu"] != gpu.name for row in rows)]
+    scope = f"Not counted for this table: {', '.join(lacking)}.\n\n" if lacking else ""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "triton", "nvidia-cutlass"))
     return f"""## GPU kernels beside others ({LABEL})
 
@@ -163,9 +167,9 @@ that are matrix products; the package's kernel beside it is the dense one, excep
 Triton has int8 for depthwise layers, and inductor has int8 for products alone. A cell is empty where the peer has no kernel
 that the emulator runs, or was not counted (`--without`).
 
-{elsewhere}Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}. Records, with
-ranges over the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is worth, and how
-long it takes, is in docs/design.md."""
+{elsewhere}{scope}Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}.
+Records, with ranges over the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is
+worth, and how long it takes, is in docs/design.md."""
 
 
 def write(rows: list[dict[str, Any]], docs: Path | None) -> None:
