@@ -108,7 +108,8 @@ def quantize(
         equalize_layers(model, feed, equalize)
     observers = _observe(layers, feed, histogram=method != "minmax")
     layers = _reached(layers, observers)
-    observers |= {name: observers[other] for name, other in unpooled_readers(model, layers).items()}
+    readers = unpooled_readers(model, layer_graph(model, warn=False), layers)
+    observers |= {name: observers[other] for name, other in readers.items()}
     if qat:
         fold_norms(model)
     changed = correct_bias or rounding != "nearest"

@@ -57,13 +57,17 @@ class Link:
     pooled: bool = False
 
 
-def layer_graph(model: nn.Module) -> fx.Graph | None:
-    """The graph of the model's forward, torch's own layers as its leaves; None, with a warning, if it can't be traced."""
+def layer_graph(model: nn.Module, warn: bool = True) -> fx.Graph | None:
+    """The graph of the model's forward, torch's own layers as its leaves; None, with a warning if ``warn``, if it can't be
+    traced."""
     try:
         return _Tracer().trace(model)
     except Exception as error:  # fx, and the model's own code on a proxy, raise anything
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"the model's forward can't be traced ({text}): its layers are taken one by one", stacklevel=4)
+        if warn:
+            warnings.warn(
+                f"the model's forward can't be traced ({text}): its layers are taken one by one", stacklevel=4
+            )
         return None
 
 
@@ -98,15 +102,11 @@ def links_of(model: nn.Module, graph: fx.Graph | None) -> list[Link]:
     return links
 
 
-def unpooled_readers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def unpooled_readers(model: nn.Module, graph: fx.Graph | None, names: Iterable[str]) -> dict[str, str]:
     """Of layers that read max-pooled values: the layer that reads the same values before they are pooled, of ``names``.
 
-    What they read can stay in 8 bit with one scale for both. Nothing where the model's forward can't be traced.
+    What they read can stay in 8 bit with one scale for both.
     """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # fx, and the model's own code on a proxy, raise anything
-        return {}
     known, found = set(names), dict[str, str]()
     calls = {node: str(node.target) for node in _called_once(model, graph) if str(node.target) in known}
     for node, name in calls.items():

@@ -92,12 +92,13 @@ struct Folded {
   }
 };
 
-// Whether bytes are better split into 16-bit halves once than by each tile. Quads of pixels must not overlap; sums of windows
-// are of bytes.
+// Whether bytes can be split into 16-bit halves before the kernels see them: sums of windows are of bytes.
+bool can_split(const Conv2dInt8Args& a, const Int8Kernels& kernels) { return kernels.split != nullptr && !a.shifted; }
+
+// Whether they are better split once than by each tile. Quads of pixels must not overlap.
 bool splits(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t pixels) {
   constexpr int64_t kMinTiles = 2;
-  return kernels.split != nullptr && !a.shifted && group_c == a.c / a.groups && group_c % 4 == 0 &&
-         pixels > kMinTiles * kernels.max_pixels[0];
+  return can_split(a, kernels) && group_c == a.c / a.groups && group_c % 4 == 0 && pixels > kMinTiles * kernels.max_pixels[0];
 }
 
 // The same convolution on its input split.
@@ -128,14 +129,14 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const int64_t width = split ? 2 : 1;  // bytes of a channel
   const ConvRows rows(in, width * 4 * quads, q, std::move(window_taps), split ? flip : 0);
   const ConvPlan plan = make_plan(pixels, taps, width * a.c, a.groups, panels, a.num_threads);
-  const bool flips = flip != 0 && by_run;
+  const bool prepared = split || (flip != 0 && by_run);  // what the kernels see is unsigned
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get(count * taps);
-    if (by_run && (split || flips)) {
+    if (by_run && prepared) {
       const int64_t bytes = count * a.c;
       uint8_t* const run_x = run_scratch.get(width * bytes + 4);
       if (split) kernels.split(a.x + begin * a.c, bytes, flip, run_x);
@@ -160,7 +161,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
         epilogue.shift = constants.shift(g, channel);
         epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed && !flips && !split && !flipped,
+      kernels.conv({table, count, taps, quads, a.x_signed && !prepared && !flipped,
                     a.weight + (g * blocks + block) * block_bytes, end - block, constants.init(g, channel), epilogue,
                     fetches && panel + 1 < last ? next - end : 0,
                     split ? weight_scratch.get(2 * kernels.max_blocks * block_bytes) : nullptr});
@@ -175,7 +176,7 @@ void conv2d_int8(const Conv2dInt8Args& a) {
   if (a.depthwise) return depthwise_int8(a, int8_kernels());
   const Int8Kernels& kernels = int8_kernels();
   if (!folds(a)) return dense(a, kernels, a.c / a.groups, output_columns(a), false);
-  const bool apart = kernels.split != nullptr && !a.shifted;  // so that they can be split
+  const bool apart = can_split(a, kernels);
   const Folded folded(a, apart);
   dense(folded.args, kernels, apart ? folded.args.c : a.s * a.c, output_columns(a), can_flip(a));
 }
