@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -67,44 +68,40 @@ def digest(kernel: str) -> str:
     return h.hexdigest()[:16]
 
 
-def compiled(kernel: str, arch: str, kind: str) -> tuple[Path, str]:
-    """Compile csrc/cuda/<kernel>.cu for sm_<arch>, or take it from the cache.
-
-    Args:
-        kernel: File name without suffix.
-        arch: "75", "90a", ...
-        kind: "ptx" or "cubin".
-
-    Returns:
-        The file, and what ptxas said of registers and spills (nothing for "ptx").
-    """
+def compiled(kernel: str, arch: str, kind: str) -> Path:
+    """csrc/cuda/<kernel>.cu compiled for sm_<arch> ("75", "90a", ...) to "ptx" or "cubin", or taken from the cache."""
     assert NVCC
     CACHE.mkdir(parents=True, exist_ok=True)
     out = CACHE / f"{kernel}.sm_{arch}.{digest(kernel)}.{kind}"
-    log = out.with_suffix(f".{kind}.log")
-    if not log.exists():
-        partial = out.with_suffix(".partial")
-        command = [
-            NVCC,
-            *FLAGS,
-            f"-arch=sm_{arch}",
-            f"-{kind}",
-            "-Xptxas=-v",
-            str(SOURCES / f"{kernel}.cu"),
-            "-o",
-            str(partial),
-        ]
+    if not out.exists():
+        partial = out.with_suffix(f".{os.getpid()}")  # tests run in several processes
+        source = str(SOURCES / f"{kernel}.cu")
+        command = [NVCC, *FLAGS, f"-arch=sm_{arch}", f"-{kind}", source, "-o", str(partial)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(result.stderr)
         partial.rename(out)
-        log.write_text(result.stderr)
-    return out, log.read_text()
+    return out
+
+
+def machine_code(kernel: str, arch: str, folder: Path) -> Path:
+    """Machine code of a kernel for sm_<arch>: what the installed module was linked of, put into ``folder``, where that is
+    newer than the sources; else compiled here."""
+    from tests.triton_aot import TOOLS
+
+    newest = max(path.stat().st_mtime for path in _included(SOURCES / f"{kernel}.cu"))
+    built = [o for o in ROOT.glob(f"build/ninja-*/csrc_cuda_{kernel}.cu.o") if o.stat().st_mtime > newest]
+    for one in built:
+        command = [str(TOOLS / "cuobjdump"), "--extract-elf", f"sm_{arch}", str(one)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        for found in folder.glob(f"csrc_cuda_{kernel}.cu.*.sm_{arch}.cubin"):
+            return found
+    return compiled(kernel, arch, "cubin")
 
 
 @cache
 def ptx_of(kernel: str, arch: str) -> str:
-    return compiled(kernel, arch, "ptx")[0].read_text()
+    return compiled(kernel, arch, "ptx").read_text()
 
 
 def source_of(launch: str) -> str:

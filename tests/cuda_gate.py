@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from bench.gpu_hardware import blocks_per_sm, gpu_of
 from tests import cuda_emulated as emulated
@@ -174,13 +175,14 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
 @cache
 def all_rows(kernel: str, arch: str) -> tuple[Row, ...]:
     """The same and those that are taken on other architectures alone."""
-    cubin = str(emulated.compiled(kernel, arch, "cubin")[0])
-    usage = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
-        _tool("cuobjdump", "--dump-resource-usage", cubin),
-    )
-    info = _tool("cuobjdump", "-elf", cubin)
-    sections = _sections(_tool("nvdisasm", "-c", cubin))
+    with TemporaryDirectory() as folder:
+        cubin = str(emulated.machine_code(kernel, arch, Path(folder)))
+        usage = re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+            _tool("cuobjdump", "--dump-resource-usage", cubin),
+        )
+        info = _tool("cuobjdump", "-elf", cubin)
+        sections = _sections(_tool("nvdisasm", "-c", cubin))
     found = []
     for mangled, registers, stack, shared, local in usage:
         about = info.partition(f"\n.nv.info.{mangled}\n")[2]
