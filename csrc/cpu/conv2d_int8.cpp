@@ -37,7 +37,7 @@ int64_t panel_begin(int64_t panel, int64_t panels, int64_t blocks, int64_t max_b
 
 thread_local AlignedArray<const uint8_t*> rows_scratch;
 thread_local AlignedArray<int32_t> window_scratch;
-thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, line_scratch, weight_scratch;
+thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, range_scratch, image_range_scratch, parts_scratch;
 
 void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t flip, uint8_t* __restrict to) {
   for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ flip;
@@ -50,21 +50,20 @@ bool folds(const Conv2dInt8Args& a) { return a.groups == 1 && a.c < 4 && a.s > 1
 // Whether the top bits of int8 inputs can be flipped before the kernels see them: sums of windows need them as they were.
 bool can_flip(const Conv2dInt8Args& a) { return a.x_signed && !a.shifted; }
 
-// The same convolution by a window of one column, on an image with its padding, flipped if it can be. Its pixels overlap, and c is
-// the step from one to the next; or, with `apart`, they are as many quads as a row of the window takes.
+// The same convolution by a window of one column, on an image with its padding, flipped if it can be. Its pixels overlap: c is
+// the step from one to the next.
 struct Folded {
   Conv2dInt8Args args;
   std::vector<int8_t> weight;
 
-  Folded(const Conv2dInt8Args& a, bool apart) : args(a) {
+  explicit Folded(const Conv2dInt8Args& a) : args(a) {
     const int64_t p = output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h), columns = (output_columns(a) - 1) * a.stride_w + a.s;
-    const int64_t step = a.c * a.stride_w, line = ceil_div(columns, a.stride_w) * step;  // bytes, as pixels overlap
+    args.c = a.c * a.stride_w;  // bytes, as pixels overlap
     args.h = (p - 1) * a.stride_h + a.dil_h * (a.r - 1) + 1;
-    args.w = apart ? output_columns(a) : line / step;
-    args.c = apart ? ceil_div(a.s * a.c, 4) * 4 : step;
+    args.w = ceil_div(columns, a.stride_w);
     args.s = args.stride_w = 1;
     args.pad_h = args.pad_w = 0;
-    const int64_t row = args.w * args.c, left = std::min(line, a.pad_w * a.c), inside = std::min(line - left, a.w * a.c);
+    const int64_t row = args.w * args.c, left = std::min(row, a.pad_w * a.c), inside = std::min(row - left, a.w * a.c);
     uint8_t* const x = folded_scratch.get(a.n * args.h * row);
     args.x = x;
     const uint8_t flip = can_flip(a) ? 0x80 : 0;
@@ -74,13 +73,9 @@ struct Folded {
         std::memset(x + i * row, flip, row);
         return;
       }
-      uint8_t* const to = apart ? line_scratch.get(line + args.c) : x + i * row;
-      std::memset(to, flip, left);
-      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, inside, flip, to + left);
-      std::memset(to + left + inside, flip, line - left - inside);
-      if (!apart) return;
-      std::memset(to + line, 0, args.c);
-      for (int64_t q = 0; q < args.w; q++) std::memcpy(x + i * row + q * args.c, to + q * step, args.c);
+      std::memset(x + i * row, flip, left);
+      flip_bytes(a.x + (n * a.h + h) * a.w * a.c, inside, flip, x + i * row + left);
+      std::memset(x + i * row + left + inside, flip, row - left - inside);
     });
     const int64_t rows = ceil_div(a.k, kBlock) * a.r, bytes = ceil_div(a.s * a.c, 4) * 4 * kBlock;
     weight.resize(rows * bytes);
@@ -92,24 +87,14 @@ struct Folded {
   }
 };
 
-// Whether bytes can be split into 16-bit halves before the kernels see them: sums of windows are of bytes.
-bool can_split(const Conv2dInt8Args& a, const Int8Kernels& kernels) { return kernels.split != nullptr && !a.shifted; }
-
-// Whether they are better split once than by each tile. Quads of pixels must not overlap.
-bool splits(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t pixels) {
-  constexpr int64_t kMinTiles = 2;
-  return can_split(a, kernels) && group_c == a.c / a.groups && group_c % 4 == 0 && pixels > kMinTiles * kernels.max_pixels[0];
-}
-
-// The same convolution on its input split.
-Conv2dInt8Args split_image(const Conv2dInt8Args& a, const Int8Kernels& kernels, uint8_t flip) {
-  Conv2dInt8Args split = a;
+// The same convolution on its input flipped.
+Conv2dInt8Args flip_image(const Conv2dInt8Args& a, uint8_t flip) {
+  Conv2dInt8Args flipped = a;
   const int64_t row = a.w * a.c;
-  uint8_t* const x = image_scratch.get(2 * a.n * a.h * row);
-  parallel_for(a.num_threads, a.n * a.h, [&](int64_t i) { kernels.split(a.x + i * row, row, flip, x + 2 * i * row); });
-  split.x = x;
-  split.c = 2 * a.c;
-  return split;
+  uint8_t* const x = image_scratch.get(a.n * a.h * row);
+  parallel_for(a.num_threads, a.n * a.h, [&](int64_t i) { flip_bytes(a.x + i * row, row, flip, x + i * row); });
+  flipped.x = x;
+  return flipped;
 }
 
 // group_c: channels that a window sums over at each tap; q: columns of the output; flipped: whether the input is already.
@@ -122,29 +107,55 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   for (int64_t t = 0; t < taps; t++) window_taps.push_back({t / a.s, t % a.s});
   const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
   const int64_t pixels = a.n * output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) * q;
-  // Top bits flipped and bytes split once for all panels: run by run where its pixels are those of the input.
-  const bool split = splits(a, kernels, group_c, pixels), by_run = a.groups == 1 && is_pixel_by_pixel(a, taps, q);
+  const bool by_run = a.groups == 1 && is_pixel_by_pixel(a, taps, q);
   const uint8_t flip = can_flip(a) && !flipped ? 0x80 : 0;
-  const Conv2dInt8Args in = split && !by_run ? split_image(a, kernels, flip) : a;
-  const int64_t width = split ? 2 : 1;  // bytes of a channel
-  const ConvRows rows(in, width * 4 * quads, q, std::move(window_taps), split ? flip : 0);
-  const ConvPlan plan = make_plan(pixels, taps, width * a.c, a.groups, panels, a.num_threads);
-  const bool prepared = split || (flip != 0 && by_run);  // what the kernels see is unsigned
+  // Where sums of two products saturate, those that cannot are told by the largest inputs: worth while for some tiles.
+  constexpr int64_t kMinTiles = 2;
+  const bool bounded = kernels.range != nullptr && (!a.x_signed || can_flip(a)) && pixels > kMinTiles * kernels.max_pixels[0];
+  // Top bits are flipped once for all panels: run by run where its pixels are those of the input.
+  const bool flips_image = bounded && flip != 0 && !by_run, prepared = flip != 0 && (by_run || flips_image);
+  const Conv2dInt8Args in = flips_image ? flip_image(a, flip) : a;
+  const ConvRows rows(in, 4 * quads, q, std::move(window_taps), flips_image ? flip : 0);
+  const int64_t parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
+  const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
+  // The largest of each channel in the whole image, and what padding is; where pixels overlap, a channel is that of several.
+  uint8_t* image_most = nullptr;
+  if (bounded && !by_run) {
+    const int64_t size = a.c + 4 * quads;
+    image_most = image_range_scratch.get(2 * size);
+    std::memset(image_most, 255, size);
+    if (group_c == a.c / a.groups) {
+      kernels.range(in.x, a.n * a.h * a.w, a.c, 0, image_most + size, image_most);
+      for (int64_t c = 0; c < a.c && flips_image; c++) image_most[c] = std::max(image_most[c], flip);
+    }
+  }
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get(count * taps);
-    if (by_run && prepared) {
-      const int64_t bytes = count * a.c;
-      uint8_t* const run_x = run_scratch.get(width * bytes + 4);
-      if (split) kernels.split(a.x + begin * a.c, bytes, flip, run_x);
-      else flip_bytes(a.x + begin * a.c, bytes, flip, run_x);
-      std::memset(run_x + width * bytes, 0, 4);
-      for (int64_t i = 0; i < count; i++) table[i] = run_x + i * width * a.c;
+    const uint8_t *most = image_most != nullptr ? image_most + g * a.c / a.groups : nullptr, *least = nullptr;
+    uint8_t* const run_range = by_run && bounded ? range_scratch.get(8 * quads) : nullptr;
+    if (run_range != nullptr) {
+      std::memset(run_range, 0, 8 * quads);
+      kernels.range(a.x + begin * a.c, count, a.c, flip, run_range + 4 * quads, run_range);
+      most = run_range;
+    }
+    if (by_run && flip != 0) {
+      uint8_t* const run_x = run_scratch.get(count * a.c + 4);
+      if (run_range != nullptr) {
+        // Signed inputs are lowered to what is above the least of their channel: fewer products are too large.
+        least = run_range + 4 * quads;
+        kernels.lower(a.x + begin * a.c, count, a.c, flip, least, run_x);
+        for (int64_t c = 0; c < a.c; c++) run_range[c] -= least[c];
+      } else {
+        flip_bytes(a.x + begin * a.c, count * a.c, flip, run_x);
+      }
+      std::memset(run_x + count * a.c, 0, 4);
+      for (int64_t i = 0; i < count; i++) table[i] = run_x + i * a.c;
     } else {
-      rows.fill(begin, count, g * in.c / a.groups, table);
+      rows.fill(begin, count, g * a.c / a.groups, table);
     }
     int32_t* window = nullptr;
     if (a.shifted) {
@@ -164,7 +175,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
       kernels.conv({table, count, taps, quads, a.x_signed && !prepared && !flipped,
                     a.weight + (g * blocks + block) * block_bytes, end - block, constants.init(g, channel), epilogue,
                     fetches && panel + 1 < last ? next - end : 0,
-                    split ? weight_scratch.get(2 * kernels.max_blocks * block_bytes) : nullptr});
+                    most, bounded ? parts_scratch.get(parts_bytes) : nullptr, least});
     }
   });
 }
@@ -176,9 +187,8 @@ void conv2d_int8(const Conv2dInt8Args& a) {
   if (a.depthwise) return depthwise_int8(a, int8_kernels());
   const Int8Kernels& kernels = int8_kernels();
   if (!folds(a)) return dense(a, kernels, a.c / a.groups, output_columns(a), false);
-  const bool apart = can_split(a, kernels);
-  const Folded folded(a, apart);
-  dense(folded.args, kernels, apart ? folded.args.c : a.s * a.c, output_columns(a), can_flip(a));
+  const Folded folded(a);
+  dense(folded.args, kernels, a.s * a.c, output_columns(a), can_flip(a));
 }
 
 }  // namespace cnncomp

@@ -29,7 +29,7 @@ inline bool is_pixel_by_pixel(const Conv2dInt8Args& a, int64_t taps, int64_t q) 
 class ConvRows {
  public:
   // row_bytes: how much of a row is read; q: columns of the output; taps: of each pixel's pointers; zero: what zeros became
-  // where the input was split.
+  // where the input was flipped.
   ConvRows(const Conv2dInt8Args& a, int64_t row_bytes, int64_t q, std::vector<Tap> taps, uint8_t zero = 0)
       : a_(a),
         p_(output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h)),
@@ -38,11 +38,10 @@ class ConvRows {
         size_(a.n * a.h * a.w * a.c),
         tail_size_(std::min(size_, row_bytes)),
         pixel_by_pixel_(is_pixel_by_pixel(a, static_cast<int64_t>(taps.size()), q)),
-        zeros_(row_bytes),
+        zeros_(row_bytes, zero),
         tail_(tail_size_ + row_bytes),
         taps_(std::move(taps)) {
     if (tail_size_ > 0) std::memcpy(tail_.data(), a.x + size_ - tail_size_, tail_size_);
-    for (int64_t i = 0; i < row_bytes; i += 2) zeros_[i] = zero;
     for (const Tap& tap : taps_) tap_offset_.push_back((tap.r * a.dil_h * a.w + tap.s * a.dil_w) * a.c);
   }
 

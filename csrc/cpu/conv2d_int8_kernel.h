@@ -1,8 +1,8 @@
 // The register tile of the int8 convolution. Included by the int8 translation units of each instruction set.
 //
 // PIXELS x BLOCKS*16 accumulators; per tap and quad of input channels each pixel's quad is broadcast and meets the
-// weights of 16 channels at a time. int8 inputs have their top bit flipped (init holds the correction). Without products of
-// bytes, what is used often is split into 16-bit halves beforehand.
+// weights of 16 channels at a time. int8 inputs have their top bit flipped (init holds the correction). Where products of bytes
+// saturate, those are taken that cannot with the inputs at hand, and the weights of the others in two parts.
 #pragma once
 
 #include "int8_epilogue.h"
@@ -10,44 +10,71 @@
 namespace cnncomp {
 namespace {
 
-// How a tile meets its inputs; int8 ones that are split were flipped then, and so are unsigned.
-enum Inputs : int { kUnsignedInputs, kSignedInputs, kSplitInputs };
+// How a tile meets its inputs: by exact products of two kinds, or, of unsigned ones, by products of bytes that saturate.
+enum Inputs : int { kUnsignedInputs, kSignedInputs, kBoundedInputs };
 
-// An operand that was split lies in memory as its two halves.
-template <class S>
-inline __attribute__((always_inline)) typename S::Operand load_split(const uint8_t* p) {
-  return {S::load(p), S::load(p + S::kBytes)};
-}
-
-template <class S>
-inline __attribute__((always_inline)) typename S::Operand broadcast_split(const uint8_t* p) {
-  return {S::broadcast(p), S::broadcast(p + 4)};
-}
+// Of one vector's weights, what was left when they were parted, and which tap and channel it belongs to.
+struct Place {
+  int32_t tap, channel;
+};
 
 template <class S>
-void split_weights(const int8_t* weight, int64_t bytes, uint8_t* to) {
-  for (int64_t i = 0; i < bytes; i += S::kBytes, to += 2 * S::kBytes) {
-    const auto w = S::weight(S::load(weight + i));
-    S::store(to, w.even);
-    S::store(to + S::kBytes, w.odd);
+struct Remainders {
+  int64_t* count;
+  Place* place;
+  uint8_t* weight;
+
+  // Of the v-th vector of a panel of so many weights.
+  Remainders(const ConvPanel& a, int64_t panel_bytes, int v) {
+    const int64_t most = a.taps * a.quads;
+    uint8_t* const from = a.parts + panel_bytes + v * (sizeof(int64_t) + most * (sizeof(Place) + S::kBytes));
+    count = reinterpret_cast<int64_t*>(from);
+    place = reinterpret_cast<Place*>(count + 1);
+    weight = reinterpret_cast<uint8_t*>(place + most);
   }
+};
+
+// Weights as they are, but for pairs whose products could be beyond 16 bits: of those one half, and the other in Remainders.
+// Returns whether these are few enough to be worth while.
+template <class S, int BLOCKS>
+bool part_weights(const ConvPanel& a) {
+  constexpr int kPerBlock = kBlock / S::kLanes;
+  const int64_t block_bytes = a.taps * a.quads * 4 * kBlock;
+  int64_t remainders = 0;
+  for (int v = 0; v < BLOCKS * kPerBlock; v++) {
+    const int64_t first = (v / kPerBlock) * block_bytes + (v % kPerBlock) * S::kBytes;
+    const Remainders<S> left(a, BLOCKS * block_bytes, v);
+    int64_t count = 0, at = first;
+    for (int64_t tap = 0; tap < a.taps; tap++) {
+      for (int64_t channel = 0; channel < 4 * a.quads; channel += 4, at += 4 * kBlock) {
+        auto w = S::load(a.weight + at);
+        const auto beyond = S::pairs_beyond(S::broadcast(a.most + channel), w);
+        if (__builtin_expect(!S::none(beyond), 0)) {
+          const auto half = S::bit_and(S::halve_bytes(w), beyond);
+          S::store(left.weight + count * S::kBytes, half);
+          left.place[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(channel)};
+          w = S::sub_bytes(w, half);
+        }
+        S::store(a.parts + at, w);
+      }
+    }
+    *left.count = count;
+    remainders += count;
+  }
+  return remainders * S::kBytes <= BLOCKS * block_bytes * 2 / 5;
 }
 
-template <class S>
-void split_inputs(const uint8_t* from, int64_t count, uint8_t flip, uint8_t* to) {
-  const auto flips = S::set(static_cast<int32_t>(flip * 0x01010101u));
-  const auto split = [&](const uint8_t* x, uint8_t* out) __attribute__((always_inline)) {
-    const auto v = S::input(S::bit_xor(S::load(x), flips));
-    S::store(out, S::zip32_lo(v.even, v.odd));
-    S::store(out + S::kBytes, S::zip32_hi(v.even, v.odd));
-  };
-  int64_t i = 0;
-  for (; i + S::kBytes <= count; i += S::kBytes) split(from + i, to + 2 * i);
-  if (i == count) return;
-  uint8_t in[S::kBytes] = {}, out[2 * S::kBytes];
-  for (int64_t j = i; j < count; j++) in[j - i] = from[j];
-  split(in, out);
-  for (int64_t j = 0; j < 2 * (count - i); j++) to[2 * i + j] = out[j];
+// What accumulators start from where the least of each channel was taken from the inputs.
+template <class S, int BLOCKS>
+void add_least(const ConvPanel& a, int32_t* init) {
+  constexpr int kPerBlock = kBlock / S::kLanes;
+  for (int v = 0; v < BLOCKS * kPerBlock; v++) {
+    const int8_t* weight = a.weight + (v / kPerBlock) * a.quads * 4 * kBlock + (v % kPerBlock) * S::kBytes;
+    auto acc = S::load(a.init + v * S::kLanes);
+    for (int64_t quad = 0; quad < a.quads; quad++, weight += 4 * kBlock)
+      acc = S::dot(acc, S::input(S::broadcast(a.least + 4 * quad)), S::weight(S::load(weight)));
+    S::store(init + v * S::kLanes, acc);
+  }
 }
 
 // The sums go to `out`, or, where that is null and the inputs are unsigned, through the epilogue. ahead: a block of weights to
@@ -63,37 +90,53 @@ void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds
     for (int m = 0; m < PIXELS; m++) acc[m][v] = init;
   }
   const auto flip = S::set(static_cast<int32_t>(0x80808080u));
-  constexpr int kWidth = INPUTS == kSplitInputs ? 2 : 1, kStep = 4 * kWidth;  // bytes of a byte, of a quad
-  const int64_t taps = a.taps, bytes = kStep * a.quads, block_stride = taps * bytes * kBlock;
-  const uint8_t* weight = INPUTS == kSplitInputs ? a.split : reinterpret_cast<const uint8_t*>(a.weight);
+  const int64_t taps = a.taps, channels = 4 * a.quads, block_stride = taps * channels * kBlock;
+  const uint8_t* weight = INPUTS == kBoundedInputs ? a.parts : reinterpret_cast<const uint8_t*>(a.weight);
   const uint8_t* const* rows = a.rows + pixel * taps;
   for (int64_t tap = 0; tap < taps; tap++) {
     const uint8_t* x[PIXELS];
 #pragma GCC unroll 16
     for (int m = 0; m < PIXELS; m++) x[m] = rows[m * taps + tap];
-    for (int64_t c = 0; c < bytes; c += kStep, weight += kStep * kBlock) {
+    for (int64_t c = 0; c < channels; c += 4, weight += 4 * kBlock) {
       if (ahead != nullptr) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += 4 * kBlock;
       }
-      typename S::Operand w[V];
+      const auto from = [&](int v) { return weight + (v / kPerBlock) * block_stride + (v % kPerBlock) * S::kBytes; };
+      if constexpr (INPUTS == kBoundedInputs) {
+        typename S::Int w[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; v++) {
-        const uint8_t* const from = weight + (v / kPerBlock) * block_stride + (v % kPerBlock) * kWidth * S::kBytes;
-        if constexpr (INPUTS == kSplitInputs) w[v] = load_split<S>(from);
-        else w[v] = S::weight(S::load(from));
-      }
+        for (int v = 0; v < V; v++) w[v] = S::load(from(v));
 #pragma GCC unroll 16
-      for (int m = 0; m < PIXELS; m++) {
-        typename S::Operand input;
-        if constexpr (INPUTS == kSplitInputs) {
-          input = broadcast_split<S>(x[m] + c);
-        } else {
-          const auto quad = S::broadcast(x[m] + c);
-          input = S::input(INPUTS == kSignedInputs ? S::bit_xor(quad, flip) : quad);
+        for (int m = 0; m < PIXELS; m++) {
+          const auto input = S::broadcast(x[m] + c);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; v++) acc[m][v] = S::dot_bytes(acc[m][v], input, w[v]);
         }
+      } else {
+        typename S::Operand w[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[v]);
+        for (int v = 0; v < V; v++) w[v] = S::weight(S::load(from(v)));
+#pragma GCC unroll 16
+        for (int m = 0; m < PIXELS; m++) {
+          const auto quad = S::broadcast(x[m] + c);
+          const auto input = S::input(INPUTS == kSignedInputs ? S::bit_xor(quad, flip) : quad);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[v]);
+        }
+      }
+    }
+  }
+  if constexpr (INPUTS == kBoundedInputs) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) {
+      const Remainders<S> left(a, BLOCKS * block_stride, v);
+      for (int64_t i = 0; i < *left.count; i++) {
+        const auto w = S::load(left.weight + i * S::kBytes);
+        const uint8_t* const* const row = rows + left.place[i].tap;
+#pragma GCC unroll 16
+        for (int m = 0; m < PIXELS; m++)
+          acc[m][v] = S::dot_bytes(acc[m][v], S::broadcast(row[m * taps] + left.place[i].channel), w);
       }
     }
   }
@@ -169,15 +212,18 @@ constexpr int kEpiloguePixels = 28;
 
 // FEW: quads whose weights fit in the registers.
 template <class S, int BLOCKS, int MAX, int FEW = 0>
-void conv_blocks(const ConvPanel& a) {
+void conv_blocks(const ConvPanel& panel) {
+  ConvPanel a = panel;
   static constexpr ConvTiles<S, BLOCKS, MAX, kUnsignedInputs> unsigned_tiles;
   static constexpr ConvTiles<S, BLOCKS, MAX, kSignedInputs> signed_tiles;
   const ConvTile<BLOCKS>* tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
-  if constexpr (S::kSplits) {
-    static constexpr ConvTiles<S, BLOCKS, MAX, kSplitInputs> split_tiles;
-    if (a.split != nullptr) {
-      tiles = split_tiles.tile;
-      split_weights<S>(a.weight, BLOCKS * a.taps * a.quads * 4 * kBlock, a.split);
+  alignas(64) int32_t init[BLOCKS * kBlock];
+  if constexpr (S::kSaturates) {
+    static constexpr ConvTiles<S, BLOCKS, MAX, kBoundedInputs> bounded_tiles;
+    if (a.most != nullptr && part_weights<S, BLOCKS>(a)) tiles = bounded_tiles.tile;
+    if (a.least != nullptr) {
+      add_least<S, BLOCKS>(a, init);
+      a.init = init;
     }
   }
   const Int8Epilogue& e = a.epilogue;

@@ -6,7 +6,7 @@
 namespace cnncomp {
 namespace {
 
-constexpr int kPixels[kMaxBlocks] = {4};  // 16 registers: 4 x 2 accumulators, the weights and the input
+constexpr int kPixels[kMaxBlocks] = {6};  // 16 registers: 6 x 2 accumulators, the weights and the input
 
 }  // namespace
 

@@ -46,7 +46,11 @@ struct ConvPanel {
   const int32_t* init;     // (blocks * 16): what the accumulators start from
   Int8Epilogue epilogue;
   int64_t next_blocks;     // of the panel behind this one, 0 for none: they are fetched into the cache meanwhile
-  uint8_t* split;          // where the rows were split (Int8Kernels::split): twice the panel's bytes for its weights; or null
+  // Where products of bytes saturate (Int8Kernels::range): the largest input of each channel under any of the pixels' taps, which
+  // are unsigned, and for its weights in parts 9/4 of the panel's bytes and 64 for each block; or null.
+  const uint8_t* most;
+  uint8_t* parts;
+  const uint8_t* least;    // with one tap: what was taken from the inputs of each channel; or null
 };
 
 struct DepthwisePanel {
@@ -180,9 +184,10 @@ struct Int8Kernels {
   // out[i] = max over rows[0..count) of row[i]; count >= 1.
   void (*max_rows_u8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
   void (*max_rows_s8)(const uint8_t* const* rows, int64_t count, int64_t c, uint8_t* out);
-  // Widens bytes to 16 bits, as products of pairs take them: of each four the even two, then the odd two. to: twice as many
-  // bytes; count: a multiple of 4; flip: the bits to flip before. Null but for x86 without products of bytes.
-  void (*split)(const uint8_t* from, int64_t count, uint8_t flip, uint8_t* to);
+  // Where products of bytes saturate, and conv is faster if it knows what inputs are at most; else null. The least and the largest
+  // of each channel of consecutive pixels, whose bits `flip` are flipped; and those pixels less the least.
+  void (*range)(const uint8_t* x, int64_t pixels, int64_t c, uint8_t flip, uint8_t* least, uint8_t* most);
+  void (*lower)(const uint8_t* x, int64_t pixels, int64_t c, uint8_t flip, const uint8_t* least, uint8_t* to);
   SparseInt8Kernels sparse;
   // Dot products are of signed bytes: conv sees unsigned inputs as x - 128, else signed ones as x + 128.
   bool flips_unsigned = false;

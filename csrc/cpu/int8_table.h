@@ -4,6 +4,7 @@
 #include "conv2d_int8_kernel.h"
 #include "conv2d_scattered_int8_kernel.h"
 #include "depthwise_int8_columns.h"
+#include "int8_range.h"
 #include "quantize_kernel.h"
 
 namespace cnncomp {
@@ -20,11 +21,16 @@ void depthwise(const DepthwisePanel& a) {
   ((channel = depthwise_vectors<S>(a, channel)), ...);
 }
 
-// How inputs are split, or null.
 template <class S>
-constexpr auto splits() {
-  if constexpr (S::kSplits) return split_inputs<Vec128>;
-  else return static_cast<decltype(Int8Kernels::split)>(nullptr);
+constexpr auto range_or_null() {
+  if constexpr (S::kSaturates) return channel_range<S>;
+  else return static_cast<decltype(Int8Kernels::range)>(nullptr);
+}
+
+template <class S>
+constexpr auto lower_or_null() {
+  if constexpr (S::kSaturates) return lower_channels<S>;
+  else return static_cast<decltype(Int8Kernels::lower)>(nullptr);
 }
 
 // Of vectors S, and narrower ones for the channels that are left. TILE: vectors in a tile of a sparse convolution; pixels: in
@@ -48,7 +54,8 @@ constexpr Int8Kernels int8_kernels_of(void (*conv)(const ConvPanel&), const int 
           quantize_planes<S>,
           max_rows<S, false>,
           max_rows<S, true>,
-          splits<S>(),
+          range_or_null<S>(),
+          lower_or_null<S>(),
           sparse_int8_kernels<S, TILE>(),
           flips_unsigned};
 }

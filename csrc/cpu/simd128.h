@@ -3,7 +3,9 @@
 // Vec128, Vec256 and Vec512 have the same members. Int and Float have kLanes 32-bit lanes. dot(acc, input(x), weight(w))
 // adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
 // VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits. kSplits: an
-// Operand is these two vectors, in this order; what was split before can be loaded as such.
+// Operand is these two vectors, in this order; what was split before can be loaded as such. kSaturates: there is a product of
+// bytes whose sums of two saturate at 16 bits. dot_bytes(acc, x, w) is dot by it, exact unless pairs_beyond(x, w), all ones in
+// each pair of bytes whose sum could be beyond 16 bits for some inputs up to x, is not `none`; halve_bytes: rounded down.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // in_order: of what pack gives, the lanes of a, then those of b, c and d. store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes,
 // from the I-th on. store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.
@@ -32,7 +34,7 @@ struct Vec128 {
   static constexpr int kLanes = 4;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  static constexpr bool kSplits = false;
+  static constexpr bool kSplits = false, kSaturates = false;
   using Operand = Int;
   static Operand input(Int x) { return x; }
   static Operand weight(Int w) { return w; }
@@ -42,7 +44,7 @@ struct Vec128 {
   static Int dot(Int acc, Operand x, Operand w) { return _mm_dpbusd_avx_epi32(acc, x, w); }
 #endif
 #else
-  static constexpr bool kSplits = true;
+  static constexpr bool kSplits = true, kSaturates = false;
   struct Operand {
     Int even, odd;
   };

@@ -13,7 +13,7 @@ struct Vec256 {
   static constexpr int kLanes = 8;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  static constexpr bool kSplits = false;
+  static constexpr bool kSplits = false, kSaturates = false;
   using Operand = Int;
   static Operand input(Int x) { return x; }
   static Operand weight(Int w) { return w; }
@@ -23,7 +23,7 @@ struct Vec256 {
   static Int dot(Int acc, Operand x, Operand w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
 #endif
 #else
-  static constexpr bool kSplits = true;
+  static constexpr bool kSplits = true, kSaturates = true;
   struct Operand {
     Int even, odd;
   };
@@ -33,6 +33,20 @@ struct Vec256 {
     const Int sum = _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd));
     return _mm256_add_epi32(acc, sum);
   }
+  static Int dot_bytes(Int acc, Int x, Int w) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  }
+  static Int pairs_beyond(Int most, Int w) {
+    const Int highest = _mm256_maddubs_epi16(most, _mm256_max_epi8(w, set(0)));
+    const Int lowest = _mm256_maddubs_epi16(most, _mm256_min_epi8(w, set(0)));
+    return bit_or(_mm256_cmpeq_epi16(highest, _mm256_set1_epi16(INT16_MAX)), _mm256_cmpeq_epi16(lowest, _mm256_set1_epi16(INT16_MIN)));
+  }
+  static bool none(Int v) { return _mm256_testz_si256(v, v) != 0; }
+  static Int halve_bytes(Int v) {
+    const Int even = bit_and(_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 9), _mm256_set1_epi16(0xff));
+    return bit_or(even, _mm256_slli_epi16(_mm256_srai_epi16(v, 9), 8));
+  }
+  static Int sub_bytes(Int a, Int b) { return _mm256_sub_epi8(a, b); }
 #endif
 
   static Int broadcast(const uint8_t* p) {

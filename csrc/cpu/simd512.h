@@ -13,13 +13,13 @@ struct Vec512 {
   static constexpr int kLanes = 16;
 
 #ifdef __AVX512VNNI__
-  static constexpr bool kSplits = false;
+  static constexpr bool kSplits = false, kSaturates = false;
   using Operand = Int;
   static Operand input(Int x) { return x; }
   static Operand weight(Int w) { return w; }
   static Int dot(Int acc, Operand x, Operand w) { return _mm512_dpbusd_epi32(acc, x, w); }
 #else
-  static constexpr bool kSplits = true;
+  static constexpr bool kSplits = true, kSaturates = true;
   struct Operand {
     Int even, odd;
   };
@@ -29,6 +29,21 @@ struct Vec512 {
     const Int sum = _mm512_add_epi32(_mm512_madd_epi16(x.even, w.even), _mm512_madd_epi16(x.odd, w.odd));
     return _mm512_add_epi32(acc, sum);
   }
+  static Int dot_bytes(Int acc, Int x, Int w) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1)));
+  }
+  static Int pairs_beyond(Int most, Int w) {
+    const Int highest = _mm512_maddubs_epi16(most, _mm512_max_epi8(w, set(0)));
+    const Int lowest = _mm512_maddubs_epi16(most, _mm512_min_epi8(w, set(0)));
+    return _mm512_movm_epi16(_mm512_cmpeq_epi16_mask(highest, _mm512_set1_epi16(INT16_MAX)) |
+                             _mm512_cmpeq_epi16_mask(lowest, _mm512_set1_epi16(INT16_MIN)));
+  }
+  static bool none(Int v) { return _mm512_test_epi32_mask(v, v) == 0; }
+  static Int halve_bytes(Int v) {
+    const Int even = bit_and(_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 9), _mm512_set1_epi16(0xff));
+    return bit_or(even, _mm512_slli_epi16(_mm512_srai_epi16(v, 9), 8));
+  }
+  static Int sub_bytes(Int a, Int b) { return _mm512_sub_epi8(a, b); }
 #endif
 
   static Int broadcast(const uint8_t* p) {

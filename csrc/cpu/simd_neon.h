@@ -18,7 +18,7 @@ struct Vec128 {
   using Float = float32x4_t;
   static constexpr int kBytes = 16;
   static constexpr int kLanes = 4;
-  static constexpr bool kSplits = false;
+  static constexpr bool kSplits = false, kSaturates = false;
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   using Operand = Int;

@@ -14,7 +14,7 @@ struct Vec128 {
   typedef uint32_t Unsigned __attribute__((vector_size(16)));
   static constexpr int kBytes = 16;
   static constexpr int kLanes = 4;
-  static constexpr bool kSplits = false;
+  static constexpr bool kSplits = false, kSaturates = false;
 
   struct Operand {
     Int byte[4];
