@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv2d_sparse_int8_kernel.h"
+#include "int8_bounds.h"
 #include "int8_interleave.h"
 
 namespace cnncomp {
@@ -27,11 +28,11 @@ void gather_channels(const SparseInt8Gather& a) {
 }
 
 // acc += the groups of four non-zeros [begin, end).
-template <class S, int T, bool STEPS>
+template <class S, int T, bool STEPS, bool BOUNDED>
 inline __attribute__((always_inline)) void add_scattered(const SparseInt8Tile& a, int32_t begin, int32_t end,
                                                          typename S::Int (&acc)[T][4]) {
   for (int64_t i = begin; i < end; i++) {
-    const auto w = S::weight(S::broadcast(reinterpret_cast<const uint8_t*>(a.values) + 4 * i));
+    const auto w = S::broadcast(reinterpret_cast<const uint8_t*>(a.values) + 4 * i);
     const uint16_t* const index = a.index + 4 * i;
     const uint8_t *const x0 = input_at<STEPS>(a, index[0]), *const x1 = input_at<STEPS>(a, index[1]);
     const uint8_t *const x2 = input_at<STEPS>(a, index[2]), *const x3 = input_at<STEPS>(a, index[3]);
@@ -41,7 +42,10 @@ inline __attribute__((always_inline)) void add_scattered(const SparseInt8Tile& a
       typename S::Int v[4];
       interleave<S>(S::load(x0 + at), S::load(x1 + at), S::load(x2 + at), S::load(x3 + at), v);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) acc[t][j] = S::dot(acc[t][j], S::input(v[j]), w);
+      for (int j = 0; j < 4; j++) {
+        if constexpr (BOUNDED) acc[t][j] = S::dot_bytes(acc[t][j], v[j], w);
+        else acc[t][j] = S::dot(acc[t][j], S::input(v[j]), S::weight(w));
+      }
     }
   }
 }
@@ -68,7 +72,7 @@ inline __attribute__((always_inline)) typename S::Int round_scattered(const type
   return e.out_dtype == kS8 ? S::template pack<true>(v[0], v[1], v[2], v[3]) : S::template pack<false>(v[0], v[1], v[2], v[3]);
 }
 
-template <class S, int T, bool STEPS, Residual RESIDUAL, Store STORE>
+template <class S, int T, bool STEPS, bool BOUNDED, Residual RESIDUAL, Store STORE>
 void scattered_tile_as(const SparseInt8Tile& a) {
   constexpr int kPart = 16 * sizeof(int32_t);  // from the pixels of 128 bits to the next, in memory
   auto* sums = reinterpret_cast<uint8_t*>(a.sums);
@@ -81,7 +85,7 @@ void scattered_tile_as(const SparseInt8Tile& a) {
       uint8_t* const from = sums + i / 4 * 4 * S::kBytes + i % 4 * 16;
       acc[i / 4][i % 4] = a.first_block ? S::set(a.init[k]) : S::load_lanes(from, kPart);
     }
-    add_scattered<S, T, STEPS>(a, begin, end, acc);
+    add_scattered<S, T, STEPS, BOUNDED>(a, begin, end, acc);
     if constexpr (STORE == kStoreBytes) {
       const int64_t at = (k - a.k_begin) * a.byte_stride;
 #pragma GCC unroll 2
@@ -97,10 +101,26 @@ void scattered_tile_as(const SparseInt8Tile& a) {
   }
 }
 
+template <class S, int T, bool BOUNDED>
+void sum_scattered_by(const SparseInt8Tile& a) {
+  const auto tile = [&]<bool STEPS>() {
+    tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { scattered_tile_as<S, T, STEPS, BOUNDED, RESIDUAL, STORE>(a); });
+  };
+  return a.step != 0 ? tile.template operator()<true>() : tile.template operator()<false>();
+}
+
 template <class S, int T>
 void sum_scattered(const SparseInt8Tile& a) {
-  if (a.step != 0) return tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { scattered_tile_as<S, T, true, RESIDUAL, STORE>(a); });
-  tile_as(a, [&]<Residual RESIDUAL, Store STORE>() { scattered_tile_as<S, T, false, RESIDUAL, STORE>(a); });
+  if constexpr (S::kSaturates) {
+    if (a.bounded) return sum_scattered_by<S, T, true>(a);
+  }
+  sum_scattered_by<S, T, false>(a);
+}
+
+template <class S>
+constexpr auto bounded_or_null() {
+  if constexpr (S::kSaturates) return quads_bounded<S>;
+  else return static_cast<decltype(SparseInt8Kernels::bounded)>(nullptr);
 }
 
 // Tiles of up to MAX vectors.
@@ -108,7 +128,8 @@ template <class S, int MAX>
 struct SparseInt8Tiles : SparseInt8Kernels {
   constexpr SparseInt8Tiles() : SparseInt8Kernels{S::kLanes, MAX, S::kSplits, {}, gather_quads<S>,
                                            finish_sums<S>, turn<S, true>, turn<S, false>, sum_bytes,
-                                           {sum_scattered<S, 1>, sum_scattered<S, 2>}, gather_channels<S>} {
+                                           {sum_scattered<S, 1>, sum_scattered<S, 2>}, gather_channels<S>,
+                                           bounded_or_null<S>()} {
     fill<MAX>();
   }
 

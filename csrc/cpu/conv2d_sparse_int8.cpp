@@ -39,6 +39,7 @@ struct Plan {
   int64_t quads, block_quads;       // elements of a group, of a block
   int64_t block_planes;             // elements of a block that there is room for
   int64_t plane_stride, element_stride;  // bytes
+  bool bounded;                     // whether products of bytes can be added in pairs
   bool steps;                       // whether the planes lie in the order of the indices, so that no offsets are needed
   std::vector<int32_t> offset;      // bytes into the planes of a block, by index
   std::vector<uint8_t> zeros, tail; // rows outside the image; the last rows of the input, which may be read past their end
@@ -196,6 +197,8 @@ void make_plan(const Conv2dSparseInt8Args& a, const SparseInt8Kernels& kernels, 
   make_offsets(a, plan);
   guard_rows(a, plan);
   make_constants(a, kernels, plan);
+  plan.bounded = a.weights.scattered && kernels.bounded != nullptr &&
+                 kernels.bounded(a.weights.values, a.weights.row_ptr[a.groups * plan.blocks * plan.group_k]);
   plan.constants.set_bytes(a, fits_bytes(a, plan));
   plan.k_ranges = count_k_ranges(plan.grids * a.groups * plan.tiles, a.num_threads, ceil_div(plan.group_k, kBlock));
 }
@@ -341,6 +344,7 @@ SparseInt8Tile make_tile(const Conv2dSparseInt8Args& a, const Plan& plan, const 
   t.step = plan.steps ? plan.plane_stride : 0;
   t.offset = plan.offset.data();
   t.odd = plan.half_bytes();
+  t.bounded = plan.bounded;
   t.init = plan.constants.init(group);
   // They stay in cache while the blocks of input channels go by.
   t.sums = sums.get(kSparseInt8Channels * plan.tile);

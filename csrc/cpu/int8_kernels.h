@@ -106,6 +106,7 @@ struct SparseInt8Tile {
   int64_t step;           // index * step bytes from x is what a weight meets; or, where that is 0, ...
   const int32_t* offset;  // ... as many as is said here for each index
   int64_t odd;            // see SparseInt8Gather
+  bool bounded;           // whether SparseInt8Kernels::bounded said so of the values
   const int32_t* init;    // of channel 0: what the sums start from
   int32_t* sums;          // (k_end - k_begin, tile): over the blocks so far
   bool first_block;
@@ -159,6 +160,8 @@ struct SparseInt8Kernels {
   // For non-zeros at random, on planes of single channels: a vector holds 4 * lanes pixels.
   void (*scattered_tile[kScatteredInt8MaxTile])(const SparseInt8Tile&);
   void (*scattered_gather)(const SparseInt8Gather&);
+  // Where products of bytes saturate, whether no sum of two can with these weights, of any inputs; else null.
+  bool (*bounded)(const int8_t* quads, int64_t count);
 };
 
 struct QuantizeRange {

@@ -4,7 +4,6 @@
 #include "conv2d_int8_kernel.h"
 #include "conv2d_scattered_int8_kernel.h"
 #include "depthwise_int8_columns.h"
-#include "int8_range.h"
 #include "quantize_kernel.h"
 
 namespace cnncomp {

@@ -1,5 +1,5 @@
-// The range of each channel of 8-bit pixels. Included by the int8 translation units of the instruction sets whose products of
-// bytes saturate: it says which of them cannot.
+// What bounds the products of bytes: the range of each channel of 8-bit pixels, and weights that are small enough for any inputs.
+// Included by the int8 translation units of each instruction set; used where sums of two products saturate.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +58,16 @@ void lower_channels(const uint8_t* x, int64_t pixels, int64_t c, uint8_t flip, c
     }
   }
   for (int64_t i = count * step; i < pixels * c; i++) to[i] = static_cast<uint8_t>((x[i] ^ flip) - least[i % c]);
+}
+
+template <class S>
+bool quads_bounded(const int8_t* quads, int64_t count) {
+  auto beyond = S::set(0);
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) beyond = S::bit_or(beyond, S::pairs_beyond(S::set(-1), S::load(quads + 4 * i)));
+  int8_t rest[S::kBytes] = {};
+  for (int64_t j = 4 * i; j < 4 * count; j++) rest[j - 4 * i] = quads[j];
+  return S::none(S::bit_or(beyond, S::pairs_beyond(S::set(-1), S::load(rest))));
 }
 
 }  // namespace
