@@ -13,7 +13,7 @@ def set_isa(name: str) -> None:
     """Use another of :func:`isa_available`, process-wide. ValueError for any other name."""
 
 def int8_saturates() -> bool:
-    """Whether the instruction set in use has a product of bytes whose sums of two saturate at 16 bits, and none that is exact."""
+    """Whether products of bytes, with the instruction set in use, are added in pairs that saturate at 16 bits."""
 
 def set_openmp(gomp_parallel: int, omp_in_parallel: int, omp_get_thread_num: int) -> None:
     """Run on the OpenMP runtime with these entry points. Until then the kernels use the calling thread alone."""

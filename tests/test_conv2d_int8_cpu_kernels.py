@@ -27,6 +27,7 @@ from tests.int8_convs import (
     Conv,
     Guarded,
     Operands,
+    bounded,
     ending,
     nhwc,
     random_operands,
@@ -76,14 +77,16 @@ def run(conv: Conv, o: Operands) -> Tensor:
 
 
 def check(conv: Conv, operands: Operands | None = None) -> None:
-    o = operands or random_operands(conv)
-    got, expected = run(conv, o), reference(conv, o)
-    if not torch.equal(got, expected):
-        wrong = (got != expected).nonzero()
-        at = tuple(wrong[0].tolist())
-        pytest.fail(
-            f"{_cpu.isa()} {conv}: {len(wrong)} of {got.numel()} wrong, {at}: got {got[at]}, not {expected[at]}"
-        )
+    given = operands or random_operands(conv)
+    # Kernels whose products of bytes saturate go other ways with small weights.
+    for o in (given,) if operands or conv.depthwise else (given, bounded(given)):
+        got, expected = run(conv, o), reference(conv, o)
+        if not torch.equal(got, expected):
+            wrong = (got != expected).nonzero()
+            at = tuple(wrong[0].tolist())
+            pytest.fail(
+                f"{_cpu.isa()} {conv}: {len(wrong)} of {got.numel()} wrong, {at}: got {got[at]}, not {expected[at]}"
+            )
 
 
 # Around the register tiles (1 to 14 pixels, 1 to 4 blocks of 16 output channels) and the quads of input channels.
@@ -95,6 +98,28 @@ def test_linear(isa: str, k: int) -> None:
     for rows in PIXELS:
         for c in (1, 4, 63):
             check(Conv(c, k, n=rows, x=S8 if rows % 2 else U8))
+
+
+@pytest.mark.parametrize("x", [U8, S8])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_pairs_at_the_edge_of_16_bits(isa: str, kernel: int, x: torch.dtype) -> None:
+    """Inputs at both ends of their range; pairs of weights that make the largest sums, one more, and as much as can be."""
+    conv = Conv(24, 33, 1, 9, 8, (kernel, kernel), pad=(kernel // 2, kernel // 2), x=x)
+    o = random_operands(conv)
+    ends = torch.tensor(RANGE[x]).to(x)
+    for share in (0.0, 0.02, 1.0):
+        weight = torch.zeros_like(o.weight)
+        for at, pair in enumerate(
+            ((64, 64), (-64, -64), (65, 64), (-65, -64), (127, 1), (-128, 0), (127, 127), (-128, -128))
+        ):
+            some = torch.rand(33, 6, kernel, kernel) < (share or 1.0)
+            some &= (torch.arange(33) % 8 == at)[:, None, None, None]
+            first = 2 * (at % 2)  # pairs are of the first two of a quad, and of the last
+            weight[:, first::4][some], weight[:, first + 1 :: 4][some] = pair
+        if not share:
+            weight[torch.arange(33) % 8 > 1] = 0
+        check(conv, replace(o, x=ends[torch.randint(0, 2, o.x.shape)], weight=weight))
+        check(conv, replace(o, x=torch.full_like(o.x, int(ends[1])), weight=weight))
 
 
 @pytest.mark.parametrize("x", [U8, S8])

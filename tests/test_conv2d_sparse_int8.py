@@ -53,9 +53,12 @@ def test_packing_round_trip(
     packed = packing.pack_sparse_int8(weight, groups, block)
     assert torch.equal(packing.unpack_sparse_int8(packed, groups * c, groups * k, (r, s), groups), weight)
     assert packed.values.any(1).all()  # nothing kept for nothing
-    scattered = packing.pack_scattered_int8(weight, groups, block)
-    assert torch.equal(packing.unpack_scattered_int8(scattered, groups * c, groups * k, (r, s), groups), weight)
-    assert scattered.values.shape == scattered.positions.shape and scattered.values.any(1).all()
+    for bounded in (False, True):
+        scattered = packing.pack_scattered_int8(weight, groups, block, bounded)
+        assert torch.equal(packing.unpack_scattered_int8(scattered, groups * c, groups * k, (r, s), groups), weight)
+        assert scattered.values.shape == scattered.positions.shape and scattered.values.any(1).all()
+    pairs = scattered.values.reshape(-1, 2).int()
+    assert (255 * pairs.clamp(min=0).sum(1) <= 32767).all() and (255 * pairs.clamp(max=0).sum(1) >= -32768).all()
     padded = torch.cat([weight, torch.zeros(groups * k, -c % 4, r, s, dtype=torch.int8)], 1)
     filled = padded.unflatten(1, (-1, 4)).bool().any(2)
     assert len(packed.values) == int(filled.sum())

@@ -271,9 +271,9 @@ def pack_scattered_int8(
     int8 (T, 4), ``positions`` (T, 4), ``row_ptr`` counts groups of four, ``block`` input channels.
 
     Args:
-        bounded: Order them so that no two next to each other can make a sum beyond 16 bits, and put weights for which there is no
-            such order in two parts: the kernels of instruction sets whose products of bytes saturate are faster then, those of
-            others slower. By default as the instruction set in use needs it.
+        bounded: Order them so that no two next to each other can make a sum beyond 16 bits, and put weights that have no such
+            order in two parts: kernels of instruction sets whose products of bytes saturate are faster then, others slower. By
+            default as the instruction set in use needs it.
 
     Raises:
         ArgumentError: a block whose positions do not fit 16 bits.

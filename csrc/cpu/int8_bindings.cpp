@@ -80,7 +80,7 @@ void max_pool2d(uintptr_t x, bool x_signed, int64_t n, int64_t h, int64_t w, int
 
 void bind_int8(py::module_& module) {
   module.def("int8_saturates", [] { return int8_kernels().range != nullptr; },
-        "Whether the instruction set in use has a product of bytes whose sums of two saturate at 16 bits, and none that is exact.");
+        "Whether products of bytes, with the instruction set in use, are added in pairs that saturate at 16 bits.");
   using py::arg;
   module.def("conv2d_int8", recorded(conv2d), arg("x"), arg("x_signed"), arg("n"), arg("h"), arg("w"), arg("c"), arg("weight"),
              arg("k"), arg("r"), arg("s"), arg("stride_h"), arg("stride_w"), arg("pad_h"), arg("pad_w"), arg("dil_h"),
