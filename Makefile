@@ -27,7 +27,7 @@ demo: $(VENV)/.installed $(VENV)/.data  ## accuracy, size and time on real data,
 	$(BIN)/cnncomp demo $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.data  ## all tests, against the installed package
-	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu-full: $(VENV)/.gpu-lab  ## all tests of the GPU kernels in the emulator: all architectures, all mutants
 	CNNCOMP_GPU_FULL=1 $(BIN)/pytest tests/ptx tests/test_ptx_mutants.py tests/test_cuda_*.py tests/test_triton_*.py \
