@@ -118,7 +118,8 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const ConvRows rows(in, 4 * quads, q, std::move(window_taps), flips_image ? flip : 0);
   const int64_t parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
-  // The largest of each channel in the whole image, and what padding is; where pixels overlap, a channel is that of several.
+  // The largest of each channel in the whole image. (Padding is 128 at most, and pairs of that fit with any weights.) Where
+  // pixels overlap, a channel is that of several.
   uint8_t* image_most = nullptr;
   if (bounded && !by_run) {
     const int64_t size = a.c + 4 * quads;
@@ -126,7 +127,6 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
     std::memset(image_most, 255, size);
     if (group_c == a.c / a.groups) {
       kernels.range(in.x, a.n * a.h * a.w, a.c, 0, image_most + size, image_most);
-      for (int64_t c = 0; c < a.c && flips_image; c++) image_most[c] = std::max(image_most[c], flip);
     }
   }
   // Of large panels the second-level cache would not hold two.
