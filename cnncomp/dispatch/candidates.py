@@ -33,7 +33,7 @@ from cnncomp.nn import (
     VnmQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, HALF_KERNELS, ROWS_KERNEL
 from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
 from cnncomp.sparsity.two_four import first_violation
@@ -41,8 +41,9 @@ from cnncomp.sparsity.vectors import QUAD, RUN
 from cnncomp.sparsity.vnm import find_m, kept_columns
 from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, too_many_taps, why_not
 
-#: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
+#: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last; half-precision channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 #: Below this fraction of zeros no sparse kernel is tried: on every CPU measured, dense wins below about 45 %.
 MIN_SPARSITY = 0.3
@@ -90,6 +91,11 @@ class Candidate:
     @property
     def dense(self) -> bool:
         return self.kernel.startswith("dense.")
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """What it computes in, None for float32 and int8: its outputs differ from float32's, so the user has to allow it."""
+        return HALF_KERNELS.get(self.kernel)
 
 
 def _always(layer: ConvertedLayer) -> str | None:
@@ -271,12 +277,14 @@ def _sparse_linear(layer: ConvertedLayer) -> ConvertedLayer:
 
 
 _ANY = ("cpu", "cuda")
+_IN_HALF = tuple(Candidate(f"dense.{fmt}", fmt, fmt, ("cuda",), _always, _dense(f"dense.{fmt}")) for fmt in HALVES)
 CONV_CANDIDATES = (
     Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense("dense.nchw")),
     Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense("dense.channels_last")),
     Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense("dense.fused")),
     Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense(DEPTHWISE_KERNEL)),
     Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
+    *_IN_HALF,
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_scattered_int8", Q8, NHWC, ("cpu",), _is_scattered_quantized, _quant_conv(ScatteredQuantConv2d)),
@@ -289,6 +297,7 @@ CONV_CANDIDATES = (
 LINEAR_CANDIDATES = (
     Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
     Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
+    *_IN_HALF,
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
