@@ -223,6 +223,17 @@ def test_a_converted_network(tmp_path: Path) -> None:
     cnncomp.save(fast.module, tmp_path / "net.cnncomp")
 
 
+def test_the_check_on_a_gpu(graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import gpu_exact  # skips where there is no CUDA module
+
+    assert gpu_exact.check_graph(torch.device("cpu")) == 0 and len(graphs) == 1
+    monkeypatch.setattr(Graph, "replay", lambda graph: None)  # all outputs are those of the captured call
+    assert gpu_exact.check_graph(torch.device("cpu")) > 100
+    monkeypatch.setattr(module, "_on_gpu", lambda t: False)
+    with pytest.warns(UserWarning, match="without a graph"):
+        assert gpu_exact.check_graph(torch.device("cpu")) == 1
+
+
 def test_threads_take_turns_on_a_graph(net: Net) -> None:
     fast = cuda_graph(net, X)
     inputs = [X + i for i in range(8)]
