@@ -27,6 +27,8 @@ from cnncomp.nn import (
     SparseLinear,
     SparseQuantConv2d,
     SparseQuantLinear,
+    TritonQuantConv2d,
+    TritonQuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
     VnmQuantConv2d,
@@ -34,6 +36,7 @@ from cnncomp.nn import (
     quantize_weight,
 )
 from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, HALF_KERNELS, ROWS_KERNEL
+from cnncomp.ops import cuda
 from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
 from cnncomp.sparsity.two_four import first_violation
@@ -118,6 +121,17 @@ def _not_depthwise(layer: ConvertedLayer) -> str | None:
 
 def _is_quantized(layer: ConvertedLayer) -> str | None:
     return None if layer.info.input is not None else "not quantised"
+
+
+def _has_twin(layer: ConvertedLayer) -> str | None:
+    """Why Triton's kernel can't be tried beside the other int8 one: there is none of both, or none of Triton's that may be fast:
+    depthwise convolutions are no matrix products, and what a mean shift adds it has no kernel for."""
+    if reason := _is_quantized(layer):
+        return reason
+    if not cuda.has_both(_weight(layer).device):
+        return "int8 has one kernel here, not two"
+    depthwise = isinstance(layer, DenseConv2d) and layer.geometry.depthwise
+    return "Triton's int8 kernels are not tried" if depthwise or layer.info.weight_shift is not None else None
 
 
 def _is_sparse(layer: ConvertedLayer) -> str | None:
@@ -286,6 +300,7 @@ CONV_CANDIDATES = (
     Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
     *_IN_HALF,
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
+    Candidate("conv2d_int8.triton", Q8, NHWC, ("cuda",), _has_twin, _quant_conv(TritonQuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_scattered_int8", Q8, NHWC, ("cpu",), _is_scattered_quantized, _quant_conv(ScatteredQuantConv2d)),
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
@@ -299,6 +314,7 @@ LINEAR_CANDIDATES = (
     Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
     *_IN_HALF,
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
+    Candidate("linear_int8.triton", Q8, NCHW, ("cuda",), _has_twin, _quant_linear(TritonQuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
     Candidate("linear_blocks_int8", Q8, NCHW, ("cuda",), _has_empty_blocks, _quant_linear(BlocksQuantLinear)),

@@ -1,12 +1,14 @@
-"""Half precision on a GPU: what int8 kernels have to beat, and what may run where the user allows it. The device is played by
-the CPU, and times are given."""
+"""Choosing on a GPU: half precision is what int8 kernels have to beat where the user allows it, and Triton's kernels are timed
+beside the others. The device is played by the CPU, and times are given."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +23,10 @@ from cnncomp.dispatch.network import NetworkPlanner
 from cnncomp.dispatch.plan import LayerPlan
 from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.graph import trace
-from cnncomp.nn import Clamp, DenseConv2d, DenseLinear
+from cnncomp.nn import Clamp, ConvertedLayer, DenseConv2d, DenseLinear
 from cnncomp.nn.base import Geometry
 from cnncomp.nn.dense import HALF_KERNELS
+from cnncomp.ops import conv2d_int8, cuda
 
 X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 GPU = torch.device("cuda")
@@ -245,3 +248,56 @@ def test_profile_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_dtypes() -> None:
     with pytest.raises(ArgumentError, match="float_dtype"):
         cnncomp.convert(Net(), X, float_dtype=torch.float64)
+
+
+def test_tritons_kernels_are_timed_where_there_are_others_too(
+    timed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    net = quantized(Net())
+    twins = {"conv2d_int8.triton": 0.04, "linear_int8.triton": 0.07}
+    timed(DENSE | HALF | {"conv2d_int8": 0.05, "linear_int8": 0.05} | twins)
+    plan = planner(net).measure(lambda name: None)
+    assert not twins.keys() & plan.layers["a"].ms.keys()  # there are none
+    monkeypatch.setattr(cuda, "has_both", lambda device: True)
+    found = planner(net)
+    plan = found.measure(lambda name: None)
+    assert kernels(plan) == ["conv2d_int8.triton"] * 3 + ["linear_int8"]
+    assert plan.layers["a"].reason.startswith("25.00× faster than dense")
+    assert set(kernels(planner(net).rule_of_thumb())) == {"conv2d_int8", "linear_int8"}
+    other = planner(net)
+    other.replay(
+        Plan("", "", {name: LayerPlan("linear_int8.triton" if name == "fc" else "conv2d_int8") for name in found.names})
+    )
+    assert torch.equal(found.module(X), other.module(X))
+    plan = found.replay(Plan("", "", plan.layers))
+    cnncomp.save(ConvertedModel(found.module, Conversion(plan, {}, [([2, 8, 8, 8], "float32")])), tmp_path / "net")
+    loaded = cnncomp.load(tmp_path / "net")  # planned again on a CPU, by the rule of thumb as this one
+    assert torch.equal(loaded(X), found.module(X))
+    assert {m.kernel for m in loaded.network.modules() if isinstance(m, ConvertedLayer)} == {
+        "conv2d_int8",
+        "linear_int8",
+    }
+
+
+def test_which_devices_have_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    for built, triton, capability, both in (
+        (True, True, (8, 0), True), (False, True, (9, 0), False), (True, False, (9, 0), False), (True, True, (7, 5), False),
+    ):  # fmt: skip
+        monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(supports=lambda index: True) if built else None)
+        monkeypatch.setattr(cuda, "available", lambda triton=triton: triton)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert cuda.has_both.__wrapped__(torch.device("cuda", 0)) == both
+    assert not cuda.has_both(torch.device("cpu"))
+
+
+def test_the_twins_launch_tritons_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for module, name in (("conv2d_int8", "conv2d_int8"), ("gemm_int8", "linear_int8")):
+        fake = SimpleNamespace(**{name: lambda *args, name=name: launched.append((name, len(args)))})
+        monkeypatch.setitem(sys.modules, f"cnncomp.kernels.{module}", fake)
+    monkeypatch.setattr(cuda, "backend", lambda device: "cuda")
+    x, constants, rest = torch.zeros(1, 4, 3, 3, dtype=torch.uint8), torch.zeros(3, 2), (None, 1.0, 0.0)
+    weight, where = torch.zeros(2, 1, 1, 4, dtype=torch.int8), ((1, 1), (1, 1), (0, 0), (1, 1), 1, torch.uint8)
+    conv2d_int8._conv_cuda(x, weight, constants, *rest, *where, triton=True)
+    conv2d_int8._linear_cuda(x[0, :, 0, 0], weight[:, 0, 0], constants, *rest, torch.uint8, triton=True)
+    assert launched == [("conv2d_int8", 13), ("linear_int8", 9)]
