@@ -124,7 +124,7 @@ def _is_quantized(layer: ConvertedLayer) -> str | None:
 
 
 def _has_twin(layer: ConvertedLayer) -> str | None:
-    """Why Triton's kernel can't be tried beside the other int8 one: there is none of both, or none of Triton's that may be fast:
+    """Why Triton's kernel can't be tried beside the other int8 one: not both are there, or Triton's would not be fast:
     depthwise convolutions are no matrix products, and what a mean shift adds it has no kernel for."""
     if reason := _is_quantized(layer):
         return reason
