@@ -224,6 +224,25 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(planned(X), model(X), rtol=0, atol=0.01)
 
 
+def test_converted_again_in_float32() -> None:
+    """The weights stay rounded; an int8 layer's are the same integers."""
+    net = quantized(Net())
+    found = planner(net)
+    found.replay(Plan("", "", {name: LayerPlan("dense.bf16") for name in found.names}))
+    again = cnncomp.convert(found.module, X, measure=False)
+    kinds = {name: layer.kernel for name, layer in again.plan.layers.items()}
+    assert kinds == {"a": "conv2d_int8", "b": "conv2d_int8", "c": "conv2d_int8", "fc": "linear_int8"}
+    once = cnncomp.convert(net, X, measure=False)
+    for name in "abc":
+        weights = [m.network.get_submodule(name).weight for m in (once, again)]
+        assert torch.equal(*weights)
+    floats = planner(Net())
+    floats.replay(Plan("", "", {name: LayerPlan("dense.bf16") for name in floats.names}))
+    model = cnncomp.convert(floats.module, X, measure=False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model(X), floats.module(X), rtol=0, atol=0.05)
+
+
 def test_profile_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = importlib.import_module("cnncomp.profile")  # a function of the package has its name
 

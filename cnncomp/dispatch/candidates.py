@@ -35,7 +35,7 @@ from cnncomp.nn import (
     VnmQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, HALF_KERNELS, ROWS_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, HALF_KERNELS, LINEAR_KERNELS, ROWS_KERNEL
 from cnncomp.ops import cuda
 from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
@@ -255,6 +255,10 @@ def _dense(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     return build
 
 
+def _plain_linear(layer: ConvertedLayer) -> ConvertedLayer:
+    return layer if layer.kernel == LINEAR_KERNELS[0] else _dense(LINEAR_KERNELS[0])(layer)
+
+
 def _int8_weight(weight: Tensor, info: LayerInfo) -> tuple[Tensor, Tensor, Tensor | None]:
     """int8 weight, its scale and its shift."""
     return *quantize_weight(weight, info.weight_scale, info.weight_shift), info.weight_shift
@@ -310,7 +314,7 @@ CONV_CANDIDATES = (
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
-    Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
+    Candidate("dense.linear", NCHW, NCHW, _ANY, _always, _plain_linear),
     Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
     *_IN_HALF,
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
