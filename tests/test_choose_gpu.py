@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnncomp
 from cnncomp.convert import Conversion, ConvertedModel
@@ -262,6 +263,38 @@ def test_profile_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "× half" in str(profile.ProfileReport("cuda", [row], 1.0, 0.1))
     row.ratio_half = math.nan
     assert "× half" not in str(profile.ProfileReport("cpu", [row], 1.0, 0.1))
+
+
+@pytest.mark.parametrize("twin", ["", ".triton"])
+def test_a_compiler_takes_a_network_for_a_gpu_as_one_graph(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors are the GPU's, without memory: nothing runs, but shapes, dtypes and devices have to agree."""
+    monkeypatch.setattr(cuda, "has_both", lambda device: True)
+    found = planner(quantized(Net()))
+    names = {name: f"{'linear' if name == 'fc' else 'conv2d'}_int8{twin}" for name in found.names}
+    found.replay(Plan("", "", {name: LayerPlan(kernel) for name, kernel in names.items()}))
+    graphs = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    def fake(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU)
+
+    torch.compiler.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in found.module.modules():
+            for name, t in [*module._parameters.items(), *module._buffers.items()]:
+                owner = module._parameters if name in module._parameters else module._buffers
+                owner[name] = (
+                    nn.Parameter(fake(t), False) if isinstance(t, nn.Parameter) else t if t is None else fake(t)
+                )
+        out = torch.compile(found.module, backend=backend, fullgraph=True)(fake(X))
+    assert out.device.type == "cuda" and out.shape == (2, 5) and out.dtype == torch.float32
+    called = [n.target for n in graphs[0].graph.nodes if n.op == "call_function"]
+    assert len(graphs) == 1
+    for kernel, count in ((names["a"], 3), (names["fc"], 1)):
+        assert called.count(getattr(torch.ops.cnncomp, kernel.replace(".", "_"))) == count
 
 
 def test_other_dtypes() -> None:
