@@ -77,7 +77,7 @@ def check_graph(device: torch.device) -> int:
     inputs = inputs.to(device)
     network = cnncomp.convert(quantized, inputs[0], measure=False)
     graphed = cnncomp.cuda_graph(network, inputs[0])
-    return sum(_differing(graphed(x), network(x).cpu()) for x in inputs) + (len(graphed) != 1)
+    return sum(_differing(graphed(x), network(x).cpu()) for x in inputs) + (graphed.num_graphs != 1)
 
 
 def launchers(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]:

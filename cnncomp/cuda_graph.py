@@ -22,7 +22,7 @@ from cnncomp.errors import ArgumentError
 
 #: Calls on another stream before a graph is captured: libraries choose their algorithms and allocate in the first ones.
 WARM_UP = 3
-#: Only one thread at a time: what is allocated while a graph is captured belongs to it. A network may have graphed parts.
+#: One lock for all, so that networks within each other don't wait for one another; what is allocated meanwhile is a graph's.
 _CAPTURING = threading.RLock()
 
 Key = tuple[Any, ...]
@@ -136,7 +136,9 @@ class CudaGraphs(nn.Module):
         self._graphs: dict[Key, _Captured | None] = {}  # None: could not be captured
         self._lock, self._warned = threading.Lock(), False
 
-    def __len__(self) -> int:
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are captured."""
         return sum(found is not None for found in self._graphs.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,18 +159,18 @@ class CudaGraphs(nn.Module):
         ):
             raise _NoGraph("a gradient is wanted: call it in torch.inference_mode()")
         key = (*_key(leaves, spec), self.module.training)
-        with self._lock:
-            found = self._graphs.get(key)
-            if found is not None and found.valid():
-                return found
+        if (found := self._graphs.get(key)) is not None and found.valid():
+            return found
+        with _CAPTURING:
+            if (found := self._graphs.get(key)) is not None and found.valid():
+                return found  # another thread was faster
             if found is None and key in self._graphs:
                 raise _NoGraph("captured before without success")
-            if found is None and len(self) >= self.max_graphs:
-                raise _NoGraph(f"max_graphs={self.max_graphs} shapes are captured already")
+            if found is None and len(self._graphs) >= self.max_graphs:
+                raise _NoGraph(f"max_graphs={self.max_graphs} kinds of inputs have come before")
             self._graphs[key] = None
             try:
-                with _CAPTURING:
-                    self._graphs[key] = found = _capture(self.module, leaves, spec)
+                self._graphs[key] = found = _capture(self.module, leaves, spec)
             except RuntimeError as error:  # the network waits for the device, or calls what can't be captured
                 raise _NoGraph(f"it can't be captured: {error}") from error
             return found
@@ -202,9 +204,9 @@ class CudaGraphs(nn.Module):
 def cuda_graph(model: nn.Module, example_inputs: Any = None, *, max_graphs: int = 8) -> CudaGraphs:
     """Run a network through CUDA graphs: one launch for each call, where a small batch would wait for each layer's.
 
-    The first call with inputs of new shapes, strides or dtypes captures a graph, of which there are at most ``max_graphs``;
-    each holds its inputs, outputs and activations. All else runs as the network does by itself, with one warning: on a CPU,
-    more shapes, a wanted gradient, a network that waits for the device. Threads may call it at once, on any streams.
+    The first call with inputs of new shapes, strides or dtypes captures a graph, for the first ``max_graphs`` of them; each
+    holds its inputs, outputs and activations. All else runs as the network does by itself, with one warning: on a CPU, more
+    shapes, a wanted gradient, a network that waits for the device. Threads may call it at once, on any streams.
 
     Args:
         model: any module whose work depends on its arguments' shapes alone, converted, compiled (``torch.compile`` without

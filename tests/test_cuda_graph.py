@@ -118,7 +118,7 @@ def same(got: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def test_calls_replay_on_new_inputs_and_outputs_are_the_callers(net: Net, graphs: list[Graph]) -> None:
     fast = cuda_graph(net, X)
-    assert len(fast) == len(graphs) == 1 and net.calls == module.WARM_UP + 1
+    assert fast.num_graphs == len(graphs) == 1 and net.calls == module.WARM_UP + 1
     first, second = fast(X), fast(X + 1)
     assert net.calls == module.WARM_UP + 1 and graphs[0].replays == 3
     assert same(first, net(X)) and same(second, net(X + 1))
@@ -138,7 +138,7 @@ def test_a_graph_for_each_kind_of_arguments_up_to_a_number(net: Net, graphs: lis
         warnings.simplefilter("error")
         for _ in range(2):
             assert all(same(call(fast), call(net)) for call in kinds)
-    assert len(fast) == len(graphs) == 4
+    assert fast.num_graphs == len(graphs) == 4
     with pytest.warns(UserWarning, match="max_graphs=4") as found:
         assert same(fast(X, 3.0), net(X, 3.0)) and same(fast(X, 5.0), net(X, 5.0))
     assert len(found) == 1 and len(graphs) == 4 and found[0].filename == __file__
@@ -149,7 +149,7 @@ def test_what_has_no_graph_runs_with_one_warning(net: Net, monkeypatch: pytest.M
     with pytest.warns(UserWarning, match="a gradient is wanted") as found:
         for _ in range(2):
             fast(x)["logits"].sum().backward()
-    assert len(found) == 1 and x.grad is not None and len(fast) == 0
+    assert len(found) == 1 and x.grad is not None and fast.num_graphs == 0
     with pytest.warns(UserWarning, match="an argument of type Tensors"):
         assert cuda_graph(TakesAnything())(X, Tensors()) is X
     monkeypatch.setattr(module, "_on_gpu", lambda t: False)
@@ -175,12 +175,20 @@ def test_a_network_that_waits_for_the_device_is_tried_once(graphs: list[Graph]) 
     net = Waits()
     with pytest.warns(UserWarning, match="can't be captured: operation not permitted"):
         fast = cuda_graph(net, X)
-    assert torch.equal(fast(X), net(X)) and not graphs and len(fast) == 0
+    assert torch.equal(fast(X), net(X)) and not graphs and fast.num_graphs == 0
 
 
 class WritesToItsInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.add_(1) * 2
+
+
+def test_failed_captures_count(graphs: list[Graph]) -> None:
+    fast = cuda_graph(Waits(), max_graphs=2)
+    with pytest.warns(UserWarning, match="can't be captured") as found:
+        for n in range(1, 5):
+            assert torch.equal(fast(X[:, :, :n]), Waits()(X[:, :, :n]))
+    assert len(found) == 1 and len(fast._graphs) == 2
 
 
 def test_inputs_stay_the_callers() -> None:
@@ -201,7 +209,7 @@ def test_weights_that_change_in_place_count_and_those_that_move_are_captured_aga
     net.fc.weight.data = net.fc.weight + 1
     assert same(fast(X), net(X)) and len(graphs) == 3
     fast.double().float()
-    assert len(fast) == 0 and same(fast(X), net(X)) and len(graphs) == 4
+    assert fast.num_graphs == 0 and same(fast(X), net(X)) and len(graphs) == 4
 
 
 def test_state_dict_copies_and_files(net: Net, tmp_path: Path) -> None:
@@ -209,15 +217,15 @@ def test_state_dict_copies_and_files(net: Net, tmp_path: Path) -> None:
     assert list(fast.state_dict()) == list(net.state_dict())
     assert fast.load_state_dict(net.state_dict()).missing_keys == []
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert len(other) == 0 and len(fast) == 1 and other.module is not net
-        assert same(other(X), net(X)) and len(other) == 1
+        assert other.num_graphs == 0 and fast.num_graphs == 1 and other.module is not net
+        assert same(other(X), net(X)) and other.num_graphs == 1
 
 
 def test_a_converted_network(tmp_path: Path) -> None:
     net = cnncomp.quantize(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), [X], progress=False)
     converted = cnncomp.convert(net.eval(), X, measure=False)
     fast = cuda_graph(converted, X)
-    assert torch.equal(fast(X + 1), converted(X + 1)) and len(fast) == 1
+    assert torch.equal(fast(X + 1), converted(X + 1)) and fast.num_graphs == 1
     converted.network.get_submodule("0").load_state_dict(converted.network.get_submodule("0").state_dict())
     assert torch.equal(fast(X), converted(X))  # whose constants are new
     cnncomp.save(fast.module, tmp_path / "net.cnncomp")
@@ -247,7 +255,7 @@ def test_threads_take_turns_on_a_graph(net: Net) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(fast) == 1
+    assert not wrong and fast.num_graphs == 1
 
 
 def test_a_call_waits_for_the_last_ones_end(net: Net) -> None:
@@ -258,10 +266,17 @@ def test_a_call_waits_for_the_last_ones_end(net: Net) -> None:
     assert Stream.log == ["wait for an event", "record"]
 
 
-def test_within_another_capture_it_is_captured_with_the_rest(net: Net, graphs: list[Graph]) -> None:
+def test_graphs_within_each_other(net: Net) -> None:
+    """The inner one runs as it is while the outer is captured; in threads, neither waits for the other for ever."""
     inner = cuda_graph(net)
-    outer = cuda_graph(nn.Sequential(inner), X)
-    assert same(outer(X), net(X)) and len(outer) == 1
+    outer = cuda_graph(nn.Sequential(inner))
+    calls = [threading.Thread(target=f, args=(X[:n],), daemon=True) for n in (1, 2) for f in (inner, outer)]
+    for thread in calls:
+        thread.start()
+    for thread in calls:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in calls)
+    assert same(outer(X), net(X)) and outer.num_graphs == inner.num_graphs == 2
 
 
 @pytest.mark.parametrize(
