@@ -45,7 +45,7 @@ class Pattern:
     kernels: tuple[str, ...]
 
 
-_FLOAT = tuple(c.kernel for c in CONV_CANDIDATES if c.dense and c.kernel != DEPTHWISE_KERNEL)
+_FLOAT = tuple(c.kernel for c in CONV_CANDIDATES if c.dense and "cpu" in c.devices and c.kernel != DEPTHWISE_KERNEL)
 _INT8 = (*_FLOAT, "conv2d_int8")
 PATTERNS = (
     Pattern("fp32, unstructured", 1, False, (*_FLOAT, "conv2d_sparse")),

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import cnncomp
 from cnncomp.ops import cuda, reference
 from tests.test_cuda_kernels import CONVS, OUT_DTYPES, RESIDUALS, random_constants, random_tensor
 
@@ -58,6 +59,27 @@ def check_linear(
     return _differing(run(*placed, -0.61, lo, out_dtype), expected)
 
 
+def check_graph(device: torch.device) -> int:
+    """Elements that differ between an int8 network and the same within :func:`cnncomp.cuda_graph`, on several inputs, and one
+    more if it was not captured."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(576, 10),
+    )
+    inputs = torch.randn(4, 8, 3, 20, 20)
+    quantized = cnncomp.quantize(nn.Sequential(*layers).eval(), [*inputs], progress=False)
+    inputs = inputs.to(device)
+    network = cnncomp.convert(quantized, inputs[0], measure=False)
+    graphed = cnncomp.cuda_graph(network, inputs[0])
+    return sum(_differing(graphed(x), network(x).cpu()) for x in inputs) + (graphed.num_graphs != 1)
+
+
 def launchers(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]:
     """Convolution and linear layer of each backend: the package's own choice, and Triton's where a GPU runs it."""
     found = {"chosen": (cuda.conv2d_int8, cuda.linear_int8)}
@@ -79,6 +101,8 @@ def cases(device: torch.device, every: bool) -> Iterator[dict[str, Any]]:
         device: Where the launchers run; the CPU within ``tests.cuda_device.emulated_device``.
         every: All dtypes of input, output and residual with all shapes; else each shape with one of them in turn.
     """
+    if device.type == "cuda":
+        yield {"backend": "chosen", "case": "network in a CUDA graph", "types": [], "differing": check_graph(device)}
     kinds = list(itertools.product(DTYPES, OUT_DTYPES, RESIDUALS))
     for backend, (conv, linear) in launchers(device).items():
         shapes = [("conv", name) for name in CONVS] + [("linear", sizes) for sizes in LINEAR]

@@ -12,6 +12,7 @@ from cnncomp import ops as ops
 from cnncomp._version import __version__
 from cnncomp.compress import Recipe, compress
 from cnncomp.convert import ConvertedModel, convert
+from cnncomp.cuda_graph import cuda_graph
 from cnncomp.dispatch import Plan
 from cnncomp.distillation import KnowledgeDistillation, distill, finetune
 from cnncomp.evaluation import evaluate
@@ -35,6 +36,7 @@ __all__ = [
     "channels_of",
     "compress",
     "convert",
+    "cuda_graph",
     "distill",
     "errors",
     "evaluate",

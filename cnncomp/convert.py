@@ -18,6 +18,7 @@ from cnncomp.graph import clone_for_inference, trace
 from cnncomp.graph.arguments import by_name
 from cnncomp.graph.nodes import cloned
 from cnncomp.nn.base import keeping_dtype
+from cnncomp.nn.dense import HALF_KERNELS
 from cnncomp.progress import track
 from cnncomp.recordings import Recordings
 
@@ -80,6 +81,7 @@ def convert(
     *,
     device: str | torch.device | None = None,
     measure: bool = True,
+    float_dtype: torch.dtype = torch.float32,
     plan: Plan | None = None,
     cache: bool = True,
     progress: bool = True,
@@ -90,7 +92,8 @@ def convert(
     device against the best dense float kernel. Only layers that :func:`cnncomp.quantize` has seen run in int8; one of
     these whose int8 kernel is no faster runs in float, on the same quantised weights but with its input neither rounded
     nor clipped. At the end the whole network is timed against the dense one; if it loses, the dense one is returned and
-    ``plan.reason`` says so.
+    ``plan.reason`` says so. On a GPU every layer and the network are timed in float16 and bfloat16, channels_last, too: what
+    int8 has to beat where ``float_dtype`` allows it, and what the plan names beside it where not.
 
     Args:
         model: a trained module, pruned, quantised, both or neither; or a :class:`ConvertedModel`, to plan it again.
@@ -98,17 +101,21 @@ def convert(
             of arguments by name, of the size to be fast for. Any other batch or image size works too.
         device: where it will run; by default where the inputs lie.
         measure: False takes a rule of thumb instead of timing.
+        float_dtype: what layers that do not run in int8 may compute in on a GPU: float32, or also float16 or bfloat16, whose
+            rounding changes the outputs and whose range may be too small. The model's own inputs and outputs stay float32.
         plan: replay this plan instead of choosing. Layers that it does not name are chosen by the rule of thumb.
         cache: keep measured plans on disk, per device, version and shape.
         progress: show a bar when it takes longer than a second.
 
     Raises:
         ArgumentError: no module or one that can't be copied, no tensor among the inputs, inputs that the model fails on, a
-            plan with a kernel that can't run its layer.
+            plan with a kernel that can't run its layer, another ``float_dtype``.
         DeviceError: a device that isn't there.
     """
     if plan is not None and not isinstance(plan, Plan):
         raise ArgumentError("plan", type(plan).__name__, "a cnncomp.Plan (Plan.from_json for one that was exported)")
+    if float_dtype not in (torch.float32, *HALF_KERNELS.values()):
+        raise ArgumentError("float_dtype", float_dtype, "torch.float32, torch.float16 or torch.bfloat16")
     inputs = as_inputs(example_inputs, model)
     if device is None:
         device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
@@ -120,7 +127,7 @@ def convert(
     if isinstance(model, nn.Module) and any(p.device != where for p in model.parameters()):
         model = clone_for_inference(model).to(where)
     with torch.autocast(where.type, enabled=False):  # converted layers compute in float32, also inside it
-        planner = NetworkPlanner(trace(model, inputs), inputs, where)
+        planner = NetworkPlanner(trace(model, inputs), inputs, where, float_dtype)
         plan = _settle(planner, plan, measure, cache, progress)
     nested = any(isinstance(x, (tuple, list, dict)) for x in inputs)  # which shapes alone do not describe
     tensors = [] if nested else [x for x in inputs if isinstance(x, Tensor)]

@@ -22,8 +22,8 @@ from cnncomp.dispatch.choose import to_format
 from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.timing import interleaved
 from cnncomp.errors import ArgumentError
-from cnncomp.nn import ConvertedLayer, DenseConv2d, QuantConv2d, QuantLinear
-from cnncomp.nn.dense import NCHW_KERNELS, dense_kernels
+from cnncomp.nn import ConvertedLayer, DenseConv2d, DenseLinear, QuantConv2d, QuantLinear
+from cnncomp.nn.dense import CONV_KERNELS, HALF_KERNELS, LINEAR_KERNELS, NCHW_KERNELS, dense_kernels
 from cnncomp.nn.units import Units
 from cnncomp.progress import track
 from cnncomp.recordings import kernels_of
@@ -31,7 +31,8 @@ from cnncomp.recordings import kernels_of
 
 @dataclass
 class LayerProfile:
-    """One layer: input shape, sparse pattern, kernel, median ms, dense fp32's median ms over it, weight MB, and why."""
+    """One layer: input shape, sparse pattern, kernel, median ms, dense fp32's median ms over it, on a GPU that of dense fp16 or
+    bf16 (NaN on a CPU), weight MB, and why."""
 
     name: str
     layer: str
@@ -40,6 +41,7 @@ class LayerProfile:
     kernel: str
     ms: float
     ratio: float
+    ratio_half: float
     mb: float
     reason: str
 
@@ -83,12 +85,13 @@ class ProfileReport:
         table = Table(title=f"{self.total_ms:.2f} ms, {self.mb:.2f} MB on {self.device}")
         for column in ("layer", "shape", "pattern", "kernel"):
             table.add_column(column, overflow="fold")
-        for column in ("ms", "× dense", "MB"):
+        on_gpu = not all(math.isnan(row.ratio_half) for row in self.layers)
+        for column in ("ms", "× dense", *["× half"] * on_gpu, "MB"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("why")
         for row in self.layers:
-            ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
-            numbers = (f"{row.ms:.3f}", ratio, f"{row.mb:.3f}")
+            ratios = [row.ratio, *[row.ratio_half] * on_gpu]
+            numbers = (f"{row.ms:.3f}", *("" if math.isnan(r) else f"{r:.2f}" for r in ratios), f"{row.mb:.3f}")
             table.add_row(row.name, f"{row.layer} @ {row.shape}", row.pattern, row.kernel, *numbers, row.reason)
         for name, reason in self.kept.items():
             table.add_row(name, "", "", "torch", "", "", "", f"kept: {reason}")
@@ -130,16 +133,24 @@ def _float_call(layer: ConvertedLayer, call: tuple[Tensor, ...]) -> tuple[Tensor
     return tuple(t if t.is_floating_point() else t.float() * s for t, s in zip(call, steps, strict=False))
 
 
-def _time(layer: ConvertedLayer, call: tuple[Tensor, ...], cuda: bool) -> tuple[float, float]:
-    """Median seconds of the layer, and of the best dense kernel on the same values.
+def _time(layer: ConvertedLayer, call: tuple[Tensor, ...], cuda: bool) -> tuple[float, float, float]:
+    """Median seconds of the layer, of the best dense fp32 kernel on the same values, and on a GPU of the best in half
+    precision.
 
     The layer gets its inputs as they come, so that converting them counts; its dense rivals get them in the layout that each
-    likes best. Where the layer itself is dense, its rivals are the dense kernels that give the same layout, which the layers
-    behind it were chosen for, and all get the inputs as they come.
+    likes best. Where the layer itself is dense fp32, its rivals there are the dense kernels that give the same layout, which
+    the layers behind it were chosen for, and all get the inputs as they come.
     """
     fns: dict[str, Callable[[], object]] = {"layer": kernels_of(layer, call) or partial(layer, *call)}
     dense = layer.to_dense().to(call[0].device)
+    assert isinstance(dense, (DenseConv2d, DenseLinear))
     floats = _float_call(layer, call)
+    in_half = [dense.with_kernel(kernel) for kernel in HALF_KERNELS] if cuda else []
+    for rival in in_half:
+        rival.float_dtype = rival.half_dtype or torch.float32
+        fns[rival.kernel] = partial(rival, *(to_format(t, rival.kernel.partition(".")[2], None) for t in floats))
+    if dense.half_dtype:
+        dense = dense.with_kernel(CONV_KERNELS[0] if isinstance(dense, DenseConv2d) else LINEAR_KERNELS[0])
     rivals = [dense]
     if isinstance(dense, DenseConv2d):
         rivals = [dense.with_kernel(k) for k in dense_kernels(dense.geometry, call[0].device.type)]
@@ -151,7 +162,8 @@ def _time(layer: ConvertedLayer, call: tuple[Tensor, ...], cuda: bool) -> tuple[
         fns[rival.kernel] = partial(rival, *(t if layer is dense else to_format(t, preferred, None) for t in floats))
     times = interleaved(fns, min_rounds=9, cuda=cuda)
     own = times.pop("layer")
-    return own, min([*times.values(), own] if layer is dense else times.values())
+    half = min((times.pop(rival.kernel) for rival in in_half), default=math.nan)
+    return own, min([*times.values(), own] if layer is dense else times.values()), half
 
 
 def profile(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> ProfileReport:
@@ -176,7 +188,7 @@ def profile(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> 
         layers, calls = _record_calls(model, inputs)
         with track("profiling layers", len(layers), show=progress) as advance:
             for name, layer in layers.items():
-                own, dense = _time(layer, calls[name], cuda)
+                own, dense, half = _time(layer, calls[name], cuda)
                 info = layer.info
                 rows.append(
                     LayerProfile(
@@ -187,6 +199,7 @@ def profile(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> 
                         layer.kernel,
                         own * 1e3,
                         dense / own,
+                        half / own,
                         layer.weight_bytes() / 1e6,
                         info.reason,
                     )

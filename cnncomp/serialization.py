@@ -101,7 +101,8 @@ def load(
         inputs = _inputs_like(model, where)
         if inputs is not None:
             kept = model.conversion.kept
-            model = convert(model, inputs, device=where, measure=model.plan.measured)
+            float_dtype = DTYPES[model.plan.float_dtype]
+            model = convert(model, inputs, device=where, measure=model.plan.measured, float_dtype=float_dtype)
             model.conversion.kept = {**kept, **model.conversion.kept}
             return model
         if replan is True:

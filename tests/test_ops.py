@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import cnncomp
 from cnncomp.dispatch.candidates import options_for
@@ -121,6 +123,48 @@ CASES = {
 def test_opcheck(case: str) -> None:
     name, args = CASES[case]
     torch.library.opcheck(getattr(OPS, name).default, args())
+
+
+#: Operators whose weights may lie anyhow where nothing is computed.
+PACKED = [f"conv2d_{f}_{kind}" for f in ("sparse24", "blocks", "vectors", "vnm") for kind in ("int8", "f16")]
+PACKED += [f"linear_{f}_int8" for f in ("sparse24", "blocks", "vectors", "vnm")]
+
+
+def _on_fake_gpu(op: Any, args: tuple[Any, ...]) -> Tensor:
+    def fake(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+
+    with FakeTensorMode():
+        out: Tensor = op(*tree_map_only(Tensor, fake, args))
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiler_knows_results_on_a_gpu(case: str) -> None:
+    """Without one: torch.compile asks with tensors that have no memory."""
+    name, args = CASES[case]
+    op, given = getattr(OPS, name).default, args()
+    out, expected = _on_fake_gpu(op, given), op(*given)
+    assert out.device.type == "cuda" and out.dtype == expected.dtype
+    assert out.shape == expected.shape and out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_compiler_knows_results_of_packed_weights_on_a_gpu(name: str) -> None:
+    dtype = torch.float16 if name.endswith("f16") else torch.uint8
+    weight, constants, rest = torch.empty(100, dtype=torch.int8), torch.empty(3, 24), (None, 1.0, 0.0)
+    if name.startswith("linear"):
+        args, shape = (torch.empty(5, 16, dtype=dtype), weight, constants, *rest, dtype), (5, 24)
+        assert _on_fake_gpu(getattr(OPS, name).default, args).shape == shape
+        return
+    x = torch.empty(8, 16, 9, 7, dtype=dtype)
+    args = (x, weight, constants, *rest, (3, 3), (2, 1), (1, 1), (1, 1), 1, dtype)
+    out = _on_fake_gpu(getattr(OPS, name).default, args)
+    assert out.device.type == "cuda" and out.dtype == dtype and out.shape == (8, 24, 5, 7)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    if name in ("conv2d_vectors_int8", "conv2d_vectors_f16", "conv2d_vnm_int8", "conv2d_vnm_f16"):
+        in_units = _on_fake_gpu(getattr(OPS, name).default, (*args, True))
+        assert in_units.device.type == "cuda" and in_units.numel() == out.numel()
 
 
 @given(

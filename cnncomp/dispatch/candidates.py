@@ -27,13 +27,16 @@ from cnncomp.nn import (
     SparseLinear,
     SparseQuantConv2d,
     SparseQuantLinear,
+    TritonQuantConv2d,
+    TritonQuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
     VnmQuantConv2d,
     VnmQuantLinear,
     quantize_weight,
 )
-from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, ROWS_KERNEL
+from cnncomp.nn.dense import DEPTHWISE_KERNEL, DIRECT_KERNEL, HALF_KERNELS, LINEAR_KERNELS, ROWS_KERNEL
+from cnncomp.ops import cuda
 from cnncomp.ops.packing import quad_sparsity
 from cnncomp.sparsity.blocks import kept_fraction
 from cnncomp.sparsity.two_four import first_violation
@@ -41,8 +44,9 @@ from cnncomp.sparsity.vectors import QUAD, RUN
 from cnncomp.sparsity.vnm import find_m, kept_columns
 from cnncomp.sparsity.weights import CHUNK_BYTES, SLICE, too_many_taps, why_not
 
-#: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last.
+#: Activation formats between layers: float NCHW, float channels_last, 8-bit channels_last; half-precision channels_last.
 NCHW, NHWC, Q8 = "nchw", "nhwc", "q8"
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 #: Below this fraction of zeros no sparse kernel is tried: on every CPU measured, dense wins below about 45 %.
 MIN_SPARSITY = 0.3
@@ -91,6 +95,11 @@ class Candidate:
     def dense(self) -> bool:
         return self.kernel.startswith("dense.")
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """What it computes in, None for float32 and int8: its outputs differ from float32's, so the user has to allow it."""
+        return HALF_KERNELS.get(self.kernel)
+
 
 def _always(layer: ConvertedLayer) -> str | None:
     return None
@@ -112,6 +121,17 @@ def _not_depthwise(layer: ConvertedLayer) -> str | None:
 
 def _is_quantized(layer: ConvertedLayer) -> str | None:
     return None if layer.info.input is not None else "not quantised"
+
+
+def _has_twin(layer: ConvertedLayer) -> str | None:
+    """Why Triton's kernel can't be tried beside the other int8 one: not both are there, or Triton's would not be fast:
+    depthwise convolutions are no matrix products, and what a mean shift adds it has no kernel for."""
+    if reason := _is_quantized(layer):
+        return reason
+    if not cuda.has_both(_weight(layer).device):
+        return "int8 has one kernel here, not two"
+    depthwise = isinstance(layer, DenseConv2d) and layer.geometry.depthwise
+    return "Triton's int8 kernels are not tried" if depthwise or layer.info.weight_shift is not None else None
 
 
 def _is_sparse(layer: ConvertedLayer) -> str | None:
@@ -235,6 +255,10 @@ def _dense(kernel: str) -> Callable[[ConvertedLayer], ConvertedLayer]:
     return build
 
 
+def _plain_linear(layer: ConvertedLayer) -> ConvertedLayer:
+    return layer if layer.kernel == LINEAR_KERNELS[0] else _dense(LINEAR_KERNELS[0])(layer)
+
+
 def _int8_weight(weight: Tensor, info: LayerInfo) -> tuple[Tensor, Tensor, Tensor | None]:
     """int8 weight, its scale and its shift."""
     return *quantize_weight(weight, info.weight_scale, info.weight_shift), info.weight_shift
@@ -271,13 +295,16 @@ def _sparse_linear(layer: ConvertedLayer) -> ConvertedLayer:
 
 
 _ANY = ("cpu", "cuda")
+_IN_HALF = tuple(Candidate(f"dense.{fmt}", fmt, fmt, ("cuda",), _always, _dense(f"dense.{fmt}")) for fmt in HALVES)
 CONV_CANDIDATES = (
     Candidate("dense.nchw", NCHW, NCHW, _ANY, _always, _dense("dense.nchw")),
     Candidate("dense.channels_last", NHWC, NHWC, _ANY, _always, _dense("dense.channels_last")),
     Candidate("dense.fused", NHWC, NHWC, ("cpu",), _has_onednn, _dense("dense.fused")),
     Candidate(DEPTHWISE_KERNEL, NCHW, NCHW, ("cpu",), _is_depthwise, _dense(DEPTHWISE_KERNEL)),
     Candidate(DIRECT_KERNEL, NCHW, NCHW, ("cpu",), _not_depthwise, _dense(DIRECT_KERNEL)),
+    *_IN_HALF,
     Candidate("conv2d_int8", Q8, NHWC, _ANY, _is_quantized, _quant_conv(QuantConv2d)),
+    Candidate("conv2d_int8.triton", Q8, NHWC, ("cuda",), _has_twin, _quant_conv(TritonQuantConv2d)),
     Candidate("conv2d_sparse_int8", Q8, NHWC, ("cpu",), _is_sparse_quantized, _quant_conv(SparseQuantConv2d)),
     Candidate("conv2d_scattered_int8", Q8, NHWC, ("cpu",), _is_scattered_quantized, _quant_conv(ScatteredQuantConv2d)),
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
@@ -287,9 +314,11 @@ CONV_CANDIDATES = (
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
 LINEAR_CANDIDATES = (
-    Candidate("dense.linear", NCHW, NCHW, _ANY, _always, lambda layer: layer),
+    Candidate("dense.linear", NCHW, NCHW, _ANY, _always, _plain_linear),
     Candidate(ROWS_KERNEL, NCHW, NCHW, ("cpu",), _always, _dense(ROWS_KERNEL)),
+    *_IN_HALF,
     Candidate("linear_int8", Q8, NCHW, _ANY, _is_quantized, _quant_linear(QuantLinear)),
+    Candidate("linear_int8.triton", Q8, NCHW, ("cuda",), _has_twin, _quant_linear(TritonQuantLinear)),
     Candidate("linear_sparse_int8", Q8, NCHW, ("cpu",), _is_sparse_quantized, _quant_linear(SparseQuantLinear)),
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
     Candidate("linear_blocks_int8", Q8, NCHW, ("cuda",), _has_empty_blocks, _quant_linear(BlocksQuantLinear)),

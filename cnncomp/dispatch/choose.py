@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from cnncomp.dispatch import modelled
-from cnncomp.dispatch.candidates import NCHW, NHWC, Q8, Option, heuristic, options_for
+from cnncomp.dispatch.candidates import HALVES, NCHW, NHWC, Q8, Option, heuristic, options_for
 from cnncomp.dispatch.timing import interleaved
-from cnncomp.graph.chain import output_specs, passes_8bit, source
+from cnncomp.graph.chain import half_outputs, output_specs, passes_8bit, source
 from cnncomp.graph.nodes import input_node, module_at
-from cnncomp.nn import ConvertedLayer, QuantConv2d, QuantLinear, QuantSpec
+from cnncomp.nn import ConvertedLayer, DenseConv2d, DenseLinear, QuantConv2d, QuantLinear, QuantSpec
 from cnncomp.nn.base import JOINED_KERNEL
 from cnncomp.recordings import kernels_of
 
@@ -39,6 +39,18 @@ def _seconds(option: Option) -> float:
     return option.seconds
 
 
+def half_nodes(gm: fx.GraphModule, assignment: Assignment) -> set[fx.Node]:
+    """The layers that hand over half precision under an assignment."""
+
+    def takes(node: fx.Node) -> torch.dtype | None:
+        if (option := assignment.get(node)) is None:
+            return None
+        spec = option.layer.info.input if option.candidate.takes == Q8 else None
+        return spec.dtype if spec else option.candidate.half
+
+    return half_outputs(gm, takes) if any(o.candidate.half for o in assignment.values()) else set()
+
+
 def layer_nodes(gm: fx.GraphModule) -> dict[fx.Node, ConvertedLayer]:
     """The fused layers of a graph, in order."""
     found: dict[fx.Node, ConvertedLayer] = {}
@@ -55,6 +67,7 @@ def to_format(x: Tensor, fmt: str, spec: QuantSpec | None) -> Tensor:
     if fmt == Q8:
         assert spec is not None
         return torch.ops.cnncomp.quantize(x, 1.0 / spec.scale, spec.dtype)
+    x = x.to(HALVES.get(fmt, torch.float32))
     if x.dim() != 4:
         return x.contiguous()
     return x.contiguous(memory_format=torch.contiguous_format if fmt == NCHW else torch.channels_last)
@@ -69,13 +82,15 @@ def _noise(shape: Sequence[int], device: torch.device) -> Tensor:
 class Chooser:
     """Options and measured times of one graph's layers.
 
-    ``inputs``: for each layer node, the float tensors that it was called with on the example input. ``modelled``: what the
-    model said of its sparse kernels, where they were chosen by it.
+    ``inputs``: for each layer node, the float tensors that it was called with on the example input. ``float_dtype``: float32,
+    or the half precision that layers may also compute in. ``modelled``: what the model said of its sparse kernels, where they
+    were chosen by it.
     """
 
     gm: fx.GraphModule
     inputs: dict[fx.Node, tuple[Tensor, ...]]
     device: torch.device
+    float_dtype: torch.dtype = torch.float32
     layers: dict[fx.Node, ConvertedLayer] = field(init=False)
     options: dict[fx.Node, list[Option]] = field(init=False)
     why_not: dict[fx.Node, str] = field(init=False)
@@ -100,7 +115,9 @@ class Chooser:
         if best is not None:
             return best
         known = [o for o in options if o.candidate.dense or o.candidate.kernel in ("conv2d_int8", "linear_int8")]
-        return heuristic(layer, known)
+        found = heuristic(layer, known)
+        halves = [o for o in options if o.candidate.half == self.float_dtype]
+        return halves[0] if found.candidate.dense and halves else found
 
     def measure(self, progress: Callable[[str], None]) -> None:
         """Time every option of every layer on its own, in its preferred formats."""
@@ -109,7 +126,7 @@ class Chooser:
         for node, options in self.options.items():
             if len(options) > 1:
                 self._time(node, options, specs, budget_s=0.2)
-                dense = min((o for o in options if o.candidate.dense), key=_seconds)
+                dense = min(self.dense(node), key=_seconds)
                 rival = min((o for o in options if not o.candidate.dense), key=_seconds, default=None)
                 if rival is not None and CLOSE < dense.seconds / rival.seconds < 1 / CLOSE:
                     self._time(node, options, specs, budget_s=0.6)
@@ -131,6 +148,8 @@ class Chooser:
                 inputs[takes] = (to_format(x, takes, option.layer.info.input), *others)
             if isinstance(option.layer, (QuantConv2d, QuantLinear)):
                 option.layer.set_output(specs.get(node), 1.0 if added is None else added.scale)
+            elif isinstance(option.layer, (DenseConv2d, DenseLinear)):  # half precision: as in a network all of it
+                option.layer.float_dtype = option.layer.half_dtype or torch.float32
         fns: dict[str, Callable[[], object]] = {}
         for option in options:
             given = inputs[option.candidate.takes]
@@ -185,7 +204,7 @@ class Chooser:
 
     def costs(self, assignment: Assignment) -> dict[fx.Node, float]:
         """Seconds of each layer with the conversions of its inputs, and of torch's modules between layers."""
-        specs = self._specs(assignment)
+        specs, halves = self._specs(assignment), half_nodes(self.gm, assignment)
         formats: dict[fx.Node, str] = {}
         costs: dict[fx.Node, float] = {}
         for node in self.gm.graph.nodes:
@@ -206,6 +225,9 @@ class Chooser:
                 want = NHWC if takes == Q8 and i else takes
                 costs[node] += self._conversion(arg, have, want, option.layer.info.input)
             formats[node] = Q8 if node in specs else option.candidate.gives
+            if option.candidate.half and node not in halves:
+                costs[node] += self._conversion(node, formats[node], NHWC, None)
+                formats[node] = NHWC
         return costs
 
     def cost(self, assignment: Assignment) -> float:
@@ -214,27 +236,31 @@ class Chooser:
 
     def cheapest_dense(self) -> Assignment:
         """The best dense network."""
-        allowed = {node: [o for o in opts if o.candidate.dense] for node, opts in self.options.items()}
+        allowed = {node: self.dense(node) for node in self.options}
         return min((self._descend(start, allowed) for start in self._starts(allowed)), key=self.cost)
 
-    @staticmethod
-    def _starts(allowed: dict[fx.Node, list[Option]]) -> list[Assignment]:
+    def all_in_half(self, kernel: str) -> Assignment:
+        """The network on a kernel of half precision, whether it may run in it or not."""
+        return {node: next(o for o in opts if o.candidate.kernel == kernel) for node, opts in self.options.items()}
+
+    def _starts(self, allowed: dict[fx.Node, list[Option]]) -> list[Assignment]:
         """The fastest options without regard to layouts, and those of each float layout: from one layout to the other is
         more than one step at a time."""
+        half = tuple(fmt for fmt, dtype in HALVES.items() if dtype == self.float_dtype)
 
         def fastest(opts: list[Option], formats: tuple[str, ...]) -> Option:
             return min((o for o in opts if o.candidate.takes in formats), key=_seconds, default=min(opts, key=_seconds))
 
         return [
             {node: fastest(opts, formats) for node, opts in allowed.items()}
-            for formats in ((NCHW, NHWC, Q8), (NCHW,), (NHWC,))
+            for formats in ((NCHW, NHWC, Q8, *half), (NCHW,), (NHWC,), *(half and [half]))
         ]
 
     def cheapest(self) -> Assignment:
         """The best network in which no compressed layer takes longer than the best dense kernel in its place: its own time
         must beat dense, and with the conversions of its inputs it must not lose to it."""
         allowed = {
-            node: [o for o in opts if o.candidate.dense or self.beats_dense(node, o)]
+            node: self.dense(node) + [o for o in opts if not o.candidate.dense and self.beats_dense(node, o)]
             for node, opts in self.options.items()
         }
         dense = self.cheapest_dense()
@@ -283,9 +309,14 @@ class Chooser:
                 found |= options
         return found
 
+    def dense(self, node: fx.Node) -> list[Option]:
+        """The dense options that the user allows."""
+        allowed = (None, self.float_dtype)
+        return [o for o in self.options[node] if o.candidate.dense and o.candidate.half in allowed]
+
     def best_dense(self, node: fx.Node) -> float:
-        """Seconds of the fastest dense option."""
-        return min(o.seconds for o in self.options[node] if o.candidate.dense)
+        """Seconds of the fastest dense option that the user allows."""
+        return min(o.seconds for o in self.dense(node))
 
     def beats_dense(self, node: fx.Node, option: Option) -> bool:
         """Whether a compressed option is measurably faster than every dense one."""

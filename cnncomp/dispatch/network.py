@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cnncomp._version import __version__
 from cnncomp.dispatch.candidates import Option, count_nonzero
-from cnncomp.dispatch.choose import Assignment, Chooser, layer_nodes
+from cnncomp.dispatch.choose import Assignment, Chooser, half_nodes, layer_nodes
 from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
@@ -24,7 +24,8 @@ from cnncomp.errors import ArgumentError
 from cnncomp.graph import Traced
 from cnncomp.graph.chain import output_specs, settle_units, source
 from cnncomp.graph.nodes import cloned, input_node, put_module
-from cnncomp.nn import QuantConv2d, QuantLinear, QuantSpec
+from cnncomp.nn import DenseConv2d, DenseLinear, QuantConv2d, QuantLinear, QuantSpec
+from cnncomp.nn.dense import HALF_KERNELS
 from cnncomp.progress import Advance
 from cnncomp.recordings import Recordings
 
@@ -55,14 +56,21 @@ class NetworkPlanner:
     ``module`` is the network; each of :meth:`measure`, :meth:`replay` and :meth:`rule_of_thumb` leaves it converted.
     """
 
-    def __init__(self, traced: Traced, inputs: tuple[Any, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        inputs: tuple[Any, ...],
+        device: torch.device,
+        float_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.module, self.kept, self.inputs, self.device = traced.module, traced.kept, inputs, device
+        self.float_dtype = float_dtype
         self.choosers: list[Chooser] = []
         with torch.no_grad():
             for path, gm in traced.graphs.items():
                 capture = _Capture(gm, set(layer_nodes(gm)))
                 capture.run(*cloned(traced.inputs[path]))
-                self.choosers.append(Chooser(gm, capture.seen, device))
+                self.choosers.append(Chooser(gm, capture.seen, device, float_dtype))
         self.num_layers = sum(len(c.layers) for c in self.choosers)
         self.key = self._key()
 
@@ -87,6 +95,7 @@ class NetworkPlanner:
         return plan_key(
             {
                 "device": device_key(self.device),
+                "float_dtype": str(self.float_dtype),
                 "versions": [__version__, torch.__version__],
                 "inputs": [[list(x.shape), str(x.dtype)] for x in tree_leaves(self.inputs) if isinstance(x, Tensor)],
                 "layers": layers,
@@ -132,10 +141,13 @@ class NetworkPlanner:
         ours = [c.with_own_kernels(assignment) for c, assignment in zip(self.choosers, best, strict=True)]
         if ours != best:
             rivals["own kernels"] = ours
+        if self.device.type == "cuda":  # what else the network could run as, allowed or not
+            rivals |= {kernel: [c.all_in_half(kernel) for c in self.choosers] for kernel in HALF_KERNELS}
         seconds = self._race(rivals)
         if seconds.get("own kernels", math.inf) < seconds["converted"]:
             best, seconds["converted"] = ours, seconds["own kernels"]
-        network_ms = {name: seconds[name] * 1e3 for name in ("dense", "converted")}
+        reported = ("dense", "converted", *HALF_KERNELS)
+        network_ms = {name: seconds[name] * 1e3 for name in reported if name in seconds}
         if seconds["converted"] > NETWORK_MARGIN * seconds["dense"]:
             plan = self._plan(dense, measured=True)
             ms = " against ".join(f"{network_ms[k]:.2f} ms" for k in ("converted", "dense"))
@@ -194,10 +206,12 @@ class NetworkPlanner:
             network_ms=dict(plan.network_ms),
             reason=plan.reason,
             measured=plan.measured,
+            float_dtype=plan.float_dtype,
         )
 
     def _plan(self, assignments: list[Assignment], measured: bool) -> Plan:
-        plan = Plan(device_key(self.device), self.key, measured=measured)
+        dtype = str(self.float_dtype).removeprefix("torch.")
+        plan = Plan(device_key(self.device), self.key, measured=measured, float_dtype=dtype)
         for chooser, assignment in zip(self.choosers, assignments, strict=True):
             for node, option in assignment.items():
                 info = chooser.layers[node].info
@@ -226,7 +240,9 @@ def _reason(chooser: Chooser, node: fx.Node, option: Option, measured: bool) -> 
     if not option.candidate.dense:
         if not measured:
             return "rule of thumb"
-        return f"{chooser.best_dense(node) / option.seconds:.2f}× faster than dense"
+        return (
+            f"{chooser.best_dense(node) / option.seconds:.2f}× faster than dense{_beside_half(chooser, node, option)}"
+        )
     compressed = [o for o in chooser.options[node] if not o.candidate.dense]
     if not compressed:
         return chooser.why_not[node]
@@ -239,15 +255,22 @@ def _reason(chooser: Chooser, node: fx.Node, option: Option, measured: bool) -> 
     return f"{rival.candidate.kernel} is {ratio:.2f}× dense here"
 
 
+def _beside_half(chooser: Chooser, node: fx.Node, option: Option) -> str:
+    """How a compressed kernel compares with half precision that it did not have to beat."""
+    halves = [o for o in chooser.options[node] if o.candidate.half not in (None, chooser.float_dtype)]
+    return "".join(f", {o.seconds / option.seconds:.2f}× {o.candidate.kernel.partition('.')[2]}" for o in halves)
+
+
 def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
-    """Put the chosen layers into the graph and settle where 8 bit is handed over, and where in units of images."""
+    """Put the chosen layers into the graph and settle where 8 bit is handed over, where half precision, and where in units of
+    images."""
 
     def input_spec(node: fx.Node) -> QuantSpec | None:
         option = assignment.get(node)
         layer = None if option is None else option.layer
         return layer.input if isinstance(layer, (QuantConv2d, QuantLinear)) else None
 
-    specs = output_specs(gm, input_spec)
+    specs, halves = output_specs(gm, input_spec), half_nodes(gm, assignment)
     for node, option in assignment.items():
         layer = option.layer
         put_module(gm, node, layer)
@@ -256,4 +279,6 @@ def apply_assignment(gm: fx.GraphModule, assignment: Assignment) -> None:
             if len(node.args) > 1 and (spec := specs.get(source(gm, input_node(node, 1)))) is not None:
                 step = spec.scale
             layer.set_output(specs.get(node), step)
+        elif isinstance(layer, (DenseConv2d, DenseLinear)):
+            layer.float_dtype = (layer.half_dtype if node in halves else None) or torch.float32
     settle_units(gm)

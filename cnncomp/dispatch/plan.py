@@ -15,6 +15,7 @@ import platformdirs
 from cnncomp.errors import ArgumentError
 
 PLAN_VERSION = 1
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass
@@ -30,8 +31,9 @@ class LayerPlan:
 class Plan:
     """The kernels of a converted network on one device.
 
-    ``layers`` by name in the user's model; ``network_ms``: median of the whole network, "dense" and "converted" (empty if
-    nothing was measured).
+    ``layers`` by name in the user's model; ``network_ms``: median of the whole network, "dense" and "converted", on a GPU also
+    all of it in half precision, "dense.fp16" and "dense.bf16" (empty if nothing was measured); ``float_dtype``: "float32", or
+    the half precision that layers were also allowed to compute in.
     """
 
     device: str
@@ -40,6 +42,7 @@ class Plan:
     network_ms: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     measured: bool = False
+    float_dtype: str = "float32"
     version: int = PLAN_VERSION
 
     def to_json(self) -> str:
@@ -63,7 +66,10 @@ class Plan:
                 for name, v in raw["layers"].items()
             }
             network = {str(k): float(v) for k, v in raw["network_ms"].items()}
-            return cls(str(raw["device"]), str(raw["key"]), layers, network, str(raw["reason"]), bool(raw["measured"]))
+            if raw.get("float_dtype", "float32") not in FLOAT_DTYPES:
+                raise ArgumentError("float_dtype", raw["float_dtype"], " or ".join(FLOAT_DTYPES))
+            rest = (str(raw["reason"]), bool(raw["measured"]), str(raw.get("float_dtype", "float32")))
+            return cls(str(raw["device"]), str(raw["key"]), layers, network, *rest)
         except ArgumentError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:

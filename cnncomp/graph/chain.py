@@ -88,6 +88,28 @@ def _specs_through(gm: fx.GraphModule, input_spec: InputSpec, joints: set[fx.Nod
     return specs
 
 
+def half_outputs(gm: fx.GraphModule, takes: Callable[[fx.Node], torch.dtype | None]) -> set[fx.Node]:
+    """The layers that compute in half precision whose results can stay in it: those that read them do too, or quantise them.
+
+    Args:
+        gm: The graph.
+        takes: What a layer multiplies: float16 or bfloat16, uint8 or int8; None for float32 and what is no layer.
+    """
+
+    def reads_half(user: fx.Node, carrier: fx.Node) -> bool:
+        dtype = takes(user)
+        if dtype is None or dtype.is_floating_point:
+            return dtype is not None
+        return user.args[0] is carrier and carrier not in user.args[1:]  # a residual of int8 kernels is no half
+
+    found = set()
+    for node in gm.graph.nodes:
+        dtype, readers = takes(node), list(_consumers(gm, node, set()))
+        if dtype and dtype.is_floating_point and readers and all(reads_half(*reader) for reader in readers):
+            found.add(node)
+    return found
+
+
 def source(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node whose values ``node`` carries, looking back through what passes 8 bit."""
     while passes_8bit(gm, node):

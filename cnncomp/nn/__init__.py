@@ -18,7 +18,14 @@ from cnncomp.nn.packed_quant import (
     VnmQuantLinear,
 )
 from cnncomp.nn.pool import MeanPool2d, QuantMaxPool2d
-from cnncomp.nn.quant import QuantConv2d, QuantLinear, dequantize_weight, quantize_weight
+from cnncomp.nn.quant import (
+    QuantConv2d,
+    QuantLinear,
+    TritonQuantConv2d,
+    TritonQuantLinear,
+    dequantize_weight,
+    quantize_weight,
+)
 from cnncomp.nn.sparse import SparseConv2d, SparseLinear
 from cnncomp.nn.sparse_quant import ScatteredQuantConv2d, SparseQuantConv2d, SparseQuantLinear
 
@@ -39,6 +46,8 @@ LAYERS: dict[str, type[ConvertedLayer]] = {
         SparseQuantConv2d,
         ScatteredQuantConv2d,
         SparseQuantLinear,
+        TritonQuantConv2d,
+        TritonQuantLinear,
         VectorsQuantConv2d,
         VectorsQuantLinear,
         VnmQuantConv2d,
@@ -78,6 +87,8 @@ __all__ = [
     "ScatteredQuantConv2d",
     "SparseQuantConv2d",
     "SparseQuantLinear",
+    "TritonQuantConv2d",
+    "TritonQuantLinear",
     "VectorsQuantConv2d",
     "VectorsQuantLinear",
     "VnmQuantConv2d",

@@ -36,19 +36,21 @@ CONV_KERNELS = ("dense.nchw", "dense.channels_last", "dense.fused")
 DEPTHWISE_KERNEL = "dense.depthwise"
 DIRECT_KERNEL = "dense.direct"
 OWN_KERNELS = frozenset((DEPTHWISE_KERNEL, DIRECT_KERNEL))
+#: torch's in half precision, channels_last: on a GPU what int8 kernels have to beat, and what may run where the user allows it.
+HALF_KERNELS = {"dense.fp16": torch.float16, "dense.bf16": torch.bfloat16}
 #: Those that read and write contiguous images; the others take channels_last.
 NCHW_KERNELS = frozenset(("dense.nchw", *OWN_KERNELS))
 
 
 #: Kernels of a dense linear layer: torch's, and this package's own for few rows, on a CPU.
 ROWS_KERNEL = "dense.rows"
-LINEAR_KERNELS = ("dense.linear", ROWS_KERNEL)
+LINEAR_KERNELS = ("dense.linear", ROWS_KERNEL, *HALF_KERNELS)
 #: The most rows that it takes: with more, torch's is faster on every CPU measured.
 MAX_ROWS = 16
 
 
 def dense_kernels(geometry: Geometry, device: str) -> tuple[str, ...]:
-    """The dense kernels that can run a convolution on a kind of device ("cpu", "cuda")."""
+    """The dense fp32 kernels that can run a convolution on a kind of device ("cpu", "cuda")."""
     if device != "cpu":
         return tuple(k for k in CONV_KERNELS if k != "dense.fused")
     return (*CONV_KERNELS, DEPTHWISE_KERNEL if geometry.depthwise else DIRECT_KERNEL)
@@ -66,9 +68,39 @@ class _Dense(ConvertedLayer):
 
     ``nonlinearity``: "silu" or "hardswish" before the clamp, or "": of layers that :func:`cnncomp.quantize` has seen, whose
     int8 kernels have it too.
+
+    On one of :data:`HALF_KERNELS`, weight and bias are held in its dtype, ``half_dtype``; inputs of any float dtype are rounded
+    to it. ``float_dtype``, float32 or ``half_dtype``, is the output's.
     """
 
     upper: Tensor | None
+    float_dtype = torch.float32
+
+    @property
+    def half_dtype(self) -> torch.dtype | None:
+        """What the layer computes in, None for float32."""
+        return HALF_KERNELS.get(self.kernel)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if self.half_dtype is None or x.dtype not in (torch.float32, *HALF_KERNELS.values()):
+            super()._check_dtype(x)
+
+    def _held(self, t: Tensor) -> nn.Parameter:
+        """A copy of a weight or a bias, as the kernel takes it."""
+        return nn.Parameter(t.detach().clone().to(self.half_dtype or torch.float32), requires_grad=False)
+
+    def _configured(self, config: dict[str, Any]) -> dict[str, Any]:
+        """``config`` with what few layers have."""
+        if self.float_dtype != torch.float32:
+            config["float_dtype"] = str(self.float_dtype).removeprefix("torch.")
+        return {**config, **nonlinearity_config(self.nonlinearity)}
+
+    def _read_float_dtype(self, config: dict[str, Any]) -> None:
+        name = config.get("float_dtype", "float32")
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, self.half_dtype) if dtype}
+        if name not in dtypes:
+            raise ArgumentError("float_dtype", name, " or ".join(dtypes))
+        self.float_dtype = dtypes[name]
 
     def _end_in(self, activation: Clamp, nonlinearity: str) -> None:
         check_activation(nonlinearity, 1.0)
@@ -85,10 +117,10 @@ class _Dense(ConvertedLayer):
     def _bounded(self, t: Tensor) -> Tensor:
         if self.nonlinearity:
             t = clamp_add(activated(t, self.nonlinearity), None, self._interval)
-        if self.upper is None:
-            return t
-        behind = 0 if isinstance(self, LinearLayer) else t.dim() - 2  # dimensions behind the channels
-        return torch.minimum(t, self.upper.view(-1, *[1] * behind))
+        if self.upper is not None:
+            behind = 0 if isinstance(self, LinearLayer) else t.dim() - 2  # dimensions behind the channels
+            t = torch.minimum(t, self.upper.view(-1, *[1] * behind))
+        return t.to(self.float_dtype)
 
     def _epilogue(self, t: Tensor, residual: Tensor) -> Tensor:
         return self._bounded(clamp_add(t, residual, self._fused_interval))
@@ -104,9 +136,9 @@ class _Dense(ConvertedLayer):
 class DenseConv2d(_Dense, ConvLayer):
     """fp32 convolution, bias, residual and clamp. Input (N, C, H, W) (or (N, C, L)), output (N, K, P, Q).
 
-    ``kernel`` is one of :func:`dense_kernels`. "dense.fused", "dense.depthwise" and "dense.direct" run on the CPU in inference
-    only; elsewhere torch's kernels stand in. The weight is held once, as the kernel takes it: "dense.direct" packs it at
-    once, "dense.fused" into oneDNN's own layout at the first call.
+    ``kernel`` is one of :func:`dense_kernels` or :data:`HALF_KERNELS`. "dense.fused", "dense.depthwise" and "dense.direct" run
+    on the CPU in inference only; elsewhere torch's kernels stand in. The weight is held once, as the kernel takes it:
+    "dense.direct" packs it at once, "dense.fused" into oneDNN's own layout at the first call.
     """
 
     plain: nn.Parameter | None
@@ -122,7 +154,7 @@ class DenseConv2d(_Dense, ConvLayer):
         nonlinearity: str = "",
     ) -> None:
         super().__init__()
-        if kernel not in (known := dense_kernels(geometry, "cpu")):
+        if kernel not in (known := (*dense_kernels(geometry, "cpu"), *HALF_KERNELS)):
             raise ArgumentError("kernel", kernel, f"one of {', '.join(known)}")
         geometry.check(weight)
         check_bias(bias, geometry.out_channels)
@@ -137,8 +169,8 @@ class DenseConv2d(_Dense, ConvLayer):
             self.plain = None
         else:
             layout = torch.contiguous_format if kernel in NCHW_KERNELS else torch.channels_last
-            self.plain = nn.Parameter(weight.detach().clone().contiguous(memory_format=layout), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+            self.plain = self._held(weight.detach().contiguous(memory_format=layout))
+        self.bias = None if bias is None else self._held(bias)
 
     @property
     def weight(self) -> Tensor:
@@ -201,7 +233,7 @@ class DenseConv2d(_Dense, ConvLayer):
                     return torch.ops.cnncomp.conv2d_depthwise(x, self.plain, *epilogue, *where)
                 return torch.ops.cnncomp.conv2d_dense(x, self.packed, *epilogue, g.out_channels, *where)
         else:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.to(self.half_dtype or x.dtype).contiguous(memory_format=torch.channels_last)
             if self.kernel == "dense.fused" and _can_fuse(x, residual):
                 return self._fused(x, residual, act)
         t = F.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
@@ -228,12 +260,8 @@ class DenseConv2d(_Dense, ConvLayer):
         return op.binary(x, residual, weight, self.bias, *where, "add", 1.0, "relu" if act else None, [], None)
 
     def config(self) -> dict[str, Any]:
-        return {
-            "geometry": geometry_config(self.geometry),
-            "activation": clamp_config(self.activation),
-            "kernel": self.kernel,
-            **nonlinearity_config(self.nonlinearity),
-        }
+        where = {"geometry": geometry_config(self.geometry), "activation": clamp_config(self.activation)}
+        return self._configured({**where, "kernel": self.kernel})
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"weight": self.weight.detach()}
@@ -241,7 +269,7 @@ class DenseConv2d(_Dense, ConvLayer):
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseConv2d:
-        return cls(
+        layer = cls(
             Geometry.from_config(config["geometry"]),
             tensors["weight"],
             tensors.get("bias"),
@@ -249,12 +277,14 @@ class DenseConv2d(_Dense, ConvLayer):
             config["kernel"],
             str(config.get("nonlinearity", "")),
         )
+        layer._read_float_dtype(config)
+        return layer
 
     def to_dense(self) -> DenseConv2d:
         return self
 
     def with_kernel(self, kernel: str) -> DenseConv2d:
-        """The same layer on another of its :func:`dense_kernels`."""
+        """The same layer on another of its :func:`dense_kernels`, or of :data:`HALF_KERNELS`."""
         return DenseConv2d(self.geometry, self.weight, self.bias, self.activation, kernel, self.nonlinearity)
 
     def extra_repr(self) -> str:
@@ -283,8 +313,8 @@ class DenseLinear(_Dense, LinearLayer):
         self.out_features, self.in_features = weight.shape
         check_bias(bias, self.out_features)
         self._end_in(activation, nonlinearity)
-        self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.weight = self._held(weight.detach().contiguous())
+        self.bias = None if bias is None else self._held(bias)
 
     @property
     def own_kernels(self) -> bool:
@@ -295,12 +325,11 @@ class DenseLinear(_Dense, LinearLayer):
         if self.own_kernels and _can_fuse(x, residual) and x.numel() <= MAX_ROWS * self.in_features:
             t = torch.ops.cnncomp.linear_dense(x, self.weight, self.bias, residual, act.lo, act.hi)
         else:
-            t = clamp_add(F.linear(x, self.weight, self.bias), residual, act)
+            t = clamp_add(F.linear(x.to(self.half_dtype or x.dtype), self.weight, self.bias), residual, act)
         return self._bounded(t) if clamped else t
 
     def config(self) -> dict[str, Any]:
-        more = nonlinearity_config(self.nonlinearity)
-        return {"activation": clamp_config(self.activation), "kernel": self.kernel, **more}
+        return self._configured({"activation": clamp_config(self.activation), "kernel": self.kernel})
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"weight": self.weight.detach()}
@@ -310,7 +339,9 @@ class DenseLinear(_Dense, LinearLayer):
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> DenseLinear:
         activation = clamp_from_config(config["activation"])
         kernel, nonlinearity = config.get("kernel", "dense.linear"), str(config.get("nonlinearity", ""))
-        return cls(tensors["weight"], tensors.get("bias"), activation, kernel, nonlinearity)
+        layer = cls(tensors["weight"], tensors.get("bias"), activation, kernel, nonlinearity)
+        layer._read_float_dtype(config)
+        return layer
 
     def to_dense(self) -> DenseLinear:
         return self

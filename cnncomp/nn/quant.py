@@ -314,6 +314,7 @@ class QuantConv2d(_QuantLayer, ConvLayer):
     """
 
     kernel = "conv2d_int8"
+    _operator = "conv2d_int8"
 
     def __init__(
         self,
@@ -365,7 +366,7 @@ class QuantConv2d(_QuantLayer, ConvLayer):
     def _image(self, x: Tensor, residual: Tensor | None, clamped: bool) -> Tensor:
         g = self.geometry
         constants, lo, dtype = self._constants(clamped)
-        return torch.ops.cnncomp.conv2d_int8(
+        return getattr(torch.ops.cnncomp, self._operator)(
             self._input(x), self.weight, constants, residual, self.residual_scale, lo,
             g.kernel_size, g.stride, g.padding, g.dilation, g.groups, dtype, *self._ending(clamped),
         )  # fmt: skip
@@ -399,6 +400,7 @@ class QuantLinear(_QuantLayer, LinearLayer):
     """int8 linear with the same epilogue. Input (..., C) floats or 8 bit, output (..., K). See :class:`QuantConv2d`."""
 
     kernel = "linear_int8"
+    _operator = "linear_int8"
 
     def __init__(
         self,
@@ -443,7 +445,7 @@ class QuantLinear(_QuantLayer, LinearLayer):
     def _run(self, x: Tensor, residual: Tensor | None, clamped: bool = True) -> Tensor:
         constants, lo, dtype = self._constants(clamped)
         args = (self._input(x), self.weight, constants, residual, self.residual_scale, lo, dtype)
-        return torch.ops.cnncomp.linear_int8(*args, *self._ending(clamped))
+        return getattr(torch.ops.cnncomp, self._operator)(*args, *self._ending(clamped))
 
     @classmethod
     def build(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> QuantLinear:
@@ -458,3 +460,17 @@ class QuantLinear(_QuantLayer, LinearLayer):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}→{self.out_features} {self._io()}"
+
+
+class TritonQuantConv2d(QuantConv2d):
+    """:class:`QuantConv2d` on Triton's kernel where a GPU has others too. The same bits."""
+
+    kernel = "conv2d_int8.triton"
+    _operator = "conv2d_int8_triton"
+
+
+class TritonQuantLinear(QuantLinear):
+    """:class:`QuantLinear` on Triton's kernel where a GPU has others too. The same bits."""
+
+    kernel = "linear_int8.triton"
+    _operator = "linear_int8_triton"

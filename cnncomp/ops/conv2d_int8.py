@@ -9,6 +9,7 @@ residual, are the GPU kernels'; on a CPU they are steps before and behind the fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -209,6 +210,7 @@ def _conv_cuda(
     out_dtype: torch.dtype,
     activation: str = "",
     out_factor: float = 1.0,
+    triton: bool = False,
 ) -> Tensor:
     from cnncomp.ops import cuda
 
@@ -221,11 +223,15 @@ def _conv_cuda(
     check_elements(x=x.shape, weight=weight.shape, out=shape)
     return cuda.conv2d_int8(
         x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype, activation,
-        out_factor,
+        out_factor, triton,
     )  # fmt: skip
 
 
-define("conv2d_int8", CONV_SCHEMA.replace(")", ACTIVATION_SCHEMA), _conv_fake, _conv_cpu, _conv_cuda)
+#: The operators, and the same that on a GPU run Triton's kernels where others could.
+TWINS = {"": False, "_triton": True}
+for _twin, _triton in TWINS.items():
+    _cuda = partial(_conv_cuda, triton=_triton)
+    define(f"conv2d_int8{_twin}", CONV_SCHEMA.replace(")", ACTIVATION_SCHEMA), _conv_fake, _conv_cpu, _cuda)
 
 
 def _linear_fake(
@@ -287,6 +293,7 @@ def _linear_cuda(
     out_dtype: torch.dtype,
     activation: str = "",
     out_factor: float = 1.0,
+    triton: bool = False,
 ) -> Tensor:
     from cnncomp.ops import cuda
 
@@ -295,7 +302,10 @@ def _linear_cuda(
     check_residual_scale(residual, residual_scale)
     _check_shape(weight, (constants.shape[1], x.shape[-1]))
     check_elements(x=x.shape, weight=weight.shape, out=(*x.shape[:-1], constants.shape[1]))
-    return cuda.linear_int8(x, weight, constants, residual, residual_scale, lo, out_dtype, activation, out_factor)
+    rest = (residual_scale, lo, out_dtype, activation, out_factor, triton)
+    return cuda.linear_int8(x, weight, constants, residual, *rest)
 
 
-define("linear_int8", LINEAR_SCHEMA.replace(")", ACTIVATION_SCHEMA), _linear_fake, _linear_cpu, _linear_cuda)
+for _twin, _triton in TWINS.items():
+    _cuda = partial(_linear_cuda, triton=_triton)
+    define(f"linear_int8{_twin}", LINEAR_SCHEMA.replace(")", ACTIVATION_SCHEMA), _linear_fake, _linear_cpu, _cuda)

@@ -47,6 +47,14 @@ def backend(device: torch.device) -> str:
     raise DeviceError("x", device, "a device that this build's CUDA kernels or Triton 3 (sm_80 and later) can run on")
 
 
+@functools.cache
+def has_both(device: torch.device) -> bool:
+    """Whether the int8 kernels of CUDA C++ and Triton's can run on this device: which is faster is for measurement to say."""
+    if device.type != "cuda" or _cuda is None or not _cuda.supports(_index(device)):
+        return False
+    return available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
@@ -169,6 +177,7 @@ def conv2d_int8(
     out_dtype: torch.dtype,
     activation: str = "",
     out_factor: float = 1.0,
+    triton: bool = False,
 ) -> Tensor:
     """int8 convolution on the GPU. No synchronisation; allocates only the output, and once for each stream the workspace, so it
     may be captured.
@@ -185,6 +194,7 @@ def conv2d_int8(
         out_dtype: uint8, int8, float32, float16 or bfloat16.
         activation: "silu", "hardswish" or "".
         out_factor: Behind the activation, before the clamp.
+        triton: Triton's kernel, where others could run too.
 
     Returns:
         (N, K, P, Q) of ``out_dtype``, channels_last.
@@ -195,11 +205,11 @@ def conv2d_int8(
     if constants.shape[0] == 4:
         geometry = (stride, padding, dilation, groups)
         return _shifted(
-            functools.partial(conv2d_int8, x, weight),
+            functools.partial(conv2d_int8, x, weight, triton=triton),
             lambda shift: _mean_shift(x, shift, (weight.shape[1], weight.shape[2]), *geometry),
             geometry, constants, (-1, 1, 1), residual, residual_scale, lo, out_dtype, activation, out_factor,
         )  # fmt: skip
-    if backend(x.device) == "triton":
+    if triton or backend(x.device) == "triton":
         from cnncomp.kernels.conv2d_int8 import conv2d_int8 as launch
 
         args = (x, weight, constants, residual, residual_scale, lo, stride, padding, dilation, groups, out_dtype)
@@ -230,16 +240,17 @@ def linear_int8(
     out_dtype: torch.dtype,
     activation: str = "",
     out_factor: float = 1.0,
+    triton: bool = False,
 ) -> Tensor:
     """int8 linear on the GPU: ``x`` (..., C), ``weight`` (K, C), output (..., K); otherwise as :func:`conv2d_int8`."""
     if constants.shape[0] == 4:
         one = ((1, 1), (0, 0), (1, 1), 1)
         return _shifted(
-            functools.partial(linear_int8, x, weight),
+            functools.partial(linear_int8, x, weight, triton=triton),
             lambda shift: _mean_shift(x.reshape(-1, x.shape[-1], 1, 1), shift, (1, 1), *one).reshape(*x.shape[:-1], -1),
             (), constants, (-1,), residual, residual_scale, lo, out_dtype, activation, out_factor,
         )  # fmt: skip
-    if backend(x.device) == "triton":
+    if triton or backend(x.device) == "triton":
         from cnncomp.kernels.gemm_int8 import linear_int8 as launch
 
         args = (x, weight, constants, residual, residual_scale, lo, out_dtype)
