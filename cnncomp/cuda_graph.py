@@ -1,4 +1,4 @@
-"""``cnncomp.cuda_graph``: a network as one launch, so that small batches do not wait for Python and the driver.
+"""``cnncomp.cuda_graph``: a network's launches as one, so that small batches do not wait for Python and the driver.
 
 torch's own CUDA graphs around a whole module. A graph replays kernels at the addresses that they were captured with: inputs are
 copied to where they lay then, outputs are copied from there, and a network whose weights lie elsewhere now is captured again.
@@ -202,7 +202,7 @@ class CudaGraphs(nn.Module):
 
 
 def cuda_graph(model: nn.Module, example_inputs: Any = None, *, max_graphs: int = 8) -> CudaGraphs:
-    """Run a network through CUDA graphs: one launch for each call, where a small batch would wait for each layer's.
+    """Run a network through CUDA graphs: one launch for all its layers, where a small batch would wait for each one's.
 
     The first call with inputs of new shapes, strides or dtypes captures a graph, for the first ``max_graphs`` of them; each
     holds its inputs, outputs and activations. All else runs as the network does by itself, with one warning: on a CPU, more
