@@ -130,6 +130,10 @@ GEOMETRIES = (
     Conv(4, 16, 1, 2, 2, (3, 3), (1, 1), (5, 5)),  # whole tiles of padding
     Conv(12, 24, 2, 5, 5, (3, 3), (1, 1), (1, 1), groups=3),
     Conv(15, 60, 1, 7, 7, (3, 3), (2, 1), (1, 0), groups=5, x=S8),
+    # Windows of one row that leave columns out
+    Conv(1, 16, 1, 1, 400, (1, 3), (1, 8)),
+    Conv(3, 20, 2, 3, 83, (1, 2), (1, 4), x=S8),
+    Conv(3, 16, 1, 2, 200, (1, 2), (1, 9), (0, 1)),
 )
 
 

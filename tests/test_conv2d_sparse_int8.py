@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnncomp
+from cnncomp import _cpu
 from cnncomp.dispatch.candidates import options_for
 from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.nn import (
@@ -63,6 +64,20 @@ def test_packing_round_trip(
     filled = padded.unflatten(1, (-1, 4)).bool().any(2)
     assert len(packed.values) == int(filled.sum())
     assert packing.quad_sparsity(weight) == pytest.approx(1 - float(filled.double().mean()))
+
+
+@pytest.mark.parametrize("name", _cpu.isa_available())
+def test_pairs_are_bounded_where_products_saturate(name: str) -> None:
+    weight = torch.randint(-127, 128, (8, 40, 3, 3), dtype=torch.int8)
+    before = _cpu.isa()
+    _cpu.set_isa(name)
+    try:
+        packed, saturates = packing.pack_scattered_int8(weight), _cpu.int8_saturates()
+    finally:
+        _cpu.set_isa(before)
+    assert saturates == (name in ("avx2", "avx512"))
+    assert torch.equal(packed.values, packing.pack_scattered_int8(weight, bounded=saturates).values)
+    assert len(packed.values) >= 720 and (len(packed.values) > 720) == saturates
 
 
 def test_a_weight_at_an_odd_address_is_packed() -> None:

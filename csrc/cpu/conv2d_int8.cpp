@@ -37,7 +37,7 @@ int64_t panel_begin(int64_t panel, int64_t panels, int64_t blocks, int64_t max_b
 
 thread_local AlignedArray<const uint8_t*> rows_scratch;
 thread_local AlignedArray<int32_t> window_scratch;
-thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, range_scratch, image_range_scratch, parts_scratch;
+thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, range_scratch, image_range_scratch, most_scratch, parts_scratch;
 
 void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t flip, uint8_t* __restrict to) {
   for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ flip;
@@ -97,6 +97,19 @@ Conv2dInt8Args flip_image(const Conv2dInt8Args& a, uint8_t flip) {
   return flipped;
 }
 
+// The largest of each channel in the whole image.
+void image_most(const Conv2dInt8Args& a, const Int8Kernels& kernels, uint8_t* most) {
+  const int64_t pixels = a.n * a.h * a.w, parts = std::max<int64_t>(a.num_threads, 1);
+  uint8_t* const ranges = image_range_scratch.get(2 * parts * a.c);  // of each part: the least, the largest
+  parallel_for(a.num_threads, parts, [&](int64_t i) {
+    const int64_t begin = pixels * i / parts, count = pixels * (i + 1) / parts - begin;
+    kernels.range(a.x + begin * a.c, count, a.c, 0, ranges + 2 * i * a.c, ranges + (2 * i + 1) * a.c);
+  });
+  std::memset(most, 0, a.c);
+  for (int64_t i = 0; i < parts; i++)
+    for (int64_t c = 0; c < a.c; c++) most[c] = std::max(most[c], ranges[(2 * i + 1) * a.c + c]);
+}
+
 // group_c: channels that a window sums over at each tap; q: columns of the output; flipped: whether the input is already.
 void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q, bool flipped) {
   const int64_t group_k = a.k / a.groups, taps = a.r * a.s;
@@ -107,7 +120,8 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   for (int64_t t = 0; t < taps; t++) window_taps.push_back({t / a.s, t % a.s});
   const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
   const int64_t pixels = a.n * output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) * q;
-  const bool by_run = a.groups == 1 && is_pixel_by_pixel(a, taps, q);
+  // Pixels of a folded image may lie further apart than what a window sums over.
+  const bool by_run = group_c == a.c && is_pixel_by_pixel(a, taps, q);
   const uint8_t flip = can_flip(a) && !flipped ? 0x80 : 0;
   // Where sums of two products saturate, those that cannot are told by the largest inputs: worth while for some tiles.
   constexpr int64_t kMinTiles = 2;
@@ -118,16 +132,14 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const ConvRows rows(in, 4 * quads, q, std::move(window_taps), flips_image ? flip : 0);
   const int64_t parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
-  // The largest of each channel in the whole image. (Padding is 128 at most, and pairs of that fit with any weights.) Where
-  // pixels overlap, a channel is that of several.
-  uint8_t* image_most = nullptr;
+  // Padding is 128 at most, and pairs of that fit with any weights. Where pixels overlap, a channel is that of several; behind
+  // the last one a quad's weights are zeros.
+  uint8_t* largest = nullptr;
   if (bounded && !by_run) {
     const int64_t size = a.c + 4 * quads;
-    image_most = image_range_scratch.get(2 * size);
-    std::memset(image_most, 255, size);
-    if (group_c == a.c / a.groups) {
-      kernels.range(in.x, a.n * a.h * a.w, a.c, 0, image_most + size, image_most);
-    }
+    largest = most_scratch.get(size);
+    std::memset(largest, 255, size);
+    if (group_c == a.c / a.groups) image_most(in, kernels, largest);
   }
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;
@@ -135,7 +147,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
     const auto table = rows_scratch.get(count * taps);
-    const uint8_t *most = image_most != nullptr ? image_most + g * a.c / a.groups : nullptr, *least = nullptr;
+    const uint8_t *most = largest != nullptr ? largest + g * group_c : nullptr, *least = nullptr;
     uint8_t* const run_range = by_run && bounded ? range_scratch.get(8 * quads) : nullptr;
     if (run_range != nullptr) {
       std::memset(run_range, 0, 8 * quads);

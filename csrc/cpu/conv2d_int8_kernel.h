@@ -39,7 +39,7 @@ struct Remainders {
 template <class S, int BLOCKS>
 bool part_weights(const ConvPanel& a) {
   constexpr int kPerBlock = kBlock / S::kLanes;
-  const int64_t block_bytes = a.taps * a.quads * 4 * kBlock;
+  const int64_t block_bytes = a.taps * a.quads * 4 * kBlock, worth_while = BLOCKS * block_bytes * 2 / 5 / S::kBytes;
   int64_t remainders = 0;
   for (int v = 0; v < BLOCKS * kPerBlock; v++) {
     const int64_t first = (v / kPerBlock) * block_bytes + (v % kPerBlock) * S::kBytes;
@@ -60,8 +60,9 @@ bool part_weights(const ConvPanel& a) {
     }
     *left.count = count;
     remainders += count;
+    if (remainders > worth_while) return false;
   }
-  return remainders * S::kBytes <= BLOCKS * block_bytes * 2 / 5;
+  return true;
 }
 
 // What accumulators start from where the least of each channel was taken from the inputs.
@@ -210,17 +211,19 @@ int64_t conv_up_to_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
 
 constexpr int kEpiloguePixels = 28;
 
-// FEW: quads whose weights fit in the registers.
-template <class S, int BLOCKS, int MAX, int FEW = 0>
+// MAX: pixels in a tile, EXACT of them where products of bytes could saturate and 16-bit pairs are taken, of which weights and
+// input take more registers. FEW: quads whose weights fit in the registers.
+template <class S, int BLOCKS, int MAX, int FEW = 0, int EXACT = MAX>
 void conv_blocks(const ConvPanel& panel) {
   ConvPanel a = panel;
-  static constexpr ConvTiles<S, BLOCKS, MAX, kUnsignedInputs> unsigned_tiles;
-  static constexpr ConvTiles<S, BLOCKS, MAX, kSignedInputs> signed_tiles;
+  static constexpr ConvTiles<S, BLOCKS, EXACT, kUnsignedInputs> unsigned_tiles;
+  static constexpr ConvTiles<S, BLOCKS, EXACT, kSignedInputs> signed_tiles;
   const ConvTile<BLOCKS>* tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
+  int64_t max = EXACT;
   alignas(64) int32_t init[BLOCKS * kBlock];
   if constexpr (S::kSaturates) {
     static constexpr ConvTiles<S, BLOCKS, MAX, kBoundedInputs> bounded_tiles;
-    if (a.most != nullptr && part_weights<S, BLOCKS>(a)) tiles = bounded_tiles.tile;
+    if (a.most != nullptr && part_weights<S, BLOCKS>(a)) tiles = bounded_tiles.tile, max = MAX;
     if (a.least != nullptr) {
       add_least<S, BLOCKS>(a, init);
       a.init = init;
@@ -236,11 +239,11 @@ void conv_blocks(const ConvPanel& panel) {
   const bool past = e.residual != nullptr && e.channels < BLOCKS * kBlock;
   const EpilogueFn finish = epilogue_of<S, BLOCKS>(e);
   // The epilogue takes several tiles at a time; their sums stay in the first-level cache.
-  constexpr int64_t kTiles = kEpiloguePixels / MAX;
-  alignas(64) int32_t acc[kTiles * MAX * BLOCKS * kBlock];
+  const int64_t at_once = kEpiloguePixels / max;
+  alignas(64) int32_t acc[kEpiloguePixels * BLOCKS * kBlock];
   // Tiles of equal size, give or take one: no tile is left with a single pixel.
   const int64_t first = direct && !past && a.taps == 1 ? conv_up_to_quads<S, BLOCKS, FEW>(a, bounds) : 0;
-  const int64_t pixels = a.pixels - first, count = (pixels + MAX - 1) / MAX;
+  const int64_t pixels = a.pixels - first, count = (pixels + max - 1) / max;
   int64_t done = first, end = first;
   for (int64_t i = 0; i < count; i++) {
     const int64_t begin = end;
@@ -252,7 +255,7 @@ void conv_blocks(const ConvPanel& panel) {
       done = end;
       continue;
     }
-    if (i % kTiles == kTiles - 1 || i == count - 1) {
+    if (i % at_once == at_once - 1 || i == count - 1) {
       finish(acc, BLOCKS * kBlock, end - done, e, done, 0);
       done = end;
     }

@@ -1,4 +1,4 @@
-// The int8 kernels with AVX-512 without VNNI: products of 16-bit pairs.
+// The int8 kernels with AVX-512 without VNNI: products of bytes where none saturates, else of 16-bit pairs.
 #include "simd512.h"
 
 #include "int8_table.h"

@@ -59,7 +59,7 @@ ConvSizes::ConvSizes(Random& random) {
     r = random.one_of<int64_t>({1, 1, 2, 3, 3, 5});
     s = random.chance(0.7) ? r : random.whole(1, 4);
     stride_h = random.whole(1, 3);
-    stride_w = random.chance(0.7) ? stride_h : random.whole(1, 2);
+    stride_w = random.chance(0.7) ? stride_h : random.whole(1, 9);
     pad_h = random.whole(0, 2);
     pad_w = random.chance(0.7) ? pad_h : random.whole(0, 3);
     dil_h = random.one_of<int64_t>({1, 1, 2});
@@ -70,7 +70,7 @@ ConvSizes::ConvSizes(Random& random) {
   p = p / stride_h + 1;
   q = q / stride_w + 1;
   groups = random.one_of<int64_t>({1, 1, 2, 3});
-  c = groups * random.whole(1, 40);
+  c = groups * random.whole(1, random.chance(0.2) ? 3 : 40);
   k = groups * random.whole(1, 70);
 }
 

@@ -77,6 +77,20 @@ class Random {
   std::mt19937_64 engine_;
 };
 
+// int8 weights, of which all are large, few, or none: which kernels run depends on whether two products of bytes leave 16 bits.
+class RandomWeight {
+ public:
+  explicit RandomWeight(Random& random) : random_(random), large_(random.one_of({1.0, 0.03, 0.0})) {}
+  int8_t operator()() {
+    const auto any = static_cast<int8_t>(random_.one_of<int64_t>({-127, 127, random_.whole(-127, 127)}));
+    return random_.chance(large_) ? any : static_cast<int8_t>(any / 4);
+  }
+
+ private:
+  Random& random_;
+  double large_;
+};
+
 // The sizes of a random convolution that has an output; `groups` divides c and k.
 struct ConvSizes {
   int64_t n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, p, q;

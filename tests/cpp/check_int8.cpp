@@ -10,28 +10,28 @@ namespace {
 
 int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple; }
 
-int8_t weight(Random& random) { return static_cast<int8_t>(random.one_of<int64_t>({-127, 127, random.whole(-127, 127)})); }
-
 // Random weights in the layouts of docs/design.md ("int8, CPU"), zero where they pad.
 std::vector<int8_t> dense_weights(Random& random, const ConvSizes& z) {
   const int64_t group_c = z.c / z.groups, group_k = z.k / z.groups, taps = z.r * z.s;
   const int64_t blocks = up(group_k, 16), quads = up(group_c, 4);
   std::vector<int8_t> packed(static_cast<size_t>(z.groups * blocks * taps * quads * 64));
+  RandomWeight weight(random);
   for (int64_t g = 0; g < z.groups; g++)
     for (int64_t k = 0; k < group_k; k++)
       for (int64_t t = 0; t < taps; t++)
         for (int64_t c = 0; c < group_c; c++)
-          packed[((((g * blocks + k / 16) * taps + t) * quads + c / 4) * 16 + k % 16) * 4 + c % 4] = weight(random);
+          packed[((((g * blocks + k / 16) * taps + t) * quads + c / 4) * 16 + k % 16) * 4 + c % 4] = weight();
   return packed;
 }
 
 std::vector<int8_t> depthwise_weights(Random& random, const ConvSizes& z) {
   const int64_t columns = z.r == 1 ? 1 : z.s, length = z.r == 1 ? z.s : z.r, quads = up(length, 4);
   std::vector<int8_t> packed(static_cast<size_t>(up(z.c, 16) * columns * quads * 64));
+  RandomWeight weight(random);
   for (int64_t c = 0; c < z.c; c++)
     for (int64_t s = 0; s < columns; s++)
       for (int64_t t = 0; t < length; t++)
-        packed[(((c / 16 * columns + s) * quads + t / 4) * 16 + c % 16) * 4 + t % 4] = weight(random);
+        packed[(((c / 16 * columns + s) * quads + t / 4) * 16 + c % 16) * 4 + t % 4] = weight();
   return packed;
 }
 

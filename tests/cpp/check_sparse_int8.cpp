@@ -28,10 +28,11 @@ class Weights {
       const double density = random.one_of<double>({0.0, 0.05, 0.3, 1.0});
       const int64_t group_c = z.c / z.groups, group_k = z.k / z.groups;
       const int64_t elements = scattered ? group_c : (group_c + 3) / 4;
+      RandomWeight weight(random);
       for (int64_t g = 0; g < z.groups; g++) {
         for (int64_t first = 0; first < elements; first += block) {
           for (int64_t k = 0; k < group_k; k++) {
-            add_row(random, density, std::min(block, elements - first) * z.r * z.s, scattered ? 1 : 4);
+            add_row(random, weight, density, std::min(block, elements - first) * z.r * z.s, scattered ? 1 : 4);
             row_ptr.push_back(static_cast<int32_t>(values.size() / 4));
           }
         }
@@ -39,11 +40,10 @@ class Weights {
     }
 
     // Of `count` places for `width` values each; filled up to four with weight 0 at place 0.
-    void add_row(Random& random, double density, int64_t count, int64_t width) {
+    void add_row(Random& random, RandomWeight& weight, double density, int64_t count, int64_t width) {
       for (int64_t i = 0; i < count; i++) {
         if (!random.chance(density)) continue;
-        for (int64_t j = 0; j < width; j++)
-          values.push_back(static_cast<int8_t>(random.one_of<int64_t>({-127, 127, random.whole(-127, 127)})));
+        for (int64_t j = 0; j < width; j++) values.push_back(weight());
         index.push_back(static_cast<uint16_t>(i));
       }
       for (; values.size() % 4 != 0; index.push_back(0)) values.push_back(0);
