@@ -107,17 +107,18 @@ def test_pairs_at_the_edge_of_16_bits(isa: str, kernel: int, x: torch.dtype) -> 
     conv = Conv(24, 33, 1, 9, 8, (kernel, kernel), pad=(kernel // 2, kernel // 2), x=x)
     o = random_operands(conv)
     ends = torch.tensor(RANGE[x]).to(x)
+    # Of eight inputs, those two quads whose products may be added before they are widened.
+    edges = (
+        (64, 64), (-64, -64), (65, 64), (-65, -64), (127, 1), (-128, 0), (127, 127), (-128, -128),
+        (32, 32, 0, 0, 32, 32), (-32, -32, 0, 0, -32, -32), (32, 32, 0, 0, 32, 33), (-32, -33, 0, 0, -32, -32),
+        (0, 0, 127, 1, 0, 0, 1), (0, 0, 64, 64, 0, 0, 64, 64), (0, 0, -128, -128, 0, 0, -128, -128), (127, -127) * 4,
+    )  # fmt: skip
     for share in (0.0, 0.02, 1.0):
         weight = torch.zeros_like(o.weight)
-        for at, pair in enumerate(
-            ((64, 64), (-64, -64), (65, 64), (-65, -64), (127, 1), (-128, 0), (127, 127), (-128, -128))
-        ):
-            some = torch.rand(33, 6, kernel, kernel) < (share or 1.0)
-            some &= (torch.arange(33) % 8 == at)[:, None, None, None]
-            first = 2 * (at % 2)  # pairs are of the first two of a quad, and of the last
-            weight[:, first::4][some], weight[:, first + 1 :: 4][some] = pair
-        if not share:
-            weight[torch.arange(33) % 8 > 1] = 0
+        for k in range(33 if share else 2):
+            edge = torch.tensor((*edges[k % len(edges)], *[0] * 8)[:8], dtype=S8)
+            some = torch.rand(3, 1, kernel, kernel) < (share or 1.0)
+            weight[k] = (edge[None, :, None, None] * some).flatten(0, 1)
         check(conv, replace(o, x=ends[torch.randint(0, 2, o.x.shape)], weight=weight))
         check(conv, replace(o, x=torch.full_like(o.x, int(ends[1])), weight=weight))
 

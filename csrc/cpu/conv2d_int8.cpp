@@ -37,7 +37,8 @@ int64_t panel_begin(int64_t panel, int64_t panels, int64_t blocks, int64_t max_b
 
 thread_local AlignedArray<const uint8_t*> rows_scratch;
 thread_local AlignedArray<int32_t> window_scratch;
-thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, range_scratch, image_range_scratch, most_scratch, parts_scratch;
+thread_local AlignedArray<uint8_t> run_scratch, image_scratch, folded_scratch, parts_scratch;
+thread_local AlignedArray<uint8_t> range_scratch, image_range_scratch, most_scratch;
 
 void flip_bytes(const uint8_t* __restrict from, int64_t count, uint8_t flip, uint8_t* __restrict to) {
   for (int64_t i = 0; i < count; i++) to[i] = from[i] ^ flip;
@@ -97,15 +98,15 @@ Conv2dInt8Args flip_image(const Conv2dInt8Args& a, uint8_t flip) {
   return flipped;
 }
 
-// The largest of each channel in the whole image.
-void image_most(const Conv2dInt8Args& a, const Int8Kernels& kernels, uint8_t* most) {
+// The largest of each channel in the whole image and around it, where it is `padding`.
+void image_most(const Conv2dInt8Args& a, const Int8Kernels& kernels, uint8_t padding, uint8_t* most) {
   const int64_t pixels = a.n * a.h * a.w, parts = std::max<int64_t>(a.num_threads, 1);
   uint8_t* const ranges = image_range_scratch.get(2 * parts * a.c);  // of each part: the least, the largest
   parallel_for(a.num_threads, parts, [&](int64_t i) {
     const int64_t begin = pixels * i / parts, count = pixels * (i + 1) / parts - begin;
     kernels.range(a.x + begin * a.c, count, a.c, 0, ranges + 2 * i * a.c, ranges + (2 * i + 1) * a.c);
   });
-  std::memset(most, 0, a.c);
+  std::memset(most, padding, a.c);
   for (int64_t i = 0; i < parts; i++)
     for (int64_t c = 0; c < a.c; c++) most[c] = std::max(most[c], ranges[(2 * i + 1) * a.c + c]);
 }
@@ -132,14 +133,13 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const ConvRows rows(in, 4 * quads, q, std::move(window_taps), flips_image ? flip : 0);
   const int64_t parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
-  // Padding is 128 at most, and pairs of that fit with any weights. Where pixels overlap, a channel is that of several; behind
-  // the last one a quad's weights are zeros.
+  // Where pixels overlap, a channel is that of several. Behind the last one a quad's weights are zeros.
   uint8_t* largest = nullptr;
   if (bounded && !by_run) {
     const int64_t size = a.c + 4 * quads;
     largest = most_scratch.get(size);
     std::memset(largest, 255, size);
-    if (group_c == a.c / a.groups) image_most(in, kernels, largest);
+    if (group_c == a.c / a.groups) image_most(in, kernels, flips_image ? flip : 0, largest);
   }
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;

@@ -2,7 +2,8 @@
 //
 // PIXELS x BLOCKS*16 accumulators; per tap and quad of input channels each pixel's quad is broadcast and meets the
 // weights of 16 channels at a time. int8 inputs have their top bit flipped (init holds the correction). Where products of bytes
-// saturate, those are taken that cannot with the inputs at hand, and the weights of the others in two parts.
+// saturate, those are taken that cannot with the inputs at hand, and the weights of the others in two parts; at best the products
+// of two quads are added before they are widened.
 #pragma once
 
 #include "int8_epilogue.h"
@@ -10,8 +11,9 @@
 namespace cnncomp {
 namespace {
 
-// How a tile meets its inputs: by exact products of two kinds, or, of unsigned ones, by products of bytes that saturate.
-enum Inputs : int { kUnsignedInputs, kSignedInputs, kBoundedInputs };
+// How a tile meets its inputs: by exact products of two kinds, or, of unsigned ones, by products of bytes that saturate, of
+// single quads or of two.
+enum Inputs : int { kUnsignedInputs, kSignedInputs, kBoundedInputs, kBoundedTwos };
 
 // Of one vector's weights, what was left when they were parted, and which tap and channel it belongs to.
 struct Place {
@@ -34,33 +36,55 @@ struct Remainders {
   }
 };
 
-// Weights as they are, but for pairs whose products could be beyond 16 bits: of those one half, and the other in Remainders.
-// Returns whether these are few enough to be worth while.
-template <class S, int BLOCKS>
+// The remainders of one vector so far.
+template <class S>
+struct Parts {
+  Remainders<S> left;
+  int64_t count = 0;
+
+  // Takes from w what is beyond its bounds.
+  void take(typename S::Int& w, typename S::Int part, int64_t tap, int64_t channel) {
+    S::store(left.weight + count * S::kBytes, part);
+    left.place[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(channel)};
+    w = S::sub_bytes(w, part);
+  }
+  // Half of the pairs that could leave 16 bits.
+  void bound(typename S::Int& w, typename S::Int most, int64_t tap, int64_t channel) {
+    const auto beyond = S::pairs_beyond(most, w);
+    if (__builtin_expect(!S::none(beyond), 0)) take(w, S::bit_and(S::halve_bytes(w), beyond), tap, channel);
+  }
+};
+
+// Weights as they are, but for pairs whose products could be beyond 16 bits: of those one half, and the other in Remainders. With
+// TWOS, the same of what the pairs of two quads add up to: of those the second. Returns whether Remainders are few enough to be
+// worth while.
+template <class S, int BLOCKS, bool TWOS>
 bool part_weights(const ConvPanel& a) {
   constexpr int kPerBlock = kBlock / S::kLanes;
-  const int64_t block_bytes = a.taps * a.quads * 4 * kBlock, worth_while = BLOCKS * block_bytes * 2 / 5 / S::kBytes;
+  const int64_t steps = a.taps * a.quads, block_bytes = steps * 4 * kBlock, channels = 4 * a.quads;
+  const int64_t worth_while = TWOS ? steps / 5 : steps * 2 / 5;  // of a vector
   int64_t remainders = 0;
   for (int v = 0; v < BLOCKS * kPerBlock; v++) {
-    const int64_t first = (v / kPerBlock) * block_bytes + (v % kPerBlock) * S::kBytes;
-    const Remainders<S> left(a, BLOCKS * block_bytes, v);
-    int64_t count = 0, at = first;
+    Parts<S> parts{Remainders<S>(a, BLOCKS * block_bytes, v)};
+    int64_t at = (v / kPerBlock) * block_bytes + (v % kPerBlock) * S::kBytes;
     for (int64_t tap = 0; tap < a.taps; tap++) {
-      for (int64_t channel = 0; channel < 4 * a.quads; channel += 4, at += 4 * kBlock) {
+      for (int64_t channel = 0; channel < channels; channel += 4, at += 4 * kBlock) {
+        if (TWOS && parts.count + 3 > steps) return false;  // there might be no room
+        const auto most = S::broadcast(a.most + channel);
         auto w = S::load(a.weight + at);
-        const auto beyond = S::pairs_beyond(S::broadcast(a.most + channel), w);
-        if (__builtin_expect(!S::none(beyond), 0)) {
-          const auto half = S::bit_and(S::halve_bytes(w), beyond);
-          S::store(left.weight + count * S::kBytes, half);
-          left.place[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(channel)};
-          w = S::sub_bytes(w, half);
+        parts.bound(w, most, tap, channel);
+        if constexpr (TWOS) {
+          if (channel % 8 == 4) {
+            const auto beyond = S::two_beyond(S::broadcast(a.most + channel - 4), S::load(a.parts + at - 4 * kBlock), most, w);
+            if (!S::none(beyond)) parts.take(w, S::bit_and(w, beyond), tap, channel);
+          }
         }
         S::store(a.parts + at, w);
       }
     }
-    *left.count = count;
-    remainders += count;
-    if (remainders > worth_while) return false;
+    *parts.left.count = parts.count;
+    remainders += parts.count;
+    if (remainders > (v + 1) * worth_while) return false;
   }
   return true;
 }
@@ -78,69 +102,107 @@ void add_least(const ConvPanel& a, int32_t* init) {
   }
 }
 
+// A tile's accumulators: V vectors of output channels for each pixel.
+template <class S, int BLOCKS, int PIXELS>
+using TileSums = typename S::Int[PIXELS][BLOCKS * kBlock / S::kLanes];
+
+// sums += the quads of inputs at x[...] + c and their weights, `stride` bytes from block to block.
+template <class S, int BLOCKS, int PIXELS, Inputs INPUTS>
+inline __attribute__((always_inline)) void add_quad(TileSums<S, BLOCKS, PIXELS>& sums, const uint8_t* const (&x)[PIXELS],
+                                                    int64_t c, const uint8_t* weight, int64_t stride) {
+  constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
+  const auto from = [&](int v) { return weight + (v / kPerBlock) * stride + (v % kPerBlock) * S::kBytes; };
+  if constexpr (INPUTS == kBoundedInputs) {
+    typename S::Int w[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) w[v] = S::load(from(v));
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++) {
+      const auto input = S::broadcast(x[m] + c);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) sums[m][v] = S::dot_bytes(sums[m][v], input, w[v]);
+    }
+  } else {
+    const auto flip = S::set(static_cast<int32_t>(0x80808080u));
+    typename S::Operand w[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) w[v] = S::weight(S::load(from(v)));
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; m++) {
+      const auto quad = S::broadcast(x[m] + c);
+      const auto input = S::input(INPUTS == kSignedInputs ? S::bit_xor(quad, flip) : quad);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) sums[m][v] = S::dot(sums[m][v], input, w[v]);
+    }
+  }
+}
+
+// The same of two quads, bounded together.
+template <class S, int BLOCKS, int PIXELS>
+inline __attribute__((always_inline)) void add_two_quads(TileSums<S, BLOCKS, PIXELS>& sums, const uint8_t* const (&x)[PIXELS],
+                                                         int64_t c, const uint8_t* weight, int64_t stride) {
+  constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
+  typename S::Int w[2][V];
+#pragma GCC unroll 16
+  for (int v = 0; v < 2 * V; v++)
+    w[v / V][v % V] = S::load(weight + v / V * 4 * kBlock + v % V / kPerBlock * stride + v % kPerBlock * S::kBytes);
+#pragma GCC unroll 16
+  for (int m = 0; m < PIXELS; m++) {
+    const auto x0 = S::broadcast(x[m] + c), x1 = S::broadcast(x[m] + c + 4);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) sums[m][v] = S::dot_two(sums[m][v], x0, w[0][v], x1, w[1][v]);
+  }
+}
+
+template <class S, int BLOCKS, int PIXELS>
+inline __attribute__((always_inline)) void add_remainders(TileSums<S, BLOCKS, PIXELS>& sums, const ConvPanel& a,
+                                                          const uint8_t* const* rows) {
+#pragma GCC unroll 16
+  for (int v = 0; v < BLOCKS * kBlock / S::kLanes; v++) {
+    const Remainders<S> left(a, BLOCKS * a.taps * a.quads * 4 * kBlock, v);
+    for (int64_t i = 0; i < *left.count; i++) {
+      const auto w = S::load(left.weight + i * S::kBytes);
+      const uint8_t* const* const row = rows + left.place[i].tap;
+#pragma GCC unroll 16
+      for (int m = 0; m < PIXELS; m++)
+        sums[m][v] = S::dot_bytes(sums[m][v], S::broadcast(row[m * a.taps] + left.place[i].channel), w);
+    }
+  }
+}
+
 // The sums go to `out`, or, where that is null and the inputs are unsigned, through the epilogue. ahead: a block of weights to
 // fetch into the cache.
 template <class S, int BLOCKS, int PIXELS, Inputs INPUTS>
 void conv_tile(const ConvPanel& a, int64_t pixel, int32_t* out, const ByteBounds<BLOCKS>& bounds, const int8_t* ahead) {
-  constexpr int V = BLOCKS * kBlock / S::kLanes, kPerBlock = kBlock / S::kLanes;
-  typename S::Int acc[PIXELS][V];
+  constexpr int V = BLOCKS * kBlock / S::kLanes;
+  constexpr bool kBounded = INPUTS == kBoundedInputs || INPUTS == kBoundedTwos;
+  TileSums<S, BLOCKS, PIXELS> acc;
 #pragma GCC unroll 16
   for (int v = 0; v < V; v++) {
     const auto init = S::load(a.init + v * S::kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < PIXELS; m++) acc[m][v] = init;
   }
-  const auto flip = S::set(static_cast<int32_t>(0x80808080u));
   const int64_t taps = a.taps, channels = 4 * a.quads, block_stride = taps * channels * kBlock;
-  const uint8_t* weight = INPUTS == kBoundedInputs ? a.parts : reinterpret_cast<const uint8_t*>(a.weight);
+  const uint8_t* weight = kBounded ? a.parts : reinterpret_cast<const uint8_t*>(a.weight);
   const uint8_t* const* rows = a.rows + pixel * taps;
+  const auto next = [&](int quads) __attribute__((always_inline)) {
+    weight += quads * 4 * kBlock;
+    if (ahead == nullptr) return;
+    for (int i = 0; i < quads; i++, ahead += 4 * kBlock) __builtin_prefetch(ahead, 0, 2);
+  };
   for (int64_t tap = 0; tap < taps; tap++) {
     const uint8_t* x[PIXELS];
 #pragma GCC unroll 16
     for (int m = 0; m < PIXELS; m++) x[m] = rows[m * taps + tap];
-    for (int64_t c = 0; c < channels; c += 4, weight += 4 * kBlock) {
-      if (ahead != nullptr) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 4 * kBlock;
-      }
-      const auto from = [&](int v) { return weight + (v / kPerBlock) * block_stride + (v % kPerBlock) * S::kBytes; };
-      if constexpr (INPUTS == kBoundedInputs) {
-        typename S::Int w[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) w[v] = S::load(from(v));
-#pragma GCC unroll 16
-        for (int m = 0; m < PIXELS; m++) {
-          const auto input = S::broadcast(x[m] + c);
-#pragma GCC unroll 16
-          for (int v = 0; v < V; v++) acc[m][v] = S::dot_bytes(acc[m][v], input, w[v]);
-        }
-      } else {
-        typename S::Operand w[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) w[v] = S::weight(S::load(from(v)));
-#pragma GCC unroll 16
-        for (int m = 0; m < PIXELS; m++) {
-          const auto quad = S::broadcast(x[m] + c);
-          const auto input = S::input(INPUTS == kSignedInputs ? S::bit_xor(quad, flip) : quad);
-#pragma GCC unroll 16
-          for (int v = 0; v < V; v++) acc[m][v] = S::dot(acc[m][v], input, w[v]);
-        }
-      }
+    int64_t c = 0;
+    if constexpr (INPUTS == kBoundedTwos) {
+      for (; c + 8 <= channels; c += 8, next(2)) add_two_quads<S, BLOCKS, PIXELS>(acc, x, c, weight, block_stride);
     }
+    constexpr Inputs kSingle = kBounded ? kBoundedInputs : INPUTS;
+    for (; c < channels; c += 4, next(1)) add_quad<S, BLOCKS, PIXELS, kSingle>(acc, x, c, weight, block_stride);
   }
-  if constexpr (INPUTS == kBoundedInputs) {
-#pragma GCC unroll 16
-    for (int v = 0; v < V; v++) {
-      const Remainders<S> left(a, BLOCKS * block_stride, v);
-      for (int64_t i = 0; i < *left.count; i++) {
-        const auto w = S::load(left.weight + i * S::kBytes);
-        const uint8_t* const* const row = rows + left.place[i].tap;
-#pragma GCC unroll 16
-        for (int m = 0; m < PIXELS; m++)
-          acc[m][v] = S::dot_bytes(acc[m][v], S::broadcast(row[m * taps] + left.place[i].channel), w);
-      }
-    }
-  }
+  if constexpr (kBounded) add_remainders<S, BLOCKS, PIXELS>(acc, a, rows);
   if constexpr (INPUTS != kSignedInputs) {
     if (out == nullptr) return store_tile<S, BLOCKS, PIXELS>(acc, a.epilogue, bounds, pixel);
   }
@@ -211,9 +273,9 @@ int64_t conv_up_to_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
 
 constexpr int kEpiloguePixels = 28;
 
-// MAX: pixels in a tile, EXACT of them where products of bytes could saturate and 16-bit pairs are taken, of which weights and
-// input take more registers. FEW: quads whose weights fit in the registers.
-template <class S, int BLOCKS, int MAX, int FEW = 0, int EXACT = MAX>
+// MAX: pixels in a tile; where products of bytes saturate, EXACT of them if 16-bit pairs are taken and TWOS if two quads at a time,
+// of which weights and input take more registers. FEW: quads whose weights fit in the registers.
+template <class S, int BLOCKS, int MAX, int FEW = 0, int EXACT = MAX, int TWOS = 0>
 void conv_blocks(const ConvPanel& panel) {
   ConvPanel a = panel;
   static constexpr ConvTiles<S, BLOCKS, EXACT, kUnsignedInputs> unsigned_tiles;
@@ -223,7 +285,13 @@ void conv_blocks(const ConvPanel& panel) {
   alignas(64) int32_t init[BLOCKS * kBlock];
   if constexpr (S::kSaturates) {
     static constexpr ConvTiles<S, BLOCKS, MAX, kBoundedInputs> bounded_tiles;
-    if (a.most != nullptr && part_weights<S, BLOCKS>(a)) tiles = bounded_tiles.tile, max = MAX;
+    bool twos = false;
+    if constexpr (TWOS > 0) {
+      static constexpr ConvTiles<S, BLOCKS, TWOS, kBoundedTwos> two_tiles;
+      twos = a.most != nullptr && a.quads > 1 && part_weights<S, BLOCKS, true>(a);
+      if (twos) tiles = two_tiles.tile, max = TWOS;
+    }
+    if (a.most != nullptr && !twos && part_weights<S, BLOCKS, false>(a)) tiles = bounded_tiles.tile, max = MAX;
     if (a.least != nullptr) {
       add_least<S, BLOCKS>(a, init);
       a.init = init;

@@ -10,8 +10,8 @@ namespace cnncomp {
 namespace {
 
 // Panels of one block.
-template <class S, int PIXELS, int EXACT = PIXELS>
-void conv_one_block(const ConvPanel& a) { conv_blocks<S, 1, PIXELS, 0, EXACT>(a); }
+template <class S, int PIXELS, int EXACT = PIXELS, int TWOS = 0>
+void conv_one_block(const ConvPanel& a) { conv_blocks<S, 1, PIXELS, 0, EXACT, TWOS>(a); }
 
 // By vectors of each of the types in turn, the widest first.
 template <class... S>

@@ -36,10 +36,19 @@ struct Vec256 {
   static Int dot_bytes(Int acc, Int x, Int w) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
   }
-  static Int pairs_beyond(Int most, Int w) {
-    const Int highest = _mm256_maddubs_epi16(most, _mm256_max_epi8(w, set(0)));
-    const Int lowest = _mm256_maddubs_epi16(most, _mm256_min_epi8(w, set(0)));
+  static Int dot_two(Int acc, Int x0, Int w0, Int x1, Int w1) {
+    const Int sum = _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w1));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+  }
+  static Int highest(Int most, Int w) { return _mm256_maddubs_epi16(most, _mm256_max_epi8(w, set(0))); }
+  static Int lowest(Int most, Int w) { return _mm256_maddubs_epi16(most, _mm256_min_epi8(w, set(0))); }
+  static Int saturated(Int highest, Int lowest) {
     return bit_or(_mm256_cmpeq_epi16(highest, _mm256_set1_epi16(INT16_MAX)), _mm256_cmpeq_epi16(lowest, _mm256_set1_epi16(INT16_MIN)));
+  }
+  static Int pairs_beyond(Int most, Int w) { return saturated(highest(most, w), lowest(most, w)); }
+  static Int two_beyond(Int most0, Int w0, Int most1, Int w1) {
+    return saturated(_mm256_adds_epi16(highest(most0, w0), highest(most1, w1)),
+                     _mm256_adds_epi16(lowest(most0, w0), lowest(most1, w1)));
   }
   static bool none(Int v) { return _mm256_testz_si256(v, v) != 0; }
   static Int halve_bytes(Int v) {
