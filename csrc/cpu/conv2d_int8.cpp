@@ -111,83 +111,129 @@ void image_most(const Conv2dInt8Args& a, const Int8Kernels& kernels, uint8_t pad
     for (int64_t c = 0; c < a.c; c++) most[c] = std::max(most[c], ranges[(2 * i + 1) * a.c + c]);
 }
 
+std::vector<Tap> window_taps(const Conv2dInt8Args& a) {
+  std::vector<Tap> taps;
+  for (int64_t t = 0; t < a.r * a.s; t++) taps.push_back({t / a.s, t % a.s});
+  return taps;
+}
+
+// Where the top bits of signed inputs are flipped: nowhere, in the kernel, or once for all panels, run by run or in the image.
+enum class Flip { none, kernel, run, image };
+
+// What the panels meet: rows of inputs, and where products of bytes saturate their range.
+class Inputs {
+ public:
+  // See dense.
+  Inputs(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q, bool flipped)
+      : a_(a),
+        kernels_(kernels),
+        group_c_(group_c),
+        quads_(ceil_div(group_c, 4)),
+        pixels_(a.n * output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) * q),
+        // Pixels of a folded image may lie further apart than what a window sums over.
+        by_run_(group_c == a.c && is_pixel_by_pixel(a, a.r * a.s, q)),
+        bounded_(kernels.range != nullptr && (!a.x_signed || can_flip(a)) && pixels_ > kMinTiles * kernels.max_pixels[0]),
+        flip_(!a.x_signed || flipped ? Flip::none
+              : !can_flip(a)         ? Flip::kernel
+              : by_run_              ? Flip::run
+              : bounded_             ? Flip::image
+                                     : Flip::kernel),
+        in_(flip_ == Flip::image ? flip_image(a, kFlip) : a),
+        rows_(in_, 4 * quads_, q, window_taps(a), flip_ == Flip::image ? kFlip : 0) {
+    if (!bounded_ || by_run_) return;
+    // Where pixels overlap, a channel is that of several. Behind the last one a quad's weights are zeros.
+    const int64_t size = a.c + 4 * quads_;
+    most_ = most_scratch.get(size);
+    std::memset(most_, 255, size);
+    if (group_c == a.c / a.groups) image_most(in_, kernels, flip_ == Flip::image ? kFlip : 0, most_);
+  }
+
+  int64_t pixels() const { return pixels_; }
+
+  // Fills in what `panel` says of the inputs of a group. The rows are this thread's until its next call.
+  void take(int64_t begin, int64_t count, int64_t group, ConvPanel& panel) const {
+    const auto table = rows_scratch.get(count * rows_.taps());
+    panel.rows = table;
+    panel.pixels = count;
+    panel.x_signed = flip_ == Flip::kernel;
+    panel.most = most_ != nullptr ? most_ + group * group_c_ : nullptr;
+    panel.least = nullptr;
+    if (by_run_ && bounded_) take_range(begin, count, panel);
+    if (flip_ != Flip::run) return rows_.fill(begin, count, group * a_.c / a_.groups, table);
+    const uint8_t* const from = a_.x + begin * a_.c;
+    uint8_t* const to = run_scratch.get(count * a_.c + 4);
+    if (panel.least != nullptr) {
+      kernels_.lower(from, count, a_.c, kFlip, panel.least, to);
+    } else {
+      flip_bytes(from, count * a_.c, kFlip, to);
+    }
+    std::memset(to + count * a_.c, 0, 4);
+    for (int64_t i = 0; i < count; i++) table[i] = to + i * a_.c;
+  }
+
+ private:
+  static constexpr uint8_t kFlip = 0x80;
+  // Ranges are worth while from so many tiles on.
+  static constexpr int64_t kMinTiles = 2;
+
+  // Signed inputs are lowered to what is above the least of their channel: fewer products are too large.
+  void take_range(int64_t begin, int64_t count, ConvPanel& panel) const {
+    uint8_t *const most = range_scratch.get(8 * quads_), *const least = most + 4 * quads_;
+    std::memset(most, 0, 8 * quads_);
+    kernels_.range(a_.x + begin * a_.c, count, a_.c, flip_ == Flip::run ? kFlip : 0, least, most);
+    panel.most = most;
+    if (flip_ != Flip::run) return;
+    panel.least = least;
+    for (int64_t c = 0; c < a_.c; c++) most[c] -= least[c];
+  }
+
+  const Conv2dInt8Args& a_;
+  const Int8Kernels& kernels_;
+  const int64_t group_c_, quads_, pixels_;
+  const bool by_run_, bounded_;
+  const Flip flip_;
+  const Conv2dInt8Args in_;
+  const ConvRows rows_;
+  uint8_t* most_ = nullptr;  // of the image: the largest input of each channel
+};
+
 // group_c: channels that a window sums over at each tap; q: columns of the output; flipped: whether the input is already.
 void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c, int64_t q, bool flipped) {
-  const int64_t group_k = a.k / a.groups, taps = a.r * a.s;
-  const int64_t quads = ceil_div(group_c, 4), blocks = ceil_div(group_k, kBlock);
-  const int64_t panels = ceil_div(blocks, kernels.max_blocks);
-  const int64_t block_bytes = taps * quads * 4 * kBlock;
-  std::vector<Tap> window_taps;
-  for (int64_t t = 0; t < taps; t++) window_taps.push_back({t / a.s, t % a.s});
+  const int64_t taps = a.r * a.s, quads = ceil_div(group_c, 4), blocks = ceil_div(a.k / a.groups, kBlock);
+  const int64_t panels = ceil_div(blocks, kernels.max_blocks), block_bytes = taps * quads * 4 * kBlock;
   const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
-  const int64_t pixels = a.n * output_size(a.h, a.r, a.stride_h, a.pad_h, a.dil_h) * q;
-  // Pixels of a folded image may lie further apart than what a window sums over.
-  const bool by_run = group_c == a.c && is_pixel_by_pixel(a, taps, q);
-  const uint8_t flip = can_flip(a) && !flipped ? 0x80 : 0;
-  // Where sums of two products saturate, those that cannot are told by the largest inputs: worth while for some tiles.
-  constexpr int64_t kMinTiles = 2;
-  const bool bounded = kernels.range != nullptr && (!a.x_signed || can_flip(a)) && pixels > kMinTiles * kernels.max_pixels[0];
-  // Top bits are flipped once for all panels: run by run where its pixels are those of the input.
-  const bool flips_image = bounded && flip != 0 && !by_run, prepared = flip != 0 && (by_run || flips_image);
-  const Conv2dInt8Args in = flips_image ? flip_image(a, flip) : a;
-  const ConvRows rows(in, 4 * quads, q, std::move(window_taps), flips_image ? flip : 0);
-  const int64_t parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
+  const Inputs inputs(a, kernels, group_c, q, flipped);
+  const int64_t pixels = inputs.pixels(), parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
-  // Where pixels overlap, a channel is that of several. Behind the last one a quad's weights are zeros.
-  uint8_t* largest = nullptr;
-  if (bounded && !by_run) {
-    const int64_t size = a.c + 4 * quads;
-    largest = most_scratch.get(size);
-    std::memset(largest, 255, size);
-    if (group_c == a.c / a.groups) image_most(in, kernels, flips_image ? flip : 0, largest);
-  }
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;
   parallel_for(a.num_threads, a.groups * plan.runs * plan.ranges, [&](int64_t task) {
     const int64_t range = task % plan.ranges, run = task / plan.ranges % plan.runs, g = task / (plan.ranges * plan.runs);
     const int64_t begin = pixels * run / plan.runs, count = pixels * (run + 1) / plan.runs - begin;
-    const auto table = rows_scratch.get(count * taps);
-    const uint8_t *most = largest != nullptr ? largest + g * group_c : nullptr, *least = nullptr;
-    uint8_t* const run_range = by_run && bounded ? range_scratch.get(8 * quads) : nullptr;
-    if (run_range != nullptr) {
-      std::memset(run_range, 0, 8 * quads);
-      kernels.range(a.x + begin * a.c, count, a.c, flip, run_range + 4 * quads, run_range);
-      most = run_range;
-    }
-    if (by_run && flip != 0) {
-      uint8_t* const run_x = run_scratch.get(count * a.c + 4);
-      if (run_range != nullptr) {
-        // Signed inputs are lowered to what is above the least of their channel: fewer products are too large.
-        least = run_range + 4 * quads;
-        kernels.lower(a.x + begin * a.c, count, a.c, flip, least, run_x);
-        for (int64_t c = 0; c < a.c; c++) run_range[c] -= least[c];
-      } else {
-        flip_bytes(a.x + begin * a.c, count * a.c, flip, run_x);
-      }
-      std::memset(run_x + count * a.c, 0, 4);
-      for (int64_t i = 0; i < count; i++) table[i] = run_x + i * a.c;
-    } else {
-      rows.fill(begin, count, g * a.c / a.groups, table);
-    }
+    ConvPanel panel{};
+    panel.taps = taps, panel.quads = quads;
+    inputs.take(begin, count, g, panel);
+    panel.parts = panel.most != nullptr ? parts_scratch.get(parts_bytes) : nullptr;
     int32_t* window = nullptr;
     if (a.shifted) {
       window = window_scratch.get(count);
-      kernels.sum_rows(table, count, taps, group_c, a.x_signed, window);
+      kernels.sum_rows(panel.rows, count, taps, group_c, a.x_signed, window);
     }
     const int64_t last = panels * (range + 1) / plan.ranges;
-    for (int64_t panel = panels * range / plan.ranges; panel < last; panel++) {
-      const int64_t block = panel_begin(panel, panels, blocks, kernels.max_blocks);
-      const int64_t end = panel_begin(panel + 1, panels, blocks, kernels.max_blocks), channel = block * kBlock;
-      const int64_t next = panel_begin(panel + 2, panels, blocks, kernels.max_blocks);
-      Int8Epilogue epilogue = constants.epilogue(a, begin, g, channel);
+    for (int64_t i = panels * range / plan.ranges; i < last; i++) {
+      const int64_t block = panel_begin(i, panels, blocks, kernels.max_blocks), channel = block * kBlock;
+      const int64_t end = panel_begin(i + 1, panels, blocks, kernels.max_blocks);
+      const int64_t next = panel_begin(i + 2, panels, blocks, kernels.max_blocks);
+      panel.weight = a.weight + (g * blocks + block) * block_bytes;
+      panel.blocks = end - block;
+      panel.init = constants.init(g, channel);
+      panel.next_blocks = fetches && i + 1 < last ? next - end : 0;
+      panel.epilogue = constants.epilogue(a, begin, g, channel);
       if (a.shifted) {
-        epilogue.shift = constants.shift(g, channel);
-        epilogue.window = window;
+        panel.epilogue.shift = constants.shift(g, channel);
+        panel.epilogue.window = window;
       }
-      kernels.conv({table, count, taps, quads, a.x_signed && !prepared && !flipped,
-                    a.weight + (g * blocks + block) * block_bytes, end - block, constants.init(g, channel), epilogue,
-                    fetches && panel + 1 < last ? next - end : 0,
-                    most, bounded ? parts_scratch.get(parts_bytes) : nullptr, least});
+      kernels.conv(panel);
     }
   });
 }

@@ -1,11 +1,12 @@
 // 128-bit vectors: SSE2, NEON, or plain C++ (GCC's and Clang's vector types) where there is neither.
 //
-// Vec128, Vec256 and Vec512 have the same members. Int and Float have kLanes 32-bit lanes. dot(acc, input(x), weight(w))
-// adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no saturation. Without a
-// VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits. kSplits: an
+// Vec128, Vec256 and Vec512 have the same members, but for those of kSaturates. Int and Float have kLanes 32-bit lanes.
+// dot(acc, input(x), weight(w)) adds to each lane of acc the four products of the lane's bytes, u8 in x and s8 in w: exact, no
+// saturation. Without a VNNI instruction the bytes are widened to even and odd 16-bit halves, whose products and pair sums fit 32 bits. kSplits: an
 // Operand is these two vectors, in this order; what was split before can be loaded as such. kSaturates: there is a product of
 // bytes whose sums of two saturate at 16 bits. dot_bytes(acc, x, w) is dot by it, exact unless pairs_beyond(x, w), all ones in
 // each pair of bytes whose sum could be beyond 16 bits for some inputs up to x, is not `none`; halve_bytes: rounded down.
+// dot_two (Vec256) and two_beyond are the same of two x and w, whose products are added in 16 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // in_order: of what pack gives, the lanes of a, then those of b, c and d. store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes,
 // from the I-th on. store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.
