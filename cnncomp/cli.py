@@ -5,6 +5,7 @@ An error of cnncomp's own is one red line on stderr and exit code 2.
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+
+class Float(Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 Model = Annotated[
     str, typer.Option(metavar="MODULE:FUNCTION", help="What returns the network, e.g. cnncomp.models:mobilenet_v2.")
 ]
@@ -71,6 +79,10 @@ Weights = Annotated[
     typer.Option(metavar="FILE", help="Its state dict, .pt or .safetensors; left out if MODULE:FUNCTION loads it."),
 ]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to save the converted model.")]
+FloatDtype = Annotated[
+    Float,
+    typer.Option(help="What layers that do not run in int8 may compute in on a GPU; halves round the outputs."),
+]
 Size = Annotated[int, typer.Option(min=1, help="Height and width of the images the network takes.")]
 Channels = Annotated[int, typer.Option(min=1, help="Channels of its input; of images, 3 (RGB) or 1 (grey).")]
 Measure = Annotated[bool, typer.Option(help="Time the kernels; otherwise choose by a rule of thumb.")]
@@ -143,6 +155,7 @@ def compress(
         float | None, typer.Option(help="The same, for at most this loss of agreement with the network, e.g. 0.01.")
     ] = None,
     measure: Measure = True,
+    float_dtype: FloatDtype = Float.float32,
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
@@ -172,8 +185,9 @@ def compress(
     batches = list(calibration.split(8))
     scored = None if target is None else list(held_out.split(8))
     found = cnncomp.compress(
-        network, batches, recipe, example_inputs=pictures[:1], target=target, held_out=scored, measure=measure
-    )
+        network, batches, recipe, example_inputs=pictures[:1], target=target, held_out=scored, measure=measure,
+        float_dtype=getattr(torch, float_dtype.value),
+    )  # fmt: skip
     if not isinstance(found, ConvertedModel):
         typer.echo(str(found))
         found = found.model
@@ -193,6 +207,7 @@ def convert(
     size: Size = 224,
     channels: Channels = 3,
     measure: Measure = True,
+    float_dtype: FloatDtype = Float.float32,
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
@@ -206,7 +221,7 @@ def convert(
     else:
         pictures = read_images(images, size, channels).to(where)
     check_runs(network, pictures[:1], "--size and --channels")
-    fast = cnncomp.convert(network, pictures[:1], measure=measure)
+    fast = cnncomp.convert(network, pictures[:1], measure=measure, float_dtype=getattr(torch, float_dtype.value))
     _finish(network, fast, pictures[:1], pictures if images is not None else None, out)
 
 

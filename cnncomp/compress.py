@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from cnncomp._modules import check_fraction
-from cnncomp.convert import ConvertedModel, convert
+from cnncomp.convert import ConvertedModel, check_float_dtype, convert
 from cnncomp.errors import ArgumentError
 from cnncomp.pruning import prune
 from cnncomp.pruning.criteria import as_batches
@@ -88,6 +89,7 @@ def compress(
     example_inputs: Any,
     target: None = None,
     measure: bool = True,
+    float_dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> ConvertedModel: ...
 
@@ -103,6 +105,7 @@ def compress(
     space: Space | None = None,
     held_out: Iterable[Any] | None = None,
     measure: bool = True,
+    float_dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> SearchResult: ...
 
@@ -118,6 +121,7 @@ def compress(
     space: Space | None = None,
     held_out: Iterable[Any] | None = None,
     measure: bool = True,
+    float_dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> ConvertedModel | SearchResult: ...
 
@@ -132,6 +136,7 @@ def compress(
     space: Space | None = None,
     held_out: Iterable[Any] | None = None,
     measure: bool = True,
+    float_dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> ConvertedModel | SearchResult:
     """The whole way in one call, by a recipe or to a target. ``model`` stays as it is.
@@ -147,7 +152,8 @@ def compress(
             sensitivity (:mod:`cnncomp.search.run`).
         space: what to try for a target.
         held_out: batches to score on for a target, in place of ``data``.
-        measure, progress: as in :func:`cnncomp.convert`; a target is always measured.
+        measure, float_dtype, progress: as in :func:`cnncomp.convert`; a target is always measured, and
+            the dense network that it is a fraction of may compute in ``float_dtype`` too.
 
     Returns:
         The converted network, or with a target a :class:`cnncomp.SearchResult`, which says whether it was reached and holds
@@ -163,9 +169,11 @@ def compress(
         raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
     if not isinstance(recipe, Recipe):
         raise ArgumentError("recipe", type(recipe).__name__, "a cnncomp.Recipe")
+    check_float_dtype(float_dtype)
     if target is not None:
         _check_target(target, space, recipe, measure)
-        return _to_target(model, data, recipe, example_inputs, target, space or Space(), held_out, progress)
+        settings = _settings(recipe, target, space or Space(), float_dtype, progress)
+        return _to_target(model, data, example_inputs, settings, held_out)
     for name, value in (("space", space), ("held_out", held_out)):
         if value is not None:
             raise ArgumentError(name, type(value).__name__, "None without a target")
@@ -187,7 +195,7 @@ def compress(
     model.eval()
     if recipe.int8:
         quantize(model, batches, exclude=recipe.exclude, progress=progress, **recipe.quantization())
-    return convert(model, example_inputs, measure=measure, progress=progress)
+    return convert(model, example_inputs, measure=measure, float_dtype=float_dtype, progress=progress)
 
 
 def _batches(data: Iterable[Any] | None) -> list[Any]:
@@ -220,19 +228,20 @@ def _check_target(target: Target, space: Space | None, recipe: Recipe, measure: 
         raise ArgumentError("measure", measure, "True beside a target, which is reached by measuring")
 
 
+def _settings(recipe: Recipe, target: Target, space: Space, float_dtype: torch.dtype, progress: bool) -> Settings:
+    choices = tuple(c for c in space.choices if recipe.int8 or not c.int8)
+    how = {"method": recipe.method, "rounding": recipe.rounding, "correct_bias": recipe.correct_bias}
+    space = replace(space, choices=choices)
+    return Settings(target, space, recipe.finetune, how, recipe.exclude, float_dtype, progress)
+
+
 def _to_target(
     model: nn.Module,
     data: Iterable[Any] | None,
-    recipe: Recipe,
     example_inputs: Any,
-    target: Target,
-    space: Space,
+    settings: Settings,
     held_out: Iterable[Any] | None,
-    progress: bool,
 ) -> SearchResult:
     if data is None:
         raise ArgumentError("data", None, "batches to measure a target on")
-    choices = tuple(c for c in space.choices if recipe.int8 or not c.int8)
-    how = {"method": recipe.method, "rounding": recipe.rounding, "correct_bias": recipe.correct_bias}
-    settings = Settings(target, replace(space, choices=choices), recipe.finetune, how, recipe.exclude, progress)
     return search(model, data, example_inputs, settings, held_out)

@@ -75,6 +75,12 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     return inputs
 
 
+def check_float_dtype(dtype: object) -> None:
+    """Refuse what no layer computes in."""
+    if dtype not in (torch.float32, *HALF_KERNELS.values()):
+        raise ArgumentError("float_dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16")
+
+
 def convert(
     model: nn.Module,
     example_inputs: Any,
@@ -114,8 +120,7 @@ def convert(
     """
     if plan is not None and not isinstance(plan, Plan):
         raise ArgumentError("plan", type(plan).__name__, "a cnncomp.Plan (Plan.from_json for one that was exported)")
-    if float_dtype not in (torch.float32, *HALF_KERNELS.values()):
-        raise ArgumentError("float_dtype", float_dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    check_float_dtype(float_dtype)
     inputs = as_inputs(example_inputs, model)
     if device is None:
         device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))

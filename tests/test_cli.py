@@ -130,13 +130,15 @@ def test_compress_is_the_python_function(folder: Path) -> None:
 
 def test_compress_takes_patterns_and_methods(folder: Path) -> None:
     options = ("--no-measure", "--pattern", "2:4", "--method", "minmax", "--rounding", "adaptive")
+    options += ("--float-dtype", "bfloat16")
     result = run("compress", *NETWORK, "--images", "images", "--out", "a.cnncomp", *options)
     assert result.exit_code == 0, result.output
     x = pictures()
     recipe = cnncomp.Recipe(pattern="2:4", reconstruct=True, method="minmax", rounding="adaptive")
     batches = list(cli.split(x)[0].split(8))
     expected = cnncomp.compress(trained(), batches, recipe, example_inputs=x[:1], measure=False)
-    assert torch.equal(cnncomp.load("a.cnncomp")(x), expected(x))
+    loaded = cnncomp.load("a.cnncomp")
+    assert torch.equal(loaded(x), expected(x)) and loaded.plan.float_dtype == "bfloat16"
     for wrong in (("--pattern", "4:2"), ("--method", "guess"), ("--rounding", "up"), ("--float-budget", "2")):
         result = run("compress", *NETWORK, "--images", "images", "--out", "b.cnncomp", *wrong)
         assert result.exit_code == 2 and "Error" in result.output, wrong
@@ -178,9 +180,10 @@ def test_compress_takes_channels_out(folder: Path) -> None:
 
 
 def test_convert_measures(folder: Path) -> None:
-    result = run("convert", *NETWORK, "--out", "c.cnncomp", "--threads", 1)
+    result = run("convert", *NETWORK, "--out", "c.cnncomp", "--threads", 1, "--float-dtype", "float16")
     assert result.exit_code == 0, result.output
     plan = cnncomp.load("c.cnncomp").plan
+    assert plan.float_dtype == "float16"
     assert plan.measured and all(ms > 0 for ms in plan.layers["0"].ms.values())
 
 

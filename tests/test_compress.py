@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,6 +55,22 @@ def test_recipe_says_how_to_prune_and_quantise() -> None:
         cnncomp.compress(model, None, cnncomp.Recipe(pattern="2:4", reconstruct=True, int8=False), example_inputs=X)
     with pytest.raises(ArgumentError, match="reconstruct"):
         cnncomp.prune(model, pattern="channel", reconstruct=True, data=data, example_inputs=X)
+
+
+def test_the_plan_knows_what_floats_may_be() -> None:
+    def data() -> Iterator[torch.Tensor]:
+        pytest.fail("read before the arguments were looked at")
+        yield X
+
+    model = cnncomp.models.ArticleNet()
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = cnncomp.compress(model, [X], example_inputs=X, measure=False, float_dtype=dtype, progress=False)
+        assert fast.plan.float_dtype == str(dtype).removeprefix("torch.")
+    for target in (None, cnncomp.Target(latency=0.5)):
+        with pytest.raises(
+            ArgumentError, match=r"float_dtype: got torch.int8, expected torch.float32, torch.float16 or"
+        ):
+            cnncomp.compress(model, data(), example_inputs=X, target=target, float_dtype=torch.int8)
 
 
 def test_channels_are_a_pattern() -> None:

@@ -232,9 +232,10 @@ def test_channels_are_a_ladder_of_their_own() -> None:
     torch.manual_seed(0)
     table = even_table()
     small = table_of({layer: {DENSE: 1.0, INT8: 0.5} for layer in LAYERS}, rest=1.0)
-    settings = Settings(Target(latency=0.2), Space((INT8,), channels=(0.0, 0.5), round_to=4), progress=False)
+    space, halves = Space((INT8,), channels=(0.0, 0.5), round_to=4), torch.bfloat16
+    settings = Settings(Target(latency=0.2), space, float_dtype=halves, progress=False)
     result = search(ConcatNet(), images(), images()[0], settings, tables={0.0: table, 0.5: small}, measure=False)
-    assert result.reached and result.best.channels == 0.5
+    assert result.reached and result.best.channels == 0.5 and result.model.plan.float_dtype == "bfloat16"
     assert result.best.latency == min(p.latency for p in result.points if p.drop == result.best.drop)
     assert {p.channels for p in result.points} == {0.0, 0.5}
     dense_small = next(p for p in result.points if p.channels and not p.config)

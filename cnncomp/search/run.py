@@ -45,6 +45,7 @@ class Settings:
     finetune: Callable[[nn.Module], object] | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    float_dtype: torch.dtype = torch.float32
     progress: bool = True
 
 
@@ -246,7 +247,7 @@ class _Run:
         return point
 
     def _planner(self, network: nn.Module) -> NetworkPlanner:
-        return NetworkPlanner(trace(network, self.inputs), self.inputs, self.device)
+        return NetworkPlanner(trace(network, self.inputs), self.inputs, self.device, self.settings.float_dtype)
 
     def _settled(self, planner: NetworkPlanner, times: Mapping[str, Kernels] | None = None) -> ConvertedModel:
         """The network converted by times that are known, without measuring kernels again."""
@@ -263,7 +264,8 @@ class _Run:
         assert self.best is not None
         best, network = self.best
         if not isinstance(network, ConvertedModel):
-            network = convert(network, self.inputs, measure=False, progress=False)
+            dtype = self.settings.float_dtype
+            network = convert(network, self.inputs, measure=False, float_dtype=dtype, progress=False)
         target = self.settings.target
         return SearchResult(
             network, best, best.meets(target), message(target, best, self.points), target, self.points,
