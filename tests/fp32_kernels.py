@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnncomp import _cpu
 from cnncomp.ops import _openmp
 
 TOLERANCE = 1e-5
-ISAS = [name for name in _cpu.isa_available() if name in ("baseline", "avx2", "avx512")]
 LANES = (4, 8, 16)
 
 _openmp.attach()
@@ -30,14 +28,6 @@ def one_thread_for_references() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
 
 
 def address(a: Tensor | np.ndarray | None) -> int:

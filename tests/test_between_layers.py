@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ from cnncomp.executor import Recording
 from cnncomp.nn import Activation, ChannelAffine, ConcatChannels, MeanPool2d, QuantMaxPool2d, ScaleChannels
 from cnncomp.ops.activate import ACTIVATIONS
 from tests.helpers import mask_weights
+from tests.instruction_sets import float_isa as isa
+
+__all__ = ["isa"]  # a fixture
 
 IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -25,14 +28,6 @@ IN_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,
 }
-
-
-@pytest.fixture(params=[name for name in _cpu.isa_available() if name in ("baseline", "avx2", "avx512")])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

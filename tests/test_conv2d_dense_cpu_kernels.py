@@ -16,7 +16,8 @@ from cnncomp.errors import ArgumentError, DtypeError
 from cnncomp.nn import Clamp, DenseConv2d, Geometry
 from cnncomp.nn.dense import DIRECT_KERNEL
 from cnncomp.ops.packing import DENSE_ROWS, dense_block, pack_dense, unpack_dense
-from tests.fp32_kernels import LANES, Guarded, address, assert_within, isa, one_thread_for_references
+from tests.fp32_kernels import LANES, Guarded, address, assert_within, one_thread_for_references
+from tests.instruction_sets import float_isa as isa
 from tests.test_conv2d_sparse_cpu_kernels import GRID, Conv
 
 __all__ = ["isa", "one_thread_for_references"]  # fixtures

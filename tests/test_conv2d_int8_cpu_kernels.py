@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from torch import Tensor
 import cnncomp.ops  # noqa: F401  (gives the kernels torch's threads)
 from cnncomp import _cpu
 from cnncomp.ops._openmp import attach
+from tests.instruction_sets import ISAS, instruction_set, isa
 from tests.int8_convs import (
     CODE,
     F32,
@@ -35,13 +35,7 @@ from tests.int8_convs import (
     reference,
 )
 
-
-@pytest.fixture(params=_cpu.isa_available())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
+__all__ = ["isa"]  # a fixture
 
 
 def pack(weight: Tensor, groups: int, depthwise: bool) -> Tensor:
@@ -334,17 +328,13 @@ def convs(draw: st.DrawFn) -> Conv:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _cpu.isa_available())
+@pytest.mark.parametrize("name", ISAS)
 @settings(max_examples=60)
 @given(conv=convs())
 def test_random_conv(name: str, conv: Conv) -> None:
-    before = _cpu.isa()
-    _cpu.set_isa(name)
-    try:
+    with instruction_set(name):
         torch.manual_seed(1)
         check(conv)
-    finally:
-        _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cnncomp import _cpu
-from tests.fp32_kernels import ISAS, LANES, Guarded, address, assert_within, isa, one_thread_for_references
+from tests.fp32_kernels import LANES, Guarded, address, assert_within, one_thread_for_references
+from tests.instruction_sets import FLOAT_ISAS, instruction_set
+from tests.instruction_sets import float_isa as isa
 
 __all__ = ["isa", "one_thread_for_references"]  # fixtures
 
@@ -302,13 +304,9 @@ def convs(draw: st.DrawFn) -> Conv:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(conv=convs(), num_threads=st.integers(1, 4))
 def test_random_shapes(conv: Conv, num_threads: int) -> None:
-    before = _cpu.isa()
-    try:
-        for name in ISAS:
-            _cpu.set_isa(name)
+    for name in FLOAT_ISAS:
+        with instruction_set(name):
             check_conv(conv, num_threads)
-    finally:
-        _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])

@@ -29,6 +29,7 @@ from cnncomp.nn import (
 )
 from cnncomp.ops import packing, reference
 from tests.helpers import random_8bit
+from tests.instruction_sets import ISAS, instruction_set
 
 OPS = torch.ops.cnncomp
 
@@ -66,15 +67,11 @@ def test_packing_round_trip(
     assert packing.quad_sparsity(weight) == pytest.approx(1 - float(filled.double().mean()))
 
 
-@pytest.mark.parametrize("name", _cpu.isa_available())
+@pytest.mark.parametrize("name", ISAS)
 def test_pairs_are_bounded_where_products_saturate(name: str) -> None:
     weight = torch.randint(-127, 128, (8, 40, 3, 3), dtype=torch.int8)
-    before = _cpu.isa()
-    _cpu.set_isa(name)
-    try:
+    with instruction_set(name):
         packed, saturates = packing.pack_scattered_int8(weight), _cpu.int8_saturates()
-    finally:
-        _cpu.set_isa(before)
     assert saturates == (name in ("avx2", "avx512"))
     assert torch.equal(packed.values, packing.pack_scattered_int8(weight, bounded=saturates).values)
     assert len(packed.values) >= 720 and (len(packed.values) > 720) == saturates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import cnncomp.ops  # noqa: F401  (gives the kernels torch's threads)
 from cnncomp import _cpu
+from tests.instruction_sets import ISAS, instruction_set, isa
 from tests.int8_convs import (
     CODE,
     F32,
@@ -31,16 +31,10 @@ from tests.int8_convs import (
     reference,
 )
 
+__all__ = ["isa"]  # a fixture
+
 LANES = (4, 8, 16)
 MAX_TILE = 14  # vectors
-
-
-@pytest.fixture(params=_cpu.isa_available())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
 
 
 @dataclass
@@ -267,17 +261,13 @@ def convs(draw: st.DrawFn) -> Conv:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _cpu.isa_available())
+@pytest.mark.parametrize("name", ISAS)
 @settings(max_examples=25)
 @given(conv=convs(), zeros=st.sampled_from([0.0, 0.5, 0.9]), block=st.sampled_from([1, 4, 50]))
 def test_random_conv(name: str, conv: Conv, zeros: float, block: int) -> None:
-    before = _cpu.isa()
-    _cpu.set_isa(name)
-    try:
+    with instruction_set(name):
         torch.manual_seed(1)
         check(conv, sparse_operands(conv, zeros), block)
-    finally:
-        _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize(

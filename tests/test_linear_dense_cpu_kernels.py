@@ -13,7 +13,8 @@ from cnncomp import _cpu
 from cnncomp.errors import ArgumentError
 from cnncomp.nn import Clamp, DenseLinear
 from cnncomp.nn.dense import MAX_ROWS, ROWS_KERNEL
-from tests.fp32_kernels import Guarded, address, assert_within, isa, one_thread_for_references
+from tests.fp32_kernels import Guarded, address, assert_within, one_thread_for_references
+from tests.instruction_sets import float_isa as isa
 
 __all__ = ["isa", "one_thread_for_references"]  # fixtures
 

@@ -14,25 +14,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnncomp
-from cnncomp import _cpu
 from cnncomp._arena import Buffer, Pointer, widen
 from cnncomp._cpu import Program
 from cnncomp.nn import Activation, DenseConv2d, MeanPool2d, QuantMaxPool2d, ScaleChannels, SparseConv2d
 from cnncomp.nn.base import Clamp, Geometry
-from tests.fp32_kernels import ISAS, Guarded
+from tests.fp32_kernels import Guarded
 from tests.helpers import mask_weights
+from tests.instruction_sets import FLOAT_ISAS, instruction_set
 
 
 @contextlib.contextmanager
 def running(isa: str, threads: int) -> Iterator[None]:
-    before = _cpu.isa(), torch.get_num_threads()
-    _cpu.set_isa(isa)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        yield
+        with instruction_set(isa):
+            yield
     finally:
-        _cpu.set_isa(before[0])
-        torch.set_num_threads(before[1])
+        torch.set_num_threads(before)
 
 
 def note(call: Callable[[], Tensor]) -> tuple[Program, Tensor]:
@@ -101,7 +100,7 @@ class Case:
 SIZES = st.sampled_from([1, 3, 4, 7, 10, 14, 15, 28])
 CASES = st.builds(
     Case,
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(FLOAT_ISAS),
     kind=st.sampled_from(["sparse", "dense.direct", "dense.depthwise", "mean", "max", "silu", "scale"]),
     threads=st.sampled_from([1, 2]),
     n=st.integers(1, 3),
@@ -133,12 +132,12 @@ def layer_of(a: Case) -> nn.Module:
 
 @settings(deadline=None, max_examples=150)
 @given(CASES)
-@example(Case(ISAS[-1]))  # one tile, read where it lies
-@example(Case(ISAS[-1], k=40, h=7, w=7))
-@example(Case(ISAS[-1], k=40, n=3))
-@example(Case(ISAS[-1], k=40, n=3, h=7, w=7))
-@example(Case(ISAS[-1], k=40, n=3, h=13, w=11))  # the last tile ends behind the last gap
-@example(Case(ISAS[-1], k=40, n=2, h=10, w=28))
+@example(Case(FLOAT_ISAS[-1]))  # one tile, read where it lies
+@example(Case(FLOAT_ISAS[-1], k=40, h=7, w=7))
+@example(Case(FLOAT_ISAS[-1], k=40, n=3))
+@example(Case(FLOAT_ISAS[-1], k=40, n=3, h=7, w=7))
+@example(Case(FLOAT_ISAS[-1], k=40, n=3, h=13, w=11))  # the last tile ends behind the last gap
+@example(Case(FLOAT_ISAS[-1], k=40, n=2, h=10, w=28))
 def test_gaps_change_no_bit(case: Case) -> None:
     torch.manual_seed(0)
     layer = layer_of(case)

@@ -16,7 +16,8 @@ import cnncomp
 from cnncomp import _cpu
 from cnncomp.errors import DtypeError
 from cnncomp.nn import MeanPool2d, QuantMaxPool2d
-from tests.fp32_kernels import LANES, Guarded, address, assert_within, isa, one_thread_for_references
+from tests.fp32_kernels import LANES, Guarded, address, assert_within, one_thread_for_references
+from tests.instruction_sets import float_isa as isa
 
 __all__ = ["isa", "one_thread_for_references"]  # fixtures
 
