@@ -238,8 +238,9 @@ def test_launches_in_a_chain(format, dtype):
 def test_outputs_that_fit_into_no_units():
     packed = pack_vectors(torch.zeros(8, 16, 1, 1, dtype=INT8))
     x, where = torch.zeros(9, 16, 4, 4, dtype=torch.uint8), ((1, 1), (1, 1), (0, 0), (1, 1), 1, torch.uint8, True)
-    with pytest.raises(ArgumentError, match="whole units"):
-        cuda_sparse.conv2d("vectors", x, packed, random_constants(8), None, 0.0, 0.0, *where)
+    for conv in (partial(cuda_sparse.conv2d, "vectors"), torch.ops.cnncomp.conv2d_vectors_int8):
+        with pytest.raises(ArgumentError, match="whole units"):
+            conv(x, packed, random_constants(8), None, 0.0, 0.0, *where)
     assert not cuda_sparse.units_fit("vnm", INT8, 24, 64, 1) and cuda_sparse.units_fit("vnm", torch.float16, 24, 64, 1)
     assert not cuda_sparse.units_fit("vnm", INT8, 8, 36, 1) and cuda_sparse.units_fit("vectors", INT8, 8, 36, 1)
 

@@ -90,8 +90,7 @@ def conv2d(
     p, q = (conv_out_size((h, w)[i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     shape = (n, constants.shape[1], p, q)
     if out_units:
-        if not (gathered and units_fit(name, x.dtype, n, shape[1], groups)):
-            raise ArgumentError("out_units", f"{name}, an output {shape}", "whole units of images, vectors of channels")
+        check_units_fit(name, x.dtype, shape, groups)
         out = x.new_empty(GATHERED[name].units_shape(shape, out_dtype), dtype=out_dtype)
     else:
         out = torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
@@ -127,6 +126,14 @@ def units_fit(name: str, dtype: torch.dtype, images: int, channels: int, groups:
     full, and threads have whole vectors of channels."""
     fmt = GATHERED[name]
     return images % fmt.unit(dtype, images) == 0 and channels // groups % fmt.VECTOR == 0
+
+
+def check_units_fit(name: str, dtype: torch.dtype, shape: Sequence[int], groups: int) -> None:
+    """Refuse ``out_units`` for an output (N, K, P, Q) that does not fit into any."""
+    if name not in GATHERED or not units_fit(name, dtype, shape[0], shape[1], groups):
+        raise ArgumentError(
+            "out_units", f"{name}, an output {tuple(shape)}", "whole units of images, vectors of channels"
+        )
 
 
 def to_units(name: str, x: Tensor, groups: int = 1) -> Tensor:

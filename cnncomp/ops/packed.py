@@ -89,8 +89,14 @@ def define_conv(fmt: Format, kind: str) -> None:
         fmt.check(weight, logical, torch.int8 if kind == "int8" else x.dtype, groups)
         return logical
 
-    def laid_out(out: Tensor, out_units: bool = False) -> Tensor:
-        return fmt.units.to_units(out) if out_units and fmt.units else out
+    def laid_out(out: Tensor, dtype: torch.dtype, groups: int, out_units: bool = False) -> Tensor:
+        """As the CUDA kernels give it for inputs of ``dtype``."""
+        from cnncomp.ops.cuda_sparse import check_units_fit
+
+        if not out_units or fmt.units is None:
+            return out
+        check_units_fit(fmt.name, dtype, out.shape, groups)
+        return fmt.units.to_units(out)
 
     def fake(x: Tensor, weight: Tensor, constants: Tensor, *rest: Any) -> Tensor:
         out = _conv_fake(_images(x), weight, constants, *rest[:9])
@@ -111,12 +117,12 @@ def define_conv(fmt: Format, kind: str) -> None:
         if kind == "int8":
             dense = pack_int8(fmt.unpack(weight, logical, torch.int8, groups), groups)
             out = torch.ops.cnncomp.conv2d_int8(x, dense, constants, residual, residual_scale, lo, *rest[:6])
-            return laid_out(out, *rest[6:])
+            return laid_out(out, x.dtype, groups, *rest[6:])
         acc = F.conv2d(
             x.float(), fmt.unpack(weight, logical, x.dtype, groups).float(), None, stride, padding, dilation, groups
         )
         out = epilogue(acc, constants, residual, residual_scale, lo, out_dtype)
-        return laid_out(out.contiguous(memory_format=torch.channels_last), *rest[6:])
+        return laid_out(out.contiguous(memory_format=torch.channels_last), x.dtype, groups, *rest[6:])
 
     def cuda(
         x: Tensor,
