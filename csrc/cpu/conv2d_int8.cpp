@@ -203,7 +203,7 @@ void dense(const Conv2dInt8Args& a, const Int8Kernels& kernels, int64_t group_c,
   const int64_t panels = ceil_div(blocks, kernels.max_blocks), block_bytes = taps * quads * 4 * kBlock;
   const Int8Constants constants = make_constants(a, kernels, a.groups, blocks, taps * quads);
   const Inputs inputs(a, kernels, group_c, q, flipped);
-  const int64_t pixels = inputs.pixels(), parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 64);
+  const int64_t pixels = inputs.pixels(), parts_bytes = kernels.max_blocks * (block_bytes * 9 / 4 + 1024);
   const ConvPlan plan = make_plan(pixels, taps, a.c, a.groups, panels, a.num_threads);
   // Of large panels the second-level cache would not hold two.
   const bool fetches = kernels.max_blocks * block_bytes < 64 << 10;

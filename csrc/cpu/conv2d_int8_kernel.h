@@ -28,30 +28,40 @@ struct Remainders {
 
   // Of the v-th vector of a panel of so many weights.
   Remainders(const ConvPanel& a, int64_t panel_bytes, int v) {
-    const int64_t most = a.taps * a.quads;
+    const int64_t most = room(a);
     uint8_t* const from = a.parts + panel_bytes + v * (sizeof(int64_t) + most * (sizeof(Place) + S::kBytes));
     count = reinterpret_cast<int64_t*>(from);
     place = reinterpret_cast<Place*>(count + 1);
     weight = reinterpret_cast<uint8_t*>(place + most);
   }
+
+  // How many there can be.
+  static int64_t room(const ConvPanel& a) { return a.taps * a.quads + 8; }
 };
 
-// The remainders of one vector so far.
+// The remainders of one vector so far. They are met two at a time, which few need a zero between for.
 template <class S>
 struct Parts {
   Remainders<S> left;
   int64_t count = 0;
+  typename S::Int last = S::set(0), last_most = last;
 
-  // Takes from w what is beyond its bounds.
-  void take(typename S::Int& w, typename S::Int part, int64_t tap, int64_t channel) {
+  // Takes from w what is beyond its bounds. Adds one or two remainders.
+  void take(typename S::Int& w, typename S::Int part, typename S::Int most, int64_t tap, int64_t channel) {
+    if (count % 2 == 1 && !S::none(S::two_beyond(last_most, last, most, part))) add(S::set(0), tap, channel);
+    add(part, tap, channel);
+    last = part;
+    last_most = most;
+    w = S::sub_bytes(w, part);
+  }
+  void add(typename S::Int part, int64_t tap, int64_t channel) {
     S::store(left.weight + count * S::kBytes, part);
     left.place[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(channel)};
-    w = S::sub_bytes(w, part);
   }
   // Half of the pairs that could leave 16 bits.
   void bound(typename S::Int& w, typename S::Int most, int64_t tap, int64_t channel) {
     const auto beyond = S::pairs_beyond(most, w);
-    if (__builtin_expect(!S::none(beyond), 0)) take(w, S::bit_and(S::halve_bytes(w), beyond), tap, channel);
+    if (__builtin_expect(!S::none(beyond), 0)) take(w, S::bit_and(S::halve_bytes(w), beyond), most, tap, channel);
   }
 };
 
@@ -62,26 +72,27 @@ template <class S, int BLOCKS, bool TWOS>
 bool part_weights(const ConvPanel& a) {
   constexpr int kPerBlock = kBlock / S::kLanes;
   const int64_t steps = a.taps * a.quads, block_bytes = steps * 4 * kBlock, channels = 4 * a.quads;
-  const int64_t worth_while = TWOS ? steps / 5 : steps * 2 / 5;  // of a vector
+  const int64_t worth_while = TWOS ? steps / 3 : steps * 2 / 5;  // of a vector
   int64_t remainders = 0;
   for (int v = 0; v < BLOCKS * kPerBlock; v++) {
     Parts<S> parts{Remainders<S>(a, BLOCKS * block_bytes, v)};
     int64_t at = (v / kPerBlock) * block_bytes + (v % kPerBlock) * S::kBytes;
     for (int64_t tap = 0; tap < a.taps; tap++) {
       for (int64_t channel = 0; channel < channels; channel += 4, at += 4 * kBlock) {
-        if (TWOS && parts.count + 3 > steps) return false;  // there might be no room
+        if (parts.count + 5 > Remainders<S>::room(a)) return false;  // four and a last one
         const auto most = S::broadcast(a.most + channel);
         auto w = S::load(a.weight + at);
         parts.bound(w, most, tap, channel);
         if constexpr (TWOS) {
           if (channel % 8 == 4) {
             const auto beyond = S::two_beyond(S::broadcast(a.most + channel - 4), S::load(a.parts + at - 4 * kBlock), most, w);
-            if (!S::none(beyond)) parts.take(w, S::bit_and(w, beyond), tap, channel);
+            if (!S::none(beyond)) parts.take(w, S::bit_and(w, beyond), most, tap, channel);
           }
         }
         S::store(a.parts + at, w);
       }
     }
+    if (parts.count % 2 == 1) parts.add(S::set(0), 0, 0);
     *parts.left.count = parts.count;
     remainders += parts.count;
     if (remainders > (v + 1) * worth_while) return false;
@@ -160,12 +171,14 @@ inline __attribute__((always_inline)) void add_remainders(TileSums<S, BLOCKS, PI
 #pragma GCC unroll 16
   for (int v = 0; v < BLOCKS * kBlock / S::kLanes; v++) {
     const Remainders<S> left(a, BLOCKS * a.taps * a.quads * 4 * kBlock, v);
-    for (int64_t i = 0; i < *left.count; i++) {
-      const auto w = S::load(left.weight + i * S::kBytes);
-      const uint8_t* const* const row = rows + left.place[i].tap;
+    for (int64_t i = 0; i < *left.count; i += 2) {
+      const auto w0 = S::load(left.weight + i * S::kBytes), w1 = S::load(left.weight + (i + 1) * S::kBytes);
+      const Place p0 = left.place[i], p1 = left.place[i + 1];
 #pragma GCC unroll 16
-      for (int m = 0; m < PIXELS; m++)
-        sums[m][v] = S::dot_bytes(sums[m][v], S::broadcast(row[m * a.taps] + left.place[i].channel), w);
+      for (int m = 0; m < PIXELS; m++) {
+        const uint8_t* const* const row = rows + m * a.taps;
+        sums[m][v] = S::dot_two(sums[m][v], S::broadcast(row[p0.tap] + p0.channel), w0, S::broadcast(row[p1.tap] + p1.channel), w1);
+      }
     }
   }
 }

@@ -47,7 +47,7 @@ struct ConvPanel {
   Int8Epilogue epilogue;
   int64_t next_blocks;     // of the panel behind this one, 0 for none: they are fetched into the cache meanwhile
   // Where products of bytes saturate (Int8Kernels::range): the largest input of each channel under any of the pixels' taps, padding
-  // among them, all unsigned; and for its weights in parts 9/4 of the panel's bytes and 64 for each block; or null.
+  // among them, all unsigned; and for its weights in parts 9/4 of the panel's bytes and 1024 for each block; or null.
   const uint8_t* most;
   uint8_t* parts;
   const uint8_t* least;    // with one tap: what was taken from the inputs of each channel, and init does not know of; or null

@@ -6,7 +6,7 @@
 // Operand is these two vectors, in this order; what was split before can be loaded as such. kSaturates: there is a product of
 // bytes whose sums of two saturate at 16 bits. dot_bytes(acc, x, w) is dot by it, exact unless pairs_beyond(x, w), all ones in
 // each pair of bytes whose sum could be beyond 16 bits for some inputs up to x, is not `none`; halve_bytes: rounded down.
-// dot_two (Vec256) and two_beyond are the same of two x and w, whose products are added in 16 bits.
+// dot_two and two_beyond are the same of two x and w, whose products are added in 16 bits.
 // zip*: interleave within each 128 bits; pack<SIGNED>(a, b, c, d): the lanes, saturated to 8 bit, the order of zip undone.
 // in_order: of what pack gives, the lanes of a, then those of b, c and d. store_part<I, COUNT>: COUNT (1, 2, 4) times 16 bytes,
 // from the I-th on. store_triples, where there is a shuffle of bytes: three bytes of each lane, and four more beyond the last.

@@ -32,11 +32,20 @@ struct Vec512 {
   static Int dot_bytes(Int acc, Int x, Int w) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1)));
   }
-  static Int pairs_beyond(Int most, Int w) {
-    const Int highest = _mm512_maddubs_epi16(most, _mm512_max_epi8(w, set(0)));
-    const Int lowest = _mm512_maddubs_epi16(most, _mm512_min_epi8(w, set(0)));
+  static Int dot_two(Int acc, Int x0, Int w0, Int x1, Int w1) {
+    const Int sum = _mm512_add_epi16(_mm512_maddubs_epi16(x0, w0), _mm512_maddubs_epi16(x1, w1));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(sum, _mm512_set1_epi16(1)));
+  }
+  static Int highest(Int most, Int w) { return _mm512_maddubs_epi16(most, _mm512_max_epi8(w, set(0))); }
+  static Int lowest(Int most, Int w) { return _mm512_maddubs_epi16(most, _mm512_min_epi8(w, set(0))); }
+  static Int saturated(Int highest, Int lowest) {
     return _mm512_movm_epi16(_mm512_cmpeq_epi16_mask(highest, _mm512_set1_epi16(INT16_MAX)) |
                              _mm512_cmpeq_epi16_mask(lowest, _mm512_set1_epi16(INT16_MIN)));
+  }
+  static Int pairs_beyond(Int most, Int w) { return saturated(highest(most, w), lowest(most, w)); }
+  static Int two_beyond(Int most0, Int w0, Int most1, Int w1) {
+    return saturated(_mm512_adds_epi16(highest(most0, w0), highest(most1, w1)),
+                     _mm512_adds_epi16(lowest(most0, w0), lowest(most1, w1)));
   }
   static bool none(Int v) { return _mm512_test_epi32_mask(v, v) == 0; }
   static Int halve_bytes(Int v) {
