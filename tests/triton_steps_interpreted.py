@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,19 @@ from hypothesis import strategies as st
 
 from cnncomp.kernels.conv2d_steps import conv2d_steps
 from cnncomp.kernels.launch import Tile
-from cnncomp.ops import reference
+from cnncomp.nn import (
+    BlocksQuantConv2d,
+    Clamp,
+    Geometry,
+    QuantConv2d,
+    QuantSpec,
+    TritonBlocksQuantConv2d,
+    TritonVectorsQuantConv2d,
+    VectorsQuantConv2d,
+)
+from cnncomp.ops import cuda, cuda_sparse, reference
+from cnncomp.ops.conv2d_blocks import BLOCKS_TRITON
+from cnncomp.ops.conv2d_vectors import VECTORS_TRITON
 from cnncomp.sparsity import vectors
 from cnncomp.sparsity.steps import pack_steps, view_steps
 from tests.test_packers import masked_blocks
@@ -116,6 +129,78 @@ def test_what_is_filled_up_is_not_read():
         where = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
         got = conv2d_steps(x, steps, constants, None, 0.0, -float("inf"), *where, torch.float32)
         assert got.eq(1).all(), cols
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that Triton alone has kernels for; its tensors are the CPU's."""
+    monkeypatch.setattr(cuda, "backend", lambda device: "triton")
+    monkeypatch.setattr(cuda_sparse, "check_triton", lambda device: None)
+
+
+FORMATS = {"blocks": BLOCKS_TRITON, "vectors": VECTORS_TRITON}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_operators_as_the_gpu_runs_them(name, dtype, a_gpu):
+    """And as the CPU does. Every argument differs from its neighbours, so none can change places unnoticed."""
+    half = dtype.is_floating_point
+    torch.manual_seed(0)
+    fmt, kind = FORMATS[name], dtype if half else torch.int8
+    x = torch.randint(0, 5, (8, 24, 7, 9)).to(dtype)
+    weight = masked_blocks(torch.randint(-4, 5, (80, 12, 3, 2)).to(kind), *fmt.block(kind), 2, 0.5)
+    geometry, (constants, lo) = ((2, 1), (1, 0), (1, 2), 2), random_constants(80, 72, torch.uint8)
+    acc = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+    residual = random_tensor(tuple(acc.shape), dtype)
+    out_dtype = dtype if half else torch.uint8
+    expected = reference.epilogue(acc, constants, residual, 0.25, lo, out_dtype)
+    packed = pack_steps(weight, *fmt.block(kind), 2)
+    args = (packed, constants, residual, 0.25, lo, (3, 2), *geometry, out_dtype)
+    operator = getattr(torch.ops.cnncomp, f"conv2d_{name}_{'f16' if half else 'int8'}_triton")
+    assert_same(cuda_sparse.conv2d_triton(fmt, weight.shape, x, *args), expected, name)
+    assert_same(operator(x, *args), expected, name)
+    if fmt.units:
+        for given_x in (x, vectors.to_units(x)):
+            got = cuda_sparse.conv2d_triton(fmt, weight.shape, given_x, *args, out_units=True)
+            assert_same(vectors.from_units(got), expected, name)
+            assert_same(vectors.from_units(operator(given_x, *args, True)), expected, name)
+        in_units = (packed, constants, vectors.to_units(residual), *args[3:])
+        assert_same(cuda_sparse.conv2d_triton(fmt, weight.shape, x, *in_units), expected, name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_as_the_gpu_runs_it(name, a_gpu):
+    torch.manual_seed(0)
+    fmt, x = FORMATS[name], random_tensor((2, 3, 50), torch.uint8)
+    weight = torch.randint(-127, 128, (70, 50, 1, 1), dtype=torch.int8)
+    weight = masked_blocks(weight, *fmt.block(torch.int8), 1, 0.5)
+    constants, lo = random_constants(70, 50, torch.int8)
+    args = (constants, random_tensor((2, 3, 70), torch.int8), 0.5, lo, torch.int8)
+    flat = (constants, args[1].flatten(0, 1), *args[2:])
+    expected = reference.linear_int8(x.flatten(0, 1), weight.flatten(1), *flat).unflatten(0, (2, 3))
+    packed = pack_steps(weight, *fmt.block(torch.int8))
+    conv = partial(cuda_sparse.conv2d_triton, fmt, weight.shape)
+    assert_same(cuda_sparse.as_images(conv, x, packed, *args), expected, name)
+    assert_same(getattr(torch.ops.cnncomp, f"linear_{name}_int8_triton")(x, packed, *args), expected, name)
+
+
+@pytest.mark.parametrize(
+    "cls", [BlocksQuantConv2d, VectorsQuantConv2d, TritonBlocksQuantConv2d, TritonVectorsQuantConv2d]
+)
+def test_layers_where_triton_alone_has_kernels(cls, a_gpu):
+    torch.manual_seed(0)
+    geometry, x = Geometry(20, 40, (3, 3), padding=(1, 1)), torch.rand(2, 20, 5, 6)
+    weight = masked_blocks(torch.randint(-127, 128, (40, 20, 3, 3), dtype=torch.int8), 32, 4, 1, 0.5)
+    args = (torch.rand(40) / 1000 + 1e-4, torch.randn(40), QuantSpec(0.02, torch.uint8), Clamp(0.0))
+    layer, dense = cls(geometry, weight, *args), QuantConv2d(geometry, weight, *args)
+    packed = layer._pack_cuda(weight)
+    fmt = FORMATS["blocks" if "Blocks" in cls.__name__ else "vectors"]
+    assert layer.on_triton and layer._packed_as() is fmt
+    assert layer._packed_operator() is getattr(torch.ops.cnncomp, f"conv2d_{fmt.name}_int8_triton")
+    assert getattr(layer, "gathers", None) is None
+    launch = partial(cuda_sparse.conv2d_triton, fmt, weight.shape)
+    assert_same(layer.run_on(launch, packed, x, None, True), dense(x), cls.__name__)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)

@@ -2,9 +2,9 @@
 
 Blocks of ``rows`` outputs by ``cols`` inputs at one tap, as :mod:`cnncomp.sparsity.blocks` cuts them: long runs with few
 inputs (1xV), or rectangles. A row of blocks has its kept ones in ascending position, cut into steps of 64 bytes of inputs, the
-last one filled up with zeros. The buffer begins with int32: where the steps of each row of blocks begin, and where the last
-one's end; then 128 times the sum of each output's weights (zeros if they are floats), which unsigned activations lack once
-their sign bit is flipped; filled up to 16 bytes. Then come
+last one filled up with zeros. The buffer begins with int32: 128 times the sum of each output's weights (zeros if they are
+floats), which unsigned activations lack once their sign bit is flipped; then where the steps of each row of blocks begin, and
+where the last one's end; filled up to 16 bytes. Then come
 
 - the values of all steps, each ``rows`` outputs by 64 bytes of inputs;
 - the places of all steps (:mod:`cnncomp.sparsity.places`), an int32 for each of a step's blocks.
@@ -28,11 +28,11 @@ DEPTH_BYTES = 64  # of a step's inputs
 
 
 class Steps(NamedTuple):
-    """Views into a buffer: ``first`` (B + 1,) and ``sums`` (B * rows,) int32, ``values`` (steps, rows, depth) of the weight's
+    """Views into a buffer: ``sums`` (B * rows,) and ``first`` (B + 1,) int32, ``values`` (steps, rows, depth) of the weight's
     dtype, ``places`` (steps, depth / cols) int32, for B rows of blocks of all groups."""
 
-    first: Tensor
     sums: Tensor
+    first: Tensor
     values: Tensor
     places: Tensor
 
@@ -43,7 +43,7 @@ def _rows_of_blocks(shape: Sequence[int], rows: int, groups: int) -> int:
 
 def _table_bytes(blocks: int, rows: int) -> int:
     """Bytes before the first step."""
-    return round_up(4 * (blocks + 1 + blocks * rows), CHUNK_BYTES)
+    return round_up(4 * (blocks * rows + blocks + 1), CHUNK_BYTES)
 
 
 def _step_bytes(rows: int, cols: int, itemsize: int) -> int:
@@ -75,10 +75,10 @@ def pack_steps(weight: Tensor, rows: int, cols: int, groups: int = 1) -> Tensor:
     values = values.reshape(steps, pieces, rows, cols).transpose(1, 2).contiguous()
     count = len(first) - 1
     table = torch.zeros(_table_bytes(count, rows) // 4, dtype=torch.int32, device=weight.device)
-    table[: count + 1] = first
+    table[count * rows : count * rows + count + 1] = first
     if weight.dtype == torch.int8:
         sums = weight.reshape(groups, len(weight) // groups, -1).sum(2, dtype=torch.int32)
-        table[count + 1 : count + 1 + count * rows] = F.pad(128 * sums, (0, -sums.shape[1] % rows)).flatten()
+        table[: count * rows] = F.pad(128 * sums, (0, -sums.shape[1] % rows)).flatten()
     return torch.cat([part.flatten().view(torch.int8) for part in (table, values, places)])
 
 
@@ -90,12 +90,12 @@ def view_steps(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, rows: i
     table, end = packed[:start].view(torch.int32), start + steps * rows * DEPTH_BYTES
     values = packed[start:end].view(dtype).view(steps, rows, DEPTH_BYTES // dtype.itemsize)
     places = packed[end:].view(torch.int32).view(steps, pieces)
-    return Steps(table[: blocks + 1], table[blocks + 1 : blocks + 1 + blocks * rows], values, places)
+    return Steps(table[: blocks * rows], table[blocks * rows : blocks * rows + blocks + 1], values, places)
 
 
 def unpack_steps(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, rows: int, cols: int, groups: int) -> Tensor:
     """The inverse of :func:`pack_steps`: the weight of ``shape`` (K, C/G, R, S) and ``dtype``."""
-    first, _, values, places = view_steps(packed, shape, dtype, rows, cols, groups)
+    _, first, values, places = view_steps(packed, shape, dtype, rows, cols, groups)
     pieces = places.shape[1]
     blocks = values.reshape(-1, rows, pieces, cols).transpose(1, 2).reshape(-1, rows, cols)
     kept = (places.flatten() >= 0).nonzero().flatten()
