@@ -29,11 +29,14 @@ _MOST_TAPS = tl.constexpr(MOST_TAPS)
 def _inside_bits(row_real, h0, w0, h, w, dil_h, dil_w, R: tl.constexpr, S: tl.constexpr, M: tl.constexpr):
     """A bit per tap for each of M pixels: whether the tap is inside the image; one more stays zero."""
     BITS: tl.constexpr = tl.int32 if R * S < 32 else tl.int64
+    across = tl.zeros((M,), dtype=BITS)
+    for s in tl.static_range(S):
+        wi = w0 + s * dil_w
+        across |= ((wi >= 0) & (wi < w)).to(BITS) << s
     inside = tl.zeros((M,), dtype=BITS)
-    for tap in tl.static_range(R * S):
-        hi = h0 + (tap // S) * dil_h
-        wi = w0 + (tap % S) * dil_w
-        inside |= (row_real & (hi >= 0) & (hi < h) & (wi >= 0) & (wi < w)).to(BITS) << tap
+    for r in tl.static_range(R):
+        hi = h0 + r * dil_h
+        inside |= tl.where(row_real & (hi >= 0) & (hi < h), across << (r * S), 0)
     return inside
 
 
@@ -93,7 +96,7 @@ def conv2d_steps_kernel(
         acc += tl.load(sums_ptr + block * ROWS + half)[None, :]
         other += tl.load(sums_ptr + block * ROWS + N + half)[None, :]
 
-    row = image * (p * q) + index // UNIT % (p * q)
+    row = index if UNIT == 1 else image * (p * q) + index // UNIT % (p * q)
     column = (block % blocks) * ROWS + half
     store_both(
         acc, other, constants_ptr, residual_ptr, out_ptr, row, group * k_group + column, (exists & (image < n))[:, None],

@@ -243,3 +243,38 @@ def test_compiled_sparse_conv_is_exact_in_the_emulator(arch, name, density, patt
     assert torch.equal(got, expected)
     products = [opcode for opcode in result.instructions if opcode.startswith("wgmma" if arch == 90 else "mma")]
     assert bool(products) == (density > 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "most"),
+    [("blocks", "u8", 16), ("vectors", "u8", 44), ("blocks", "fp16", 9), ("vectors", "fp16", 16)],
+)
+def test_instructions_of_a_useful_sparse_product(pattern, dtype, most):
+    """Warp instructions per kept mma of a 3x3 convolution with three quarters of its blocks gone, on sm_80: prologue and
+    epilogue weigh as much as the few steps that are left; of int8 1xV, four bytes are copied at once, so addresses bind."""
+    from bench.gpu_model import sample_of
+    from cnncomp.kernels.conv2d_steps import tile_for
+    from cnncomp.kernels.launch import cdiv
+    from cnncomp.sparsity.steps import pack_steps, view_steps
+    from tests.ptx import Checks, emulate, load
+    from tests.test_packers import masked_blocks
+    from tests.triton_gate import steps_variant
+
+    n, c, pixels, kind = 8, 128, 28, TYPES[dtype]
+    m, block, depth = n * pixels**2, BLOCKS[pattern][kind.itemsize], 32 // kind.itemsize
+    torch.manual_seed(0)
+    weight = torch.ones(c, c, 3, 3, dtype=torch.int8 if kind.itemsize == 1 else kind)
+    weight = masked_blocks(weight, *block, 1, 0.25)
+    steps = view_steps(pack_steps(weight, *block), weight.shape, weight.dtype, *block, 1)
+    compiled = steps_variant("", dtype, block, {"R": 3, "S": 3, "WHOLE": True}).compiled(80)
+    tile, blocks = tile_for(block[0], kind.itemsize), len(steps.first) - 1
+    grid = (cdiv(m, tile.block_m), blocks, 1)
+    tables = [t.clone() for t in (steps.values, steps.places, steps.first, steps.sums)]
+    tensors = torch.zeros(m * c, dtype=kind), *tables, torch.ones(3 * c), torch.zeros(m * c, dtype=kind)
+    sizes = [n, pixels, pixels, c, c, pixels, pixels, c, c, blocks, 1, 1, 1, 1, 1, 1]
+    counts = emulate(
+        load(compiled.asm["ptx"]), grid, 32 * tile.num_warps, [*tensors, 0.0, 0.0, 1.0, *sizes],
+        shared=compiled.metadata.shared, blocks=sample_of(grid[0] * blocks, 16), checks=Checks(races=False, blocks=False),
+    ).summary()  # fmt: skip
+    useful = m * int(torch.count_nonzero(weight)) / (16 * 8 * depth) * counts["blocks"] / (grid[0] * blocks)
+    assert counts["instructions"] / useful <= most
