@@ -131,6 +131,23 @@ def test_what_is_filled_up_is_not_read():
         assert got.eq(1).all(), cols
 
 
+@pytest.mark.parametrize("cols", [1, 8])
+@pytest.mark.parametrize("taps, size", [(1, 4), (8, 24)])
+def test_other_groups_are_not_read(taps, size, cols):
+    """A group beside one of NaN, whose channels come next to its own: in front of a place that is filled up, and behind the
+    channels of a block that has fewer."""
+    weight = torch.zeros(64, 3, taps, taps, dtype=torch.float16)
+    weight[:, 1, taps // 2, 0] = 2
+    constants = torch.tensor([[1.0], [0.5], [float("inf")]]).expand(3, 64).contiguous()
+    steps = view_steps(pack_steps(weight, 32, cols, 2), weight.shape, weight.dtype, 32, cols, 2)
+    for group in (0, 1):
+        x = torch.full((1, 6, size, size), float("nan"), dtype=torch.float16)
+        x[:, 3 * group : 3 * group + 3] = 1
+        where = ((taps, taps), (1, 1), (0, 0), (1, 1), 2)
+        got = conv2d_steps(x, steps, constants, None, 0.0, -float("inf"), *where, torch.float32)
+        assert got[:, 32 * group : 32 * group + 32].eq(2.5).all(), group
+
+
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that Triton alone has kernels for; its tensors are the CPU's."""
