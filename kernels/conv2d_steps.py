@@ -51,8 +51,7 @@ def conv2d_steps_kernel(
     N: tl.constexpr = ROWS // 2  # columns of a half
     PIECES: tl.constexpr = BLOCK_K // COLS
     SUMS: tl.constexpr = tl.int32 if values_ptr.dtype.element_ty == tl.int8 else tl.float32
-    block = tl.program_id(1)
-    group = block // blocks
+    block, group = tl.program_id(1), tl.program_id(1) // blocks
     index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.cdiv(n, UNIT)
     exists = index // UNIT < units * p * q
@@ -86,8 +85,7 @@ def conv2d_steps_kernel(
             here = (real[None, :] & exists[:, None]) & (hi >= 0) & (hi < h) & (wi >= 0) & (wi < w)
         offset = channel * channel_step + r * (dil_h * w * pixel_step) + s * (dil_w * pixel_step)
         a = operand(tl.load(x_base[:, None] + offset[None, :], mask=here, other=0))
-        b = tl.load(values_at)
-        b_other = tl.load(values_at + N * BLOCK_K)
+        b, b_other = tl.load(values_at), tl.load(values_at + N * BLOCK_K)
         acc = tl.dot(a, b, acc=acc, out_dtype=SUMS)
         other = tl.dot(a, b_other, acc=other, out_dtype=SUMS)
         values_at += ROWS * BLOCK_K
