@@ -331,6 +331,37 @@ def test_tritons_kernels_are_timed_where_there_are_others_too(
     }
 
 
+def test_tritons_sparse_kernels_are_timed_where_there_are_others_too(
+    timed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(8, 96, 1), nn.ReLU(), nn.Conv2d(96, 64, 3), nn.Flatten(), nn.Linear(64 * 36, 64))
+            with torch.no_grad():
+                self[2].weight[:, 16:] = 0
+                self[4].weight[:, 100:] = 0
+
+    net = quantized(Wide())
+    sparse = {f"{op}_{name}_int8" for op in ("conv2d", "linear") for name in ("blocks", "vectors")}
+    twins, dense = {f"{kernel}.triton" for kernel in sparse}, {"conv2d_int8", "linear_int8"}
+    fast = {"conv2d_blocks_int8.triton": 0.01, "linear_vectors_int8.triton": 0.01}
+    timed(DENSE | HALF | dict.fromkeys(sparse | twins | dense | {f"{kernel}.triton" for kernel in dense}, 0.05) | fast)
+    plan = planner(net).measure(lambda name: None)
+    found = {kernel for layer in plan.layers.values() for kernel in layer.ms}
+    assert sparse <= found and not twins & found  # they would be the same kernels
+    monkeypatch.setattr(cuda, "has_both", lambda device: True)
+    both = planner(net)
+    plan = both.measure(lambda name: None)
+    assert twins <= {kernel for layer in plan.layers.values() for kernel in layer.ms}
+    assert kernels(plan)[1:] == list(fast)
+    expected = planner(net)
+    plain = zip(plan.layers, ("conv2d_int8", "conv2d_int8", "linear_int8"), strict=True)
+    expected.replay(Plan("", "", {name: LayerPlan(kernel) for name, kernel in plain}))
+    assert torch.equal(both.module(X), expected.module(X))
+    monkeypatch.setattr(modelled, "gain", lambda *args: 2.0)  # of CUDA C++: it says nothing of Triton's
+    assert set(kernels(planner(net).rule_of_thumb())).isdisjoint(twins)
+
+
 def test_which_devices_have_both(monkeypatch: pytest.MonkeyPatch) -> None:
     for built, triton, capability, both in (
         (True, True, (8, 0), True), (False, True, (9, 0), False), (True, False, (9, 0), False), (True, True, (7, 5), False),

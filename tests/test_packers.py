@@ -31,6 +31,7 @@ from cnncomp.sparsity import (
 )
 from cnncomp.sparsity.blocks import as_blocks
 from cnncomp.sparsity.gathered import STEP_BYTES as STEP_BYTES_GATHERED
+from cnncomp.sparsity.steps import check_steps, pack_steps, unpack_steps, view_steps
 from cnncomp.sparsity.two_four import STEP_BYTES, VALUE_BYTES, packed_shape
 from cnncomp.sparsity.vectors import check_packed, columns, table_bytes, to_units
 
@@ -138,6 +139,30 @@ def test_blocks_there_and_back(sizes, dtype, rows, cols, density):
     assert bool((packed.values != 0).flatten(1).any(1).all()) and packed.values.dtype == dtype
     for start, end in pairwise(packed.block_ptr.tolist()):
         assert bool((packed.positions[start:end].diff() > 0).all())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    shapes(), st.sampled_from(DTYPES), st.sampled_from([(32, 1), (32, 4), (64, 8), (16, 16), (64, 32)]), st.floats(0, 1)
+)
+def test_steps_there_and_back(sizes, dtype, block, density):
+    shape, groups = sizes
+    torch.manual_seed(sum(shape))
+    weight = masked_blocks(random_weight(shape, dtype), *block, groups, density)
+    packed = pack_steps(weight, *block, groups)
+    check_steps(packed, shape, dtype, *block, groups)
+    assert torch.equal(unpack_steps(packed, shape, dtype, *block, groups), weight)
+    steps = view_steps(packed, shape, dtype, *block, groups)
+    sums = weight.reshape(groups, shape[0] // groups, -1).sum(2, dtype=torch.int32) if dtype == torch.int8 else None
+    got = steps.sums.view(groups, -1)
+    assert not got.any() if sums is None else torch.equal(got[:, : sums.shape[1]], 128 * sums)
+    with pytest.raises(ArgumentError, match="whole steps"):
+        check_steps(packed[:-1], shape, dtype, *block, groups)
+
+
+def test_steps_refuse_blocks_that_are_too_wide():
+    with pytest.raises(ArgumentError, match="cols: got 64, expected a power of two, at most 32"):
+        pack_steps(torch.zeros(64, 64, 1, 1, dtype=torch.float16), 64, 64)
 
 
 def test_blocks_take_what_it_says():

@@ -22,9 +22,10 @@ def test_available_needs_no_triton():
     subprocess.run([sys.executable, "-I", "-c", code], check=True)
 
 
-def test_in_interpreter():
-    """Everything of triton_interpreted.py, in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_steps_interpreted.py"])
+def test_in_interpreter(name):
+    """Everything of a file, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -170,4 +171,110 @@ def test_instructions_of_a_useful_product(size, dtype, c, pixels, most):
         shared=compiled.metadata.shared, blocks=sample_of(grid, 16), checks=Checks(races=False, blocks=False),
     ).summary()  # fmt: skip
     useful = m * c * 9 * c / (16 * 8 * 32) * counts["blocks"] / grid
+    assert counts["instructions"] / useful <= most
+
+
+#: n, c, h, w, k, r, s, stride, padding, dilation, groups.
+STEPS = {
+    "3x3": (2, 64, 6, 7, 80, 3, 3, (1, 1), (1, 1), (1, 1), 1),
+    "odd": (1, 14, 9, 8, 42, 3, 2, (2, 1), (2, 1), (1, 2), 2),
+    "more taps than bits": (1, 16, 9, 9, 16, 8, 8, (1, 1), (3, 4), (1, 1), 1),
+}
+BLOCKS = {"blocks": {1: (64, 16), 2: (64, 8)}, "vectors": {1: (32, 4), 2: (32, 1)}}
+
+
+def run_steps(dtype: str, block: tuple[int, int], sizes: tuple[Any, ...], density: float, arch: int) -> Any:
+    """Got and expected of a convolution with sparse weights, all blocks run with all checks, and counts. Floats are small
+    integers, whose sums are exact."""
+    from cnncomp.kernels.conv2d_steps import tile_for
+    from cnncomp.kernels.launch import cdiv
+    from cnncomp.ops import reference
+    from cnncomp.sparsity import vectors
+    from cnncomp.sparsity.steps import pack_steps, view_steps
+    from tests.cuda_emulated import nhwc
+    from tests.ptx import GlobalMemory, emulate
+    from tests.test_packers import masked_blocks
+    from tests.triton_gate import steps_variant
+
+    n, c, h, w, k, r, s, *geometry = sizes
+    (stride, padding, dilation, groups), kind = geometry, TYPES[dtype]
+    torch.manual_seed(c + k)
+    low, high = {"u8": (0, 256), "i8": (-128, 128)}.get(dtype, (-4, 5))
+    x = torch.randint(low, high, (n, c, h, w)).to(kind)
+    of_weights = torch.int8 if x.itemsize == 1 else kind
+    weight = torch.randint(max(low, -127), min(high, 128), (k, c // groups, r, s)).to(of_weights)
+    weight = masked_blocks(weight, *block, groups, density)
+    acc = torch.nn.functional.conv2d(x.double(), weight.double(), None, *geometry).float()
+    constants = torch.stack([(torch.rand(k) + 0.5) / 2000, torch.randn(k) * 30 + 60, torch.rand(k) * 100 + 100])
+    expected = reference.epilogue(acc, constants, None, 0.0, 0.0, kind)
+    steps = view_steps(pack_steps(weight, *block, groups), weight.shape, of_weights, *block, groups)
+    variant = steps_variant(
+        "", dtype, block, {"R": r, "S": s, "WHOLE": c // groups % block[1] == 0}, c // groups % 16 == 0
+    )
+    compiled = variant.compiled(arch)
+    memory, (p, q) = GlobalMemory(), expected.shape[2:]
+    image = nhwc(torch.zeros(expected.shape, dtype=kind))
+    given = nhwc(vectors.to_units(x).flatten() if block[1] == 1 else x)
+    tables = [t.contiguous() for t in (steps.values, steps.places, steps.first, steps.sums, constants)]
+    tables = [t if t.numel() else torch.zeros(16, dtype=t.dtype) for t in tables]  # nothing is read of no steps
+    pointers = [memory.allocate(a) for a in (given, *(nhwc(t.flatten()) for t in tables), image)]
+    blocks, unit = (len(steps.first) - 1) // groups, vectors.UNIT if block[1] == 1 else 1
+    tile = tile_for(block[0], x.itemsize)
+    grid = (cdiv(cdiv(n, unit) * unit * p * q, tile.block_m), groups * blocks, 1)
+    integers = [n, h, w, c, k, p, q, c // groups, k // groups, blocks, *stride, *padding, *dilation]
+    result = emulate(
+        compiled.asm["ptx"], grid, 32 * tile.num_warps, [*pointers, 0.0, 0.0, 1.0, *integers], memory=memory,
+        shared=compiled.metadata.shared,
+    )  # fmt: skip
+    got = torch.from_numpy(memory.fetch(pointers[-1], image)).view(kind).permute(0, 3, 1, 2)
+    return got, expected, result
+
+
+@pytest.mark.parametrize("pattern", BLOCKS)
+@pytest.mark.parametrize(
+    ("arch", "name", "density", "dtype"),
+    [(80, "3x3", 0.4, "u8"), (80, "3x3", 0.4, "i8"), (80, "3x3", 0.4, "fp16"), (80, "3x3", 0.4, "bf16"),
+     (80, "odd", 0.5, "u8"), (80, "odd", 0.5, "fp16"), (80, "more taps than bits", 0.5, "i8"), (80, "3x3", 0.0, "u8"),
+     (90, "3x3", 0.4, "u8"), (90, "3x3", 0.4, "fp16"), (120, "odd", 0.5, "u8"), (120, "odd", 0.5, "bf16")],
+)  # fmt: skip
+def test_compiled_sparse_conv_is_exact_in_the_emulator(arch, name, density, pattern, dtype):
+    block = BLOCKS[pattern][TYPES[dtype].itemsize]
+    got, expected, result = run_steps(dtype, block, STEPS[name], density, arch)
+    assert torch.equal(got, expected)
+    products = [opcode for opcode in result.instructions if opcode.startswith("wgmma" if arch == 90 else "mma")]
+    assert bool(products) == (density > 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "most"),
+    [("blocks", "u8", 16), ("vectors", "u8", 44), ("blocks", "fp16", 9), ("vectors", "fp16", 16)],
+)
+def test_instructions_of_a_useful_sparse_product(pattern, dtype, most):
+    """Warp instructions per kept mma of a 3x3 convolution with three quarters of its blocks gone, on sm_80: prologue and
+    epilogue weigh as much as the few steps that are left; of int8 1xV, four bytes are copied at once, so addresses bind."""
+    from bench.gpu_model import sample_of
+    from cnncomp.kernels.conv2d_steps import tile_for
+    from cnncomp.kernels.launch import cdiv
+    from cnncomp.sparsity.steps import pack_steps, view_steps
+    from tests.ptx import Checks, emulate, load
+    from tests.test_packers import masked_blocks
+    from tests.triton_gate import steps_variant
+
+    n, c, pixels, kind = 8, 128, 28, TYPES[dtype]
+    m, block, depth = n * pixels**2, BLOCKS[pattern][kind.itemsize], 32 // kind.itemsize
+    torch.manual_seed(0)
+    weight = torch.ones(c, c, 3, 3, dtype=torch.int8 if kind.itemsize == 1 else kind)
+    weight = masked_blocks(weight, *block, 1, 0.25)
+    steps = view_steps(pack_steps(weight, *block), weight.shape, weight.dtype, *block, 1)
+    compiled = steps_variant("", dtype, block, {"R": 3, "S": 3, "WHOLE": True}).compiled(80)
+    tile, blocks = tile_for(block[0], kind.itemsize), len(steps.first) - 1
+    grid = (cdiv(m, tile.block_m), blocks, 1)
+    tables = [t.clone() for t in (steps.values, steps.places, steps.first, steps.sums)]
+    tensors = torch.zeros(m * c, dtype=kind), *tables, torch.ones(3 * c), torch.zeros(m * c, dtype=kind)
+    sizes = [n, pixels, pixels, c, c, pixels, pixels, c, c, blocks, 1, 1, 1, 1, 1, 1]
+    counts = emulate(
+        load(compiled.asm["ptx"]), grid, 32 * tile.num_warps, [*tensors, 0.0, 0.0, 1.0, *sizes],
+        shared=compiled.metadata.shared, blocks=sample_of(grid[0] * blocks, 16), checks=Checks(races=False, blocks=False),
+    ).summary()  # fmt: skip
+    useful = m * int(torch.count_nonzero(weight)) / (16 * 8 * depth) * counts["blocks"] / (grid[0] * blocks)
     assert counts["instructions"] / useful <= most

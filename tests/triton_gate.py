@@ -78,6 +78,32 @@ def int8_variant(
     )  # fmt: skip
 
 
+def steps_variant(name: str, dtype: str, block: tuple[int, int], meta: dict[str, Any], aligned: bool = True) -> Variant:
+    """The kernel with block sparse weights.
+
+    Args:
+        name: In the table.
+        dtype: Of the activations, "u8", "i8", "fp16" or "bf16".
+        block: Outputs and inputs of a block.
+        meta: R, S, WHOLE.
+        aligned: Channels are multiples of 16.
+    """
+    from cnncomp.kernels.conv2d_steps import conv2d_steps_kernel, tile_for
+    from cnncomp.sparsity.vectors import UNIT
+
+    element = "i8" if dtype == "u8" else dtype
+    pointers: dict[str, str | None] = {"x_ptr": dtype, "values_ptr": element, "constants_ptr": "fp32", "out_ptr": dtype}
+    pointers |= dict.fromkeys(("places_ptr", "first_ptr", "sums_ptr"), "i32") | {"residual_ptr": None}
+    integers = [i for i in (*CONV_INTEGERS, "n", "c_group", "blocks") if i != "m"]
+    tile = tile_for(block[0], 1 if element == "i8" else 2)
+    sizes = {"ROWS": block[0], "COLS": block[1], "UNIT": UNIT if block[1] == 1 else 1}
+    return Variant(
+        name, conv2d_steps_kernel, pointers, {i: aligned and i in ALIGNED for i in integers},
+        ("residual_scale", "lo", "out_factor"), sizes | meta | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
+        tile.options(),
+    )  # fmt: skip
+
+
 @cache
 def variants() -> tuple[Variant, ...]:
     """Every shipped kernel with every tile."""
@@ -120,6 +146,10 @@ def _variants() -> Iterator[Variant]:
         copies=False,
         products=False,
     )
+    for name, blocks in (("blocks", ((64, 16), (64, 8))), ("vectors", ((32, 4), (32, 1)))):
+        for dtype in ("u8", "i8", "fp16", "bf16"):
+            kind, block = ("int8", blocks[0]) if dtype[1:] == "8" else ("f16", blocks[1])
+            yield steps_variant(f"conv2d_{name}_{kind}_{dtype}", dtype, block, taps | {"WHOLE": True})
     for dtype in ("fp16", "fp32"):
         data = dict.fromkeys(["x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"], dtype)
         yield Variant(

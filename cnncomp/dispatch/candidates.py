@@ -27,8 +27,12 @@ from cnncomp.nn import (
     SparseLinear,
     SparseQuantConv2d,
     SparseQuantLinear,
+    TritonBlocksQuantConv2d,
+    TritonBlocksQuantLinear,
     TritonQuantConv2d,
     TritonQuantLinear,
+    TritonVectorsQuantConv2d,
+    TritonVectorsQuantLinear,
     VectorsQuantConv2d,
     VectorsQuantLinear,
     VnmQuantConv2d,
@@ -236,6 +240,16 @@ def _is_vnm_quantized(layer: ConvertedLayer) -> str | None:
     return f"{max(0.0, empty):.0%} of the input channels of 64 outputs are zero: V:2:M needs {MIN_SPARSITY:.0%}"
 
 
+def _twin_of(applies: Callable[[ConvertedLayer], str | None]) -> Callable[[ConvertedLayer], str | None]:
+    """Why Triton's sparse kernel can't be tried beside the CUDA one, to which ``applies`` belongs."""
+
+    def why_not(layer: ConvertedLayer) -> str | None:
+        both = cuda.has_both(_weight(layer).device)
+        return applies(layer) if both else "sparse int8 has one kernel here for each pattern, not two"
+
+    return why_not
+
+
 def groups_of(layer: ConvertedLayer) -> int:
     """Groups of a convolution; 1 of a linear layer."""
     return layer.geometry.groups if isinstance(layer, DenseConv2d) else 1
@@ -310,6 +324,22 @@ CONV_CANDIDATES = (
     Candidate("conv2d_sparse24_int8", Q8, NHWC, ("cuda",), _is_2to4_quantized, _quant_conv(Sparse24QuantConv2d)),
     Candidate("conv2d_blocks_int8", Q8, NHWC, ("cuda",), _has_empty_blocks, _quant_conv(BlocksQuantConv2d)),
     Candidate("conv2d_vectors_int8", Q8, NHWC, ("cuda",), _has_empty_runs, _quant_conv(VectorsQuantConv2d)),
+    Candidate(
+        "conv2d_blocks_int8.triton",
+        Q8,
+        NHWC,
+        ("cuda",),
+        _twin_of(_has_empty_blocks),
+        _quant_conv(TritonBlocksQuantConv2d),
+    ),
+    Candidate(
+        "conv2d_vectors_int8.triton",
+        Q8,
+        NHWC,
+        ("cuda",),
+        _twin_of(_has_empty_runs),
+        _quant_conv(TritonVectorsQuantConv2d),
+    ),
     Candidate("conv2d_vnm_int8", Q8, NHWC, ("cuda",), _is_vnm_quantized, _quant_conv(VnmQuantConv2d)),
     Candidate("conv2d_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_conv),
 )
@@ -323,6 +353,22 @@ LINEAR_CANDIDATES = (
     Candidate("linear_sparse24_int8", Q8, NCHW, ("cuda",), _is_2to4_quantized, _quant_linear(Sparse24QuantLinear)),
     Candidate("linear_blocks_int8", Q8, NCHW, ("cuda",), _has_empty_blocks, _quant_linear(BlocksQuantLinear)),
     Candidate("linear_vectors_int8", Q8, NCHW, ("cuda",), _has_empty_runs, _quant_linear(VectorsQuantLinear)),
+    Candidate(
+        "linear_blocks_int8.triton",
+        Q8,
+        NCHW,
+        ("cuda",),
+        _twin_of(_has_empty_blocks),
+        _quant_linear(TritonBlocksQuantLinear),
+    ),
+    Candidate(
+        "linear_vectors_int8.triton",
+        Q8,
+        NCHW,
+        ("cuda",),
+        _twin_of(_has_empty_runs),
+        _quant_linear(TritonVectorsQuantLinear),
+    ),
     Candidate("linear_vnm_int8", Q8, NCHW, ("cuda",), _is_vnm_quantized, _quant_linear(VnmQuantLinear)),
     Candidate("linear_sparse", NCHW, NCHW, _ANY, _is_sparse, _sparse_linear),
 )

@@ -109,7 +109,7 @@ def choose(
     reasons = []
     for option in options:
         format = option.candidate.kernel.partition("_")[2].partition("_")[0]
-        if format not in FORMATS:
+        if format not in FORMATS or getattr(option.layer, "on_triton", False):  # CUDA C++ is modelled
             continue
         zeros = left_out(layer, format)
         gained = _gain_of(layer, arch, format, zeros, shape)

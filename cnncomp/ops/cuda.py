@@ -37,10 +37,9 @@ def backend(device: torch.device) -> str:
     """
     if _cuda is not None and _cuda.supports(_index(device)):
         return "cuda"
-    # Triton has no int8 dot before sm_80.
-    major, minor = torch.cuda.get_device_capability(device)
-    if available() and major >= 8:
+    if has_triton(device):
         if _cuda is not None:
+            major, minor = torch.cuda.get_device_capability(device)
             message = f"this build has no CUDA kernels for {device}, sm_{major}{minor}: Triton's run there"
             warnings.warn(message, UserWarning, stacklevel=2)
         return "triton"
@@ -50,9 +49,12 @@ def backend(device: torch.device) -> str:
 @functools.cache
 def has_both(device: torch.device) -> bool:
     """Whether the int8 kernels of CUDA C++ and Triton's can run on this device: which is faster is for measurement to say."""
-    if device.type != "cuda" or _cuda is None or not _cuda.supports(_index(device)):
-        return False
-    return available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_triton(device) and _cuda is not None and _cuda.supports(_index(device))
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's int8 kernels can run on this device: it has no int8 dot before sm_80."""
+    return device.type == "cuda" and available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _index(device: torch.device) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnncomp.errors import ArgumentError, DeviceError
 from cnncomp.ops import cuda
-from cnncomp.ops.library import conv_out_size
+from cnncomp.ops.library import check_elements, conv_out_size
+from cnncomp.ops.packed import Format
 from cnncomp.sparsity import vectors, vnm
+from cnncomp.sparsity.steps import view_steps
 from cnncomp.sparsity.weights import CHUNK_BYTES, too_many_taps, why_not
 
 #: Formats whose kernels gather activations that lie channel by channel in units of images.
@@ -26,6 +29,12 @@ def check_device(device: torch.device) -> None:
         raise DeviceError("x", device, "an NVIDIA GPU")
     if torch.cuda.get_device_capability(device) < (8, 0) or cuda.backend(device) != "cuda":
         raise DeviceError("x", device, "a GPU of sm_80 or later that this build's CUDA kernels are for")
+
+
+def check_triton(device: torch.device) -> None:
+    """Raise :class:`DeviceError` where Triton's kernels can't multiply packed sparse weights."""
+    if not cuda.has_triton(device):
+        raise DeviceError("x", device, "an NVIDIA GPU of sm_80 or later, with Triton 3 installed")
 
 
 @functools.cache
@@ -164,8 +173,57 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def linear(
-    name: str,
+def conv2d_triton(
+    fmt: Format,
+    shape: Sequence[int],
+    x: Tensor,
+    weight: Tensor,
+    constants: Tensor,
+    residual: Tensor | None,
+    residual_scale: float,
+    lo: float,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_dtype: torch.dtype,
+    out_units: bool = False,
+) -> Tensor:
+    """As :func:`conv2d`, on Triton's kernel: any number of channels, input and residual in units or not.
+
+    Args:
+        fmt: With a ``block``.
+        shape: (K, C/G, R, S) of the unpacked weight.
+        weight: From :func:`cnncomp.sparsity.steps.pack_steps`.
+
+    Raises:
+        DeviceError: no Triton, a device before sm_80.
+        ArgumentError: more elements than the kernel counts.
+    """
+    assert fmt.block
+    check_triton(x.device)
+    dtype = torch.int8 if x.itemsize == 1 else x.dtype
+    rows, cols = fmt.block(dtype)
+    check_elements(x=x.shape, weight=weight.shape, out=(x.numel() // shape[1] // groups, shape[0]))
+    from cnncomp.kernels.conv2d_steps import conv2d_steps
+
+    steps = view_steps(_aligned(weight.contiguous()), shape, dtype, rows, cols, groups)
+    x = x if cols == 1 else from_units(x)
+    residual = None if residual is None else from_units(residual)
+    out = conv2d_steps(
+        x, steps, constants, residual, residual_scale, lo, kernel_size, stride, padding, dilation, groups, out_dtype
+    )
+    return fmt.units.to_units(out) if out_units and fmt.units else out
+
+
+def linear(name: str, *operands: Any) -> Tensor:
+    """:func:`as_images` of :func:`conv2d` with weights of the format ``name``."""
+    return as_images(functools.partial(conv2d, name), *operands)
+
+
+def as_images(
+    conv: Callable[..., Tensor],
     x: Tensor,
     weight: Tensor,
     constants: Tensor,
@@ -174,11 +232,11 @@ def linear(
     lo: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear with packed sparse weights: ``x`` (..., C), output (..., K); otherwise as :func:`conv2d`."""
+    """Linear with packed sparse weights: ``x`` (..., C), output (..., K); otherwise as ``conv``, the convolution."""
     c, k = x.shape[-1], constants.shape[1]
     image = x.reshape(-1, c, 1, 1)
     res = None if residual is None else residual.reshape(-1, k, 1, 1)
     one = (1, 1)
     where = (one, one, (0, 0), one, 1)
-    out = conv2d(name, image, weight, constants, res, residual_scale, lo, *where, out_dtype)
+    out = conv(image, weight, constants, res, residual_scale, lo, *where, out_dtype)
     return out.reshape(*x.shape[:-1], k)

@@ -8,6 +8,7 @@ and runs as a dense one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from cnncomp.ops.conv2d_int8 import (
 from cnncomp.ops.library import check_dtype, check_residual, check_same_device, conv_out_shape, define
 from cnncomp.ops.packing import pack_int8
 from cnncomp.ops.reference import epilogue
+from cnncomp.sparsity.steps import check_steps, unpack_steps
 from cnncomp.sparsity.vectors import from_units, image_shape
 
 Shape = tuple[int, int, int, int]
@@ -40,12 +42,33 @@ class Format(NamedTuple):
         check: Raises unless a packed weight belongs to a logical shape (K, C/G, R, S), a dtype and a number of groups.
         unpack: The logical weight of a packed one, from the same arguments.
         units: Where the format's kernels gather activations, the module that lays them out in units of images.
+        block: Of a format of Triton's kernels (:mod:`cnncomp.sparsity.steps`), outputs and inputs of a block of a dtype.
     """
 
     name: str
     check: Callable[[Tensor, Shape, torch.dtype, int], None]
     unpack: Callable[[Tensor, Shape, torch.dtype, int], Tensor]
     units: ModuleType | None = None
+    block: Callable[[torch.dtype], tuple[int, int]] | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Of the operators' names."""
+        return "_triton" if self.block else ""
+
+
+def triton_format(
+    name: str, block: Callable[[torch.dtype], tuple[int, int]], units: ModuleType | None = None
+) -> Format:
+    """The format of Triton's kernels for the same blocks as those of the format ``name``."""
+
+    def check(packed: Tensor, shape: Shape, dtype: torch.dtype, groups: int) -> None:
+        check_steps(packed, shape, dtype, *block(dtype), groups)
+
+    def unpack(packed: Tensor, shape: Shape, dtype: torch.dtype, groups: int) -> Tensor:
+        return unpack_steps(packed, shape, dtype, *block(dtype), groups)
+
+    return Format(name, check, unpack, units, block)
 
 
 def _check_halves(
@@ -73,7 +96,8 @@ def _nhwc(t: Tensor) -> Tensor:
 
 
 def define_conv(fmt: Format, kind: str) -> None:
-    """Register ``cnncomp::conv2d_<format>_<kind>``; ``kind``: "int8" or "f16". Those that gather take activations in units of
+    """Register ``cnncomp::conv2d_<format>_<kind>``, ``_triton`` behind it for a format of Triton's; ``kind``: "int8" or "f16".
+    Those that gather take activations in units of
     images too, and with a last argument ``out_units`` give them."""
     check_types = check_operands if kind == "int8" else _check_halves
 
@@ -135,15 +159,18 @@ def define_conv(fmt: Format, kind: str) -> None:
     ) -> Tensor:
         from cnncomp.ops import cuda_sparse
 
-        checked(x, weight, constants, residual, rest)
-        return cuda_sparse.conv2d(fmt.name, x, weight, constants, residual, residual_scale, lo, *rest)
+        logical = checked(x, weight, constants, residual, rest)
+        launch = (
+            partial(cuda_sparse.conv2d_triton, fmt, logical) if fmt.block else partial(cuda_sparse.conv2d, fmt.name)
+        )
+        return launch(x, weight, constants, residual, residual_scale, lo, *rest)
 
     schema = CONV_SCHEMA.replace(")", ", bool out_units=False)") if fmt.units else CONV_SCHEMA
-    define(f"conv2d_{fmt.name}_{kind}", schema, fake, cpu, cuda)
+    define(f"conv2d_{fmt.name}_{kind}{fmt.suffix}", schema, fake, cpu, cuda)
 
 
 def define_linear_int8(fmt: Format) -> None:
-    """Register ``cnncomp::linear_<format>_int8``."""
+    """Register ``cnncomp::linear_<format>_int8``, ``_triton`` behind it for a format of Triton's."""
 
     def checked(x: Tensor, weight: Tensor, constants: Tensor, residual: Tensor | None, out_dtype: torch.dtype) -> Shape:
         k = constants.shape[-1]
@@ -177,7 +204,8 @@ def define_linear_int8(fmt: Format) -> None:
     ) -> Tensor:
         from cnncomp.ops import cuda_sparse
 
-        checked(x, weight, constants, residual, out_dtype)
-        return cuda_sparse.linear(fmt.name, x, weight, constants, residual, residual_scale, lo, out_dtype)
+        logical = checked(x, weight, constants, residual, out_dtype)
+        conv = partial(cuda_sparse.conv2d_triton, fmt, logical) if fmt.block else partial(cuda_sparse.conv2d, fmt.name)
+        return cuda_sparse.as_images(conv, x, weight, constants, residual, residual_scale, lo, out_dtype)
 
-    define(f"linear_{fmt.name}_int8", LINEAR_SCHEMA, _linear_fake, cpu, cuda)
+    define(f"linear_{fmt.name}_int8{fmt.suffix}", LINEAR_SCHEMA, _linear_fake, cpu, cuda)
