@@ -177,7 +177,8 @@ inline __attribute__((always_inline)) void add_remainders(TileSums<S, BLOCKS, PI
 #pragma GCC unroll 16
       for (int m = 0; m < PIXELS; m++) {
         const uint8_t* const* const row = rows + m * a.taps;
-        sums[m][v] = S::dot_two(sums[m][v], S::broadcast(row[p0.tap] + p0.channel), w0, S::broadcast(row[p1.tap] + p1.channel), w1);
+        const auto x0 = S::broadcast(row[p0.tap] + p0.channel), x1 = S::broadcast(row[p1.tap] + p1.channel);
+        sums[m][v] = S::dot_two(sums[m][v], x0, w0, x1, w1);
       }
     }
   }
