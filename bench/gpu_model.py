@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -253,7 +254,8 @@ def records(
 
     shapes = gpu_shapes(network)
     found = gpu_sparse.records(shapes, batch, [g for g in gpus if g.arch != "sm_75"], masks=gpu_sparse.MASKS[:1])
-    for shape in shapes:
+    for number, shape in enumerate(shapes, 1):
+        print(f"{network}, batch {batch}: layer {number} of {len(shapes)}, {shape.name}", file=sys.stderr, flush=True)
         for gpu in gpus:
             (counts, launch), kernel = run_layer(shape, batch, gpu.code, gpu)
             about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
@@ -281,13 +283,20 @@ def save(rows: Sequence[dict[str, Any]], keep: bool) -> list[dict[str, Any]]:
     return every
 
 
+def images(text: str) -> int:
+    """A batch as an argument: one image or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images, 1 or more")
+    return int(text)
+
+
 def main() -> None:
     from bench import gpu_report
     from bench.layers import GPU_NETWORKS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
-    parser.add_argument("--batch", action="append", type=int, help="1, 8, 64 by default")
+    parser.add_argument("--batch", action="append", type=images, help="1, 8, 64 by default")
     parser.add_argument("--gpu", action="append", choices=[gpu.name for gpu in GPUS], help="all by default")
     parser.add_argument(
         "--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed"

@@ -18,6 +18,7 @@ from bench.gpu_model import (
     Calibration,
     Launch,
     bounds,
+    main,
     merge,
     model,
     records,
@@ -279,3 +280,12 @@ def test_empty_cells_say_why():
     assert ["A100", "8", "not counted", "not counted", "2.00", "1.00"] in cells
     assert lacking(rows, ("n", "A100", 1), "inductor int8") == "not counted"
     assert lacking(rows, ("n", "A100", 1), "plain Triton int8") == "no kernel"
+
+
+@pytest.mark.parametrize("option, value", [("gpu", "A1000"), ("network", "resnet51"), ("batch", "0"), ("batch", "x")])
+def test_unknown_arguments_are_named(option, value, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu_model", f"--{option}", value])
+    with pytest.raises(SystemExit):
+        main()
+    error = capsys.readouterr().err
+    assert f"argument --{option}" in error and repr(value) in error
