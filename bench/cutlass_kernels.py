@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import files
 from tests.cuda_emulated import NVCC, ROOT
 from tests.ptx import GlobalMemory, Result, emulate, load
 from tests.ptx.cute import headers
@@ -136,33 +137,23 @@ def build(variant: Variant) -> Built:
     host = CACHE / f"{variant.name}.{key}"
     ptx, usage = host.with_suffix(f".{key}.ptx"), host.with_suffix(f".{key}.txt")
     if not usage.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        source, partial = host.with_suffix(f".{key}.cu"), host.with_suffix(f".{key}.partial")
-        source.write_text(text)
-        generate = f"arch=compute_{variant.arch},code=[sm_{variant.arch},compute_{variant.arch}]"
-        command = [
-            NVCC,
-            "-std=c++17",
-            "-w",
-            f"-I{headers()}",
-            f"-I{SOURCES}",
-            "-gencode",
-            generate,
-            str(source),
-            "-o",
-            str(partial),
-        ]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(run.stderr)
-        dump = [str(TOOLS / "cuobjdump"), str(partial)]
-        shown = [
-            subprocess.run([*dump, how], capture_output=True, text=True, check=True).stdout
-            for how in ("-ptx", "--dump-resource-usage")
-        ]
-        ptx.write_text(shown[0][shown[0].index(".version") :])
-        partial.rename(host)
-        usage.write_text(shown[1])
+        source = host.with_suffix(f".{key}.cu")
+        files.write(source, text)
+        with files.replaced(host) as partial:
+            generate = f"arch=compute_{variant.arch},code=[sm_{variant.arch},compute_{variant.arch}]"
+            options = ["-std=c++17", "-w", f"-I{headers()}", f"-I{SOURCES}", "-gencode", generate]
+            command = [NVCC, *options, str(source), "-o", str(partial)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(run.stderr)
+            dump = [str(TOOLS / "cuobjdump"), str(partial)]
+            shown = [
+                subprocess.run([*dump, how], capture_output=True, text=True, check=True).stdout
+                for how in ("-ptx", "--dump-resource-usage")
+            ]
+            partial.chmod(0o755)
+        files.write(ptx, shown[0][shown[0].index(".version") :])
+        files.write(usage, shown[1])  # the last: where it is, all is
     registers = re.findall(r"Function \S+:\s+REG:(\d+)", usage.read_text())
     assert len(registers) == 1, usage
     return Built(host, ptx, load(ptx.read_text()), int(registers[0]))

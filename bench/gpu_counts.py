@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench import files
 from bench.gpu_model import Launch
 from tests.ptx import Result
 
@@ -39,11 +40,8 @@ def counted(key: object, run: Callable[[], tuple[Result, Launch]]) -> Counted:
     path = CACHE / (hashlib.sha256(f"{_emulator()} {key}".encode()).hexdigest()[:24] + ".json")
     if not path.exists():
         result, launch = run()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         fences = sum(n for opcode, n in result.instructions.items() if opcode.startswith(("fence", "membar")))
         counts = result.summary() | {"fences": fences}
-        partial.write_text(json.dumps({"counts": counts, "launch": asdict(launch)}))
-        partial.rename(path)
+        files.write(path, json.dumps({"counts": counts, "launch": asdict(launch)}))
     known = json.loads(path.read_text())
     return known["counts"], Launch(**known["launch"])

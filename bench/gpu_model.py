@@ -30,11 +30,13 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench import files
 from bench.gpu_hardware import GPUS, Gpu, blocks_per_sm
 from tests.ptx import Result
 
@@ -252,7 +254,8 @@ def records(
 
     shapes = gpu_shapes(network)
     found = gpu_sparse.records(shapes, batch, [g for g in gpus if g.arch != "sm_75"], masks=gpu_sparse.MASKS[:1])
-    for shape in shapes:
+    for number, shape in enumerate(shapes, 1):
+        print(f"{network}, batch {batch}: layer {number} of {len(shapes)}, {shape.name}", file=sys.stderr, flush=True)
         for gpu in gpus:
             (counts, launch), kernel = run_layer(shape, batch, gpu.code, gpu)
             about = {"kernel": kernel, "peer": None, "dtype": "int8", "pattern": "dense", "sparsity": 0.0}
@@ -262,20 +265,45 @@ def records(
     return found
 
 
+#: What tells records apart. Not the kernel: a record is of the best that a peer has, and another one's takes its place.
+KEY = ("network", "layer", "shape", "batch", "gpu", "peer", "dtype", "pattern", "sparsity")
+
+
+def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of both, of equal places (KEY) the new ones."""
+    place = lambda row: json.dumps([row.get(name) for name in KEY], sort_keys=True)  # noqa: E731
+    made = {place(row) for row in new}
+    return [*(row for row in old if place(row) not in made), *new]
+
+
+def save(rows: Sequence[dict[str, Any]], keep: bool) -> list[dict[str, Any]]:
+    """Write records to OUT, which is never there by half; with ``keep`` beside what it holds of other places. All of them."""
+    every = merge(json.loads(OUT.read_text()) if keep and OUT.exists() else [], rows)
+    files.write(OUT, json.dumps(every, indent=1))
+    return every
+
+
+def images(text: str) -> int:
+    """A batch as an argument: one image or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images, 1 or more")
+    return int(text)
+
+
 def main() -> None:
     from bench import gpu_report
     from bench.layers import GPU_NETWORKS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", action="append", choices=GPU_NETWORKS, help="all by default")
-    parser.add_argument("--batch", action="append", type=int, help="1, 8, 64 by default")
+    parser.add_argument("--batch", action="append", type=images, help="1, 8, 64 by default")
     parser.add_argument("--gpu", action="append", choices=[gpu.name for gpu in GPUS], help="all by default")
     parser.add_argument(
         "--peers", nargs="*", choices=("int8", "fp16"), help="dtypes of CUTLASS's kernels; all where it is installed"
     )
     parser.add_argument("--without", action="append", choices=PEERS, default=[], help="a peer that is not counted")
     parser.add_argument(
-        "--add", action="store_true", help="keep what the file holds of other networks, batches and GPUs"
+        "--add", action="store_true", help="keep the file's records of other networks, batches, GPUs, peers, dtypes"
     )
     parser.add_argument("--docs", type=Path, help="a Markdown file to put the tables into")
     arguments = parser.parse_args()
@@ -288,16 +316,15 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer not in arguments.without]
     gc.disable()  # parsed kernels are kept: going through them again and again takes a third of the time
     runs = list(itertools.product(arguments.network or GPU_NETWORKS, arguments.batch or (1, 8, 64)))
-    made = {(*run, gpu.name) for run in runs for gpu in gpus}
-    kept = json.loads(OUT.read_text()) if arguments.add and OUT.exists() else []
-    rows = [row for row in kept if (row["network"], row["batch"], row["gpu"]) not in made]
-    for network, batch in runs:
+    rows: list[dict[str, Any]] = []
+    every = rows
+    for number, (network, batch) in enumerate(runs, 1):
         rows += records(network, batch, dtypes, gpus, peers)
+        every = save(rows, arguments.add)
         minutes = sum(os.times()[:4]) / 60
-        print(f"{network}, batch {batch}: {len(rows)} records, {minutes:.1f} minutes of CPU so far", flush=True)
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        OUT.write_text(json.dumps(rows, indent=1))
-    gpu_report.write(rows, arguments.docs)
+        done = f"{number} of {len(runs)}: {network}, batch {batch}: {len(rows)} records, {len(every)} in the file"
+        print(f"{done}, {minutes:.1f} minutes of CPU so far", flush=True)
+    gpu_report.write(every, arguments.docs)
 
 
 if __name__ == "__main__":

@@ -126,16 +126,29 @@ def averages(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> Means:
     return dict(sorted(found.items(), key=lambda item: (item[0][0], wanted.index(item[0][1]), item[0][2])))
 
 
+def lacking(rows: list[dict[str, Any]], place: tuple[str, str, int], title: str) -> str:
+    """Why a place (network, GPU, batch) has no number in a column: "no kernel" of the peer, or it was "not counted"."""
+    kernels, _, pattern, _ = next(column for column in COLUMNS if column[3] == title)
+    peer, dtype, its_pattern = kernels.split()
+    turing = next(gpu.arch for gpu in GPUS if gpu.name == place[1]) == "sm_75"
+    if turing and (peer != "cutlass" or its_pattern != "dense"):
+        return "no kernel"
+    here = [r for r in rows if (r["network"], r["gpu"], r["batch"]) == place]
+    theirs = any((r["peer"], r["dtype"]) == (peer, dtype) for r in here)
+    own = any((r["peer"], r["pattern"]) == (None, pattern) for r in here)
+    return "no kernel" if theirs and own else "not counted"
+
+
 def overview(rows: list[dict[str, Any]], gpus: Iterable[str] = ()) -> str:
     """Geometric means over layers as a table in Markdown: a line for each network, GPU (all by default) and batch.
 
-    Columns that no layer has a value for are left out.
+    Columns that no layer has a value for are left out; a cell without one says why.
     """
     means = averages(rows, gpus)
     titles = [title for *_, title in COLUMNS if any(title in found for found in means.values())]
     lines = ["| network | GPU | batch | " + " | ".join(titles) + " |", "|---|---|---:|" + "---:|" * len(titles)]
     for place, found in means.items():
-        cells = [f"{found[title]:.2f}" if title in found else "" for title in titles]
+        cells = [f"{found[title]:.2f}" if title in found else lacking(rows, place, title) for title in titles]
         lines.append("| " + " | ".join([*map(str, place), *cells]) + " |")
     return "\n".join(lines)
 
@@ -164,8 +177,8 @@ the distinct convolution and linear layers that the peer has a kernel for. u8 in
 bytes. On H100 CUTLASS dense is the faster of its sm_80 kernel, as counted, and of a bound: 75 % of the wgmma peak, with no
 tile, wave or multiprocessor wasted, which no kernel reaches on small batches. CUTLASS 2:4 multiplies half as much, in layers
 that are matrix products; the package's kernel beside it is the dense one, except in a column "both 2:4". Neither CUTLASS nor
-Triton has int8 for depthwise layers, and inductor has int8 for products alone. A cell is empty where the peer has no kernel
-that the emulator runs, or was not counted (`--without`).
+Triton has int8 for depthwise layers, and inductor has int8 for products alone. "No kernel": the peer has none
+that the emulator runs. "Not counted": it may have, but the table was made without it (`--without`; inductor takes long).
 
 {elsewhere}{scope}Command: `python -m bench.gpu_model --docs docs/results.md`, or `make bench-gpu-model`. {versions}.
 Records, with ranges over the uncertainty of the model's constants, are in `build/bench/gpu_model.json`; what the model is

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from bench.gpu_model import (
     model,
     resident,
     sample_of,
+    save,
     touched,
     varied,
 )
@@ -301,12 +301,7 @@ def main() -> None:
             shapes = [s for s in gpu_shapes(network) if any(part in s.name for part in arguments.layer or [""])]
             rows += records(shapes, batch, gpus, arguments.dtype or DTYPES, masks)
     print(report(rows))
-    names = ("network", "layer", "batch", "gpu", "peer", "dtype", "pattern", "sparsity")
-    place = lambda r: tuple(r.get(name) for name in names)  # noqa: E731
-    new = {place(row) for row in rows}
-    others = [row for row in json.loads(OUT.read_text()) if place(row) not in new] if OUT.exists() else []
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(others + rows, indent=1))
+    save(rows, keep=True)
     print(f"{OUT}: {len(rows)} records")
 
 

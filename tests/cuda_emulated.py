@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,18 +85,47 @@ def compiled(kernel: str, arch: str, kind: str) -> Path:
     return out
 
 
+def linked_as_it_is(target: Path, sources: set[Path]) -> bool:
+    """Whether ninja would leave an object in its build folder as it is: of this command and these sources.
+
+    Its log says how long it compiled. An object is newer than a source that was changed meanwhile, and knows nothing of that;
+    nor is an object ninja's whose folder was moved or copied.
+    """
+    import ninja
+
+    log = target.parent / ".ninja_log"
+    lines = [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
+    times = [(int(line[0]), int(line[1])) for line in lines if len(line) == 5 and line[3] == str(target)]
+    if not times:
+        return False
+    start, end = times[-1]
+    began = target.stat().st_mtime - (end - start) / 1000
+    if any(path.stat().st_mtime > began for path in sources):
+        return False
+    command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(target.parent), "-n", str(target)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    return run.returncode == 0 and "no work to do" in run.stdout
+
+
+def built_objects(kernel: str) -> list[Path]:
+    """Objects of a kernel, of the builds by setup.py, that belong to its sources as they are now."""
+    found = sorted(ROOT.glob(f"build/ninja-*/csrc_cuda_{kernel}.cu.o"))
+    return [one for one in found if linked_as_it_is(one, _included(SOURCES / f"{kernel}.cu"))]
+
+
 def machine_code(kernel: str, arch: str, folder: Path) -> Path:
-    """Machine code of a kernel for sm_<arch>: what the installed module was linked of, put into ``folder``, where that is
-    newer than the sources; else compiled here."""
+    """Machine code of a kernel for sm_<arch>: what the installed module was linked of, put into ``folder``, if that belongs to
+    the sources as they are; else compiled here."""
     from tests.triton_aot import TOOLS
 
-    newest = max(path.stat().st_mtime for path in _included(SOURCES / f"{kernel}.cu"))
-    built = [o for o in ROOT.glob(f"build/ninja-*/csrc_cuda_{kernel}.cu.o") if o.stat().st_mtime > newest]
-    for one in built:
-        command = [str(TOOLS / "cuobjdump"), "--extract-elf", f"sm_{arch}", str(one)]
-        subprocess.run(command, cwd=folder, capture_output=True, check=True)
-        for found in folder.glob(f"csrc_cuda_{kernel}.cu.*.sm_{arch}.cubin"):
-            return found
+    for one in built_objects(kernel):
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            command = [str(TOOLS / "cuobjdump"), "--extract-elf", f"sm_{arch}", str(one)]
+            subprocess.run(command, cwd=own, capture_output=True, check=True)
+            found = list(Path(own).glob(f"csrc_cuda_{kernel}.cu.*.sm_{arch}.cubin"))
+            if found:  # a build may be for other architectures
+                assert len(found) == 1, found
+                return found[0].rename(folder / found[0].name)
     return compiled(kernel, arch, "cubin")
 
 

@@ -1,14 +1,20 @@
-"""Random layers and inputs for tests."""
+"""Random layers and inputs for tests, and the environment of their processes."""
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
 
 from cnncomp.nn import LINEAR, Clamp, Geometry, QuantConv2d, QuantSpec, quantize_weight
 from cnncomp.ops import reference
+
+
+def outside_xdist() -> dict[str, str]:
+    """The environment for a pytest of its own, which isn't one of the processes that the tests run in."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
 def random_8bit(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from bench.limits import limits
 from bench.plot import read_results
 from cnncomp.dispatch import CONV_CANDIDATES
 from cnncomp.nn.dense import DIRECT_KERNEL
+from tests.helpers import outside_xdist
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
@@ -34,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench") / "cpu.json"
     command = [sys.executable, "-m", "pytest", "bench/bench_conv2d_int8.py", "--quick", "-k", "mobilenet_v2", "-q"]
     # In a process among several of pytest's, benchmarks would not be timed.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env = outside_xdist()
     run = subprocess.run([*command, f"--benchmark-json={out}"], cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 
@@ -17,12 +18,15 @@ from bench.gpu_model import (
     Calibration,
     Launch,
     bounds,
+    main,
+    merge,
     model,
     records,
     sample_of,
+    save,
     touched,
 )
-from bench.gpu_report import averages, compare, overview, ratios, report
+from bench.gpu_report import averages, compare, lacking, overview, ratios, report
 from bench.gpu_validation import CONV_FILES, count, counted, modelled, points, ranks, spearman, within_layers
 from bench.layers import gpu_shapes
 from bench.plot import plot_gpu, plot_gpu_means
@@ -252,3 +256,36 @@ def test_comparison(tmp_path):
     assert plot_gpu(ratios(rows), tmp_path / "a.png").stat().st_size > 5000
     assert averages(rows)["n", "A100", 8] == {"CUTLASS int8": 2.0, "and its pass": pytest.approx(18**0.5)}
     assert plot_gpu_means(averages(rows), tmp_path / "b.png").stat().st_size > 5000
+
+
+def test_records_are_merged_one_by_one(tmp_path, monkeypatch):
+    """Newer ones win in their places only; a layer of another shape, peer, dtype or pattern is another place."""
+    old = [row_of("a", 1.0), row_of("a", 2.0, "inductor"), row_of("b", 3.0) | {"kernel": "old"}]
+    new = [row_of("b", 4.0) | {"kernel": "new"}, row_of("a", 5.0) | {"shape": {"c": 1}}, row_of("a", 6.0, "cutlass")]
+    assert merge(old, new) == [*old[:2], *new]
+    monkeypatch.setattr("bench.gpu_model.OUT", tmp_path / "new" / "rows.json")
+    assert save(old, keep=True) == old and save(new, keep=True) == [*old[:2], *new]
+    assert json.loads((tmp_path / "new" / "rows.json").read_text()) == [*old[:2], *new]
+    assert save(new, keep=False) == new
+
+
+def test_empty_cells_say_why():
+    rows = [row_of("a", 10.0) | {"gpu": gpu, "batch": batch} for gpu in ("A100", "T4") for batch in (1, 8)]
+    rows += [row_of("a", 20.0, "inductor"), row_of("b", 20.0, "triton") | {"batch": 1}, row_of("a", 10.0, "triton")]
+    cells = [
+        [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in overview(rows + [row_of("a", 30.0, "cutlass") | {"gpu": "T4"}]).splitlines()[2:]
+    ]
+    assert ["T4", "8", "3.00", "5.00", "no kernel", "no kernel"] in cells
+    assert ["A100", "8", "not counted", "not counted", "2.00", "1.00"] in cells
+    assert lacking(rows, ("n", "A100", 1), "inductor int8") == "not counted"
+    assert lacking(rows, ("n", "A100", 1), "plain Triton int8") == "no kernel"
+
+
+@pytest.mark.parametrize("option, value", [("gpu", "A1000"), ("network", "resnet51"), ("batch", "0"), ("batch", "x")])
+def test_unknown_arguments_are_named(option, value, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu_model", f"--{option}", value])
+    with pytest.raises(SystemExit):
+        main()
+    error = capsys.readouterr().err
+    assert f"argument --{option}" in error and repr(value) in error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from cnncomp import kernels
+from tests.helpers import outside_xdist
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ def test_available_needs_no_triton():
 def test_in_interpreter(name):
     """Everything of a file, in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = outside_xdist() | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 

@@ -243,6 +243,14 @@ def test_fault_is_found(name):
 
 
 BLOCKS = "mov.u32 %r20, %ctaid.x; "
+#: Blocks add up their words and count themselves in by thread 0; the second reads the sums.
+TICKET = (
+    BLOCKS
+    + "mov.u32 %r21, tile; setp.eq.u32 %p1, %r0, 0; setp.eq.u32 %p2, %r20, 1; mov.pred %p3, 1; {who}"
+    + "@%p3 red.global.add.s32 [%rd8], 1; {barrier}"
+    + "@%p1 membar.gl; @%p1 atom.global.add.u32 %r1, [%rd0], 1; bar.sync 0; @%p2 ld.global.u32 %r9, [%rd8];"
+)
+WARP = "setp.lt.u32 %p3, %r0, 32;"
 ORDER = {
     "two blocks write one word": (RaceError, BLOCKS + "st.global.u32 [%rd8], %r20;"),
     "a block reads another's word": (
@@ -284,6 +292,17 @@ ORDER = {
         + "setp.eq.u32 %p1, %r20, 0; @%p1 st.global.u32 [%rd8], 7; membar.gl; bar.sync 0;"
         + "atom.global.add.u32 %r1, [%rd0], 1; @!%p1 ld.global.u32 %r9, [%rd8];",
     ),
+    "a barrier before the ticket": (None, TICKET.format(who="", barrier="bar.sync 0;")),
+    "no barrier before the ticket": (RaceError, TICKET.format(who="", barrier="")),
+    "a warp's barrier is not the block's": (RaceError, TICKET.format(who="", barrier="bar.warp.sync -1;")),
+    "a warp's barrier before the ticket": (None, TICKET.format(who=WARP, barrier="bar.warp.sync -1;")),
+    "no warp's barrier before the ticket": (RaceError, TICKET.format(who=WARP, barrier="")),
+    "each thread releases what it wrote": (
+        None,
+        "red.global.add.s32 [%rd8], 1; membar.gl; atom.global.add.u32 %r1, [%rd0], 1; bar.sync 0;"
+        + BLOCKS
+        + "setp.eq.u32 %p1, %r20, 1; @%p1 ld.global.u32 %r9, [%rd8];",
+    ),
     "release and acquire order blocks": (
         None,
         BLOCKS
@@ -301,6 +320,23 @@ def test_order_between_blocks(name):
     else:
         with pytest.raises(error, match="order"):
             run(body, A, grid=2)
+
+
+#: Block 0 gives a word to block 1, and that another one to block 2, which reads what block 0 wrote.
+PASSED_ON = (
+    BLOCKS
+    + "setp.eq.u32 %p1, %r20, 0; setp.eq.u32 %p2, %r20, 1; setp.eq.u32 %p3, %r20, 2; setp.eq.and.u32 %p4, %r0, 0, %p1;"
+    + "setp.eq.and.u32 %p5, %r0, 0, %p2; @%p1 st.global.u32 [%rd8], 7; {barrier} membar.gl;"
+    + "@%p4 atom.global.add.u32 %r1, [%rd0], 1; @%p5 atom.global.add.u32 %r1, [%rd0], 1;"
+    + "@%p5 atom.global.add.u32 %r1, [%rd0+4], 1; @%p3 atom.global.add.u32 %r1, [%rd0+4], 1; @%p3 ld.global.u32 %r9, [%rd8];"
+)
+
+
+def test_what_a_block_knows_is_passed_on():
+    """And what wasn't released isn't."""
+    run(PASSED_ON.format(barrier="bar.sync 0;"), A, grid=3)
+    with pytest.raises(RaceError, match="block 2 reads what block 0 writes"):
+        run(PASSED_ON.format(barrier=""), A, grid=3)
 
 
 KERNEL = """

@@ -50,7 +50,7 @@ void Machine::start_block(int number) {
     w.event = kNone;
     const int left = threads - i * kLanes;
     w.live = left >= kLanes ? kFull : (1u << left) - 1;
-    w.parked = w.carry = 0;
+    w.parked = w.carry = w.fenced = 0;
     w.forced = false;
     std::fill(std::begin(w.pc), std::end(w.pc), 0);
     if (w.file.empty()) {
@@ -77,8 +77,8 @@ void Machine::start_block(int number) {
   mbarriers.clear();
   executed = 0;
   bytes_in_flight = loaded = 0;
-  fenced = false;
-  known.assign(known.size(), 0);
+  for (uint32_t by : heard_of) heard[by].clear();
+  heard_of.clear();
   l1.clear();
 }
 
@@ -261,7 +261,8 @@ int ptx_run(Machine* m, const ptx::Config* config, const uint8_t* parameters, co
   m->parameters.assign(parameters, parameters + config->parameter_bytes);
   m->counters.assign(m->program.size(), ptx::Counter{});
   std::sort(m->regions.begin(), m->regions.end(), [](const auto& a, const auto& b) { return a.base < b.base; });
-  m->known.assign(static_cast<size_t>(config->grid[0]) * config->grid[1] * config->grid[2], 0);
+  m->heard.assign(static_cast<size_t>(config->grid[0]) * config->grid[1] * config->grid[2], {});
+  m->heard_of.clear();
   m->released.clear();
   m->l1.resize(config->count ? config->l1_bytes : 0);
   m->l2.resize(config->count ? config->l2_bytes : 0);

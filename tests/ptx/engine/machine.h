@@ -73,6 +73,7 @@ struct Warp {
   State state = kReady;
   Event event = kNone;
   uint32_t live = 0, parked = 0, active = 0, taken = 0, carry = 0;
+  uint32_t fenced = 0;  // lanes whose atomics release
   bool forced = false;  // parked lanes run because no others can
   int at = 0, target = 0;
   int pc[kLanes] = {};
@@ -123,6 +124,13 @@ struct MBarrier {
   std::vector<AsyncCopy> copies, landing;     // of this phase; of completed ones that nobody has waited for yet
 };
 
+// Writes of a warp of another block that are known: all with a clock up to `clock`; of the next one those before warp-level
+// synchronisation `sync`, and in it those of `lanes`.
+struct Heard {
+  uint32_t clock = 0, sync = 0, lanes = 0;
+  void add(const Heard& more);
+};
+
 // Set-associative cache of 32-byte sectors, least recently used out.
 struct Cache {
   static constexpr int kWays = 16;
@@ -169,9 +177,9 @@ struct Machine {
   int64_t executed = 0, progress = 0;
   uint64_t bytes_in_flight = 0, most_in_flight = 0;  // of asynchronous copies; plain loads between two barriers count too
   uint64_t loaded = 0;                               // by plain loads since the last barrier
-  bool fenced = false;
-  std::vector<uint8_t> known;                                         // blocks whose writes are visible to this one
-  std::unordered_map<uint64_t, std::vector<uint8_t>> released;        // by address of a synchronising word
+  std::vector<std::vector<Heard>> heard;               // by block and its warp: writes that this block knows of; or none
+  std::vector<uint32_t> heard_of;                      // blocks with an entry there
+  std::unordered_map<uint64_t, std::map<uint32_t, std::vector<Heard>>> released;  // by address of a synchronising word
   Cache l1, l2;
   int running = -1;  // warp whose turn it is
 
@@ -189,9 +197,11 @@ struct Machine {
   Region& region(uint64_t address, uint32_t size, int lane);
   uint8_t* global_read(const Warp& w, uint64_t address, uint32_t size, int lane);
   uint8_t* global_write(const Warp& w, uint64_t address, uint32_t size, int lane);
-  uint8_t* global_atomic(uint64_t address, uint32_t size, int lane);
+  uint8_t* global_atomic(const Warp& w, uint64_t address, uint32_t size, int lane);
+  bool heard_write(const Region& r, uint64_t at, uint32_t by) const;
+  bool heard_anything(uint32_t by) const { return !heard[by].empty(); }
   void acquire(uint64_t address);
-  void release(uint64_t address);
+  void release(const Warp& w, uint64_t address, int lane);
 
   // Shared memory (spaces.cpp). lane -1: the warp as a whole.
   uint8_t* shared_at(uint64_t address, uint32_t size, uint32_t align, int lane);

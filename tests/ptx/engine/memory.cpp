@@ -146,8 +146,8 @@ void store(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
     tally.add(p, l);
     if (p.space == kGlobal) {
       if (i.ints[2] & kAcquire) {  // st.release, st.relaxed: as an atomic exchange
-        std::memcpy(m.global_atomic(p.address, size, l), raw[l], size);
-        m.release(p.address);
+        std::memcpy(m.global_atomic(w, p.address, size, l), raw[l], size);
+        m.release(w, p.address, l);
       } else {
         std::memcpy(m.global_write(w, p.address, size, l), raw[l], size);
       }
@@ -222,8 +222,8 @@ void atomic(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
       m.note_write(w, static_cast<uint32_t>(p.address), sizeof(T), l, true);
     } else if (p.space == kGlobal) {
       m.acquire(p.address);
-      cell = reinterpret_cast<T*>(m.global_atomic(p.address, sizeof(T), l));
-      if (m.fenced || i.ints[4]) m.release(p.address);
+      cell = reinterpret_cast<T*>(m.global_atomic(w, p.address, sizeof(T), l));
+      if (w.fenced >> l & 1 || i.ints[4]) m.release(w, p.address, l);
     } else {
       fail(kUnsupported, "an atomic on this space", l);
     }
@@ -303,7 +303,7 @@ void store_matrix(Machine& m, Warp& w, const Inst& i, uint32_t mask) {
 
 void unsupported(Machine&, Warp&, const Inst&, uint32_t) { fail(kUnsupported, ""); }
 void nothing(Machine&, Warp&, const Inst&, uint32_t) {}
-void fence(Machine& m, Warp&, const Inst&, uint32_t) { m.fenced = true; }
+void fence(Machine&, Warp& w, const Inst&, uint32_t mask) { w.fenced |= mask; }
 
 }  // namespace
 

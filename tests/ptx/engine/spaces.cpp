@@ -51,7 +51,7 @@ uint8_t* Machine::global_read(const Warp& w, uint64_t address, uint32_t size, in
     const uint32_t me = static_cast<uint32_t>(block) + 1;
     for (uint32_t k = 0; k < size; ++k) {
       const uint32_t by = r.writer[at + k] & ~kAtomic;
-      if (by && by != me && !known[by - 1])
+      if (by && by != me && !heard_write(r, at + k, by - 1))
         fail(kRace, "block " + std::to_string(block) + " reads what block " + std::to_string(by - 1) + " writes, and nothing orders them", lane);
       if (r.writer[at + k] == me && other_thread(r, at + k, w, lane))
         fail(kRace, "global memory is read that another thread of the block writes, and nothing orders them", lane);
@@ -70,9 +70,9 @@ uint8_t* Machine::global_write(const Warp& w, uint64_t address, uint32_t size, i
     const uint32_t me = static_cast<uint32_t>(block) + 1;
     for (uint32_t k = 0; k < size; ++k) {
       const uint32_t by = r.writer[at + k] & ~kAtomic, reader = r.reader[at + k];
-      if (by && by != me && !known[by - 1])
+      if (by && by != me && !heard_write(r, at + k, by - 1))
         fail(kRace, "blocks " + std::to_string(by - 1) + " and " + std::to_string(block) + " write one byte, and nothing orders them", lane);
-      if (reader && reader != me && (reader == kMany || !known[reader - 1]))
+      if (reader && reader != me && (reader == kMany || !heard_anything(reader - 1)))
         fail(kRace, "block " + std::to_string(block) + " writes what another block reads, and nothing orders them", lane);
       if (r.writer[at + k] == me && other_thread(r, at + k, w, lane))
         fail(kRace, "two threads of a block write one byte, and nothing orders them", lane);
@@ -87,7 +87,7 @@ uint8_t* Machine::global_write(const Warp& w, uint64_t address, uint32_t size, i
 
 // Atomics may meet; with a plain access of another block they race like any other. Of the blocks whose atomics meet, one that the
 // last doesn't know of is remembered: the last is the one that will read, having counted itself so.
-uint8_t* Machine::global_atomic(uint64_t address, uint32_t size, int lane) {
+uint8_t* Machine::global_atomic(const Warp& w, uint64_t address, uint32_t size, int lane) {
   Region& r = region(address, size, lane);
   const uint64_t at = address - r.base;
   if (r.written)
@@ -97,27 +97,60 @@ uint8_t* Machine::global_atomic(uint64_t address, uint32_t size, int lane) {
     const uint32_t me = static_cast<uint32_t>(block) + 1;
     for (uint32_t k = 0; k < size; ++k) {
       const uint32_t writer = r.writer[at + k], by = writer & ~kAtomic, reader = r.reader[at + k];
-      const bool plain = by && !(writer & kAtomic) && by != me && !known[by - 1];
-      const bool read = reader && reader != me && (reader == kMany || !known[reader - 1]);
+      const bool plain = by && !(writer & kAtomic) && by != me && !heard_write(r, at + k, by - 1);
+      const bool read = reader && reader != me && (reader == kMany || !heard_anything(reader - 1));
       if (plain || read) fail(kRace, "an atomic meets a plain access of another block, and nothing orders them", lane);
-      if (!by || by == me || known[by - 1]) r.writer[at + k] = me | kAtomic;
+      if (by && by != me && !heard_write(r, at + k, by - 1)) continue;
+      r.writer[at + k] = me | kAtomic;
+      r.thread[at + k] = thread_of(w, lane);
+      r.clock[at + k] = w.clock[w.id];
     }
   }
   ++progress;
   return r.host + at;
 }
 
-// What a block wrote before it released a word is known to the blocks that acquire the word later.
+void Heard::add(const Heard& more) {
+  if (more.clock > clock || (more.clock == clock && more.sync > sync)) *this = more;
+  else if (more.clock == clock && more.sync == sync) lanes |= more.lanes;
+}
+
+// Whether this block knows of the last write to a byte, by another.
+bool Machine::heard_write(const Region& r, uint64_t at, uint32_t by) const {
+  if (heard[by].empty()) return false;
+  const uint32_t thread = r.thread[at], sync = thread >> 16;
+  const Heard& h = heard[by][thread >> 5 & 31];
+  if (r.clock[at] <= h.clock) return true;
+  return r.clock[at] == h.clock + 1 && (sync < h.sync || (sync == h.sync && h.lanes >> (thread & 31) & 1));
+}
+
+// What was released with a word is known to the blocks that acquire the word later.
 void Machine::acquire(uint64_t address) {
   const auto found = released.find(address);
   if (found == released.end()) return;
-  for (size_t i = 0; i < known.size(); ++i) known[i] |= found->second[i];
+  for (const auto& [by, warps_of] : found->second) {
+    if (heard[by].empty()) {
+      heard[by].resize(warps_of.size());
+      heard_of.push_back(by);
+    }
+    for (size_t i = 0; i < warps_of.size(); ++i) heard[by][i].add(warps_of[i]);
+  }
 }
-void Machine::release(uint64_t address) {
-  auto& r = released[address];
-  r.resize(known.size());
-  for (size_t i = 0; i < known.size(); ++i) r[i] |= known[i];
-  r[block] = 1;
+
+// A thread publishes what it wrote itself, what barriers put before that of its block's other threads, and what the block
+// knows of others.
+void Machine::release(const Warp& w, uint64_t address, int lane) {
+  if (!config.check_blocks) return;
+  auto& known = released[address];
+  for (uint32_t by : heard_of) {
+    auto& theirs = known[by];
+    theirs.resize(warps.size());
+    for (size_t i = 0; i < warps.size(); ++i) theirs[i].add(heard[by][i]);
+  }
+  auto& own = known[static_cast<uint32_t>(block)];
+  own.resize(warps.size());
+  for (size_t i = 0; i < warps.size(); ++i)
+    own[i].add(static_cast<int>(i) == w.id ? Heard{w.clock[i] - 1, w.sync & 0xffff, 1u << lane} : Heard{w.clock[i], 0, 0});
 }
 
 // ---- shared memory

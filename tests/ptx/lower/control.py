@@ -48,7 +48,7 @@ def nothing(low: Lowering, ins: Instruction) -> Lowered:
 
 @lowers("fence", "membar")
 def fence(low: Lowering, ins: Instruction) -> Lowered:
-    """A fence of the whole device lets atomics publish what the block wrote; those of a block order nothing more here."""
+    """One of the whole device lets the thread's atomics publish what it knows of; one of a block orders nothing more here."""
     return Lowered("fence" if {"gl", "gpu", "sys"} & set(ins.opcode) else "nothing", [], [])
 
 
