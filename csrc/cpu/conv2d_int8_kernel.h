@@ -287,25 +287,37 @@ int64_t conv_up_to_quads(const ConvPanel& a, const ByteBounds<BLOCKS>& bounds) {
 
 constexpr int kEpiloguePixels = 28;
 
+// tile[PIXELS - 1] for PIXELS up to max.
+template <int BLOCKS>
+struct ChosenTiles {
+  const ConvTile<BLOCKS>* tile;
+  int64_t max;
+};
+
+// The fastest tiles that are exact. MAX, EXACT, TWOS: see conv_blocks.
+template <class S, int BLOCKS, int MAX, int EXACT, int TWOS>
+ChosenTiles<BLOCKS> choose_tiles(const ConvPanel& a) {
+  static constexpr ConvTiles<S, BLOCKS, EXACT, kUnsignedInputs> unsigned_tiles;
+  static constexpr ConvTiles<S, BLOCKS, EXACT, kSignedInputs> signed_tiles;
+  if constexpr (S::kSaturates) {
+    static constexpr ConvTiles<S, BLOCKS, MAX, kBoundedInputs> bounded_tiles;
+    if constexpr (TWOS > 0) {
+      static constexpr ConvTiles<S, BLOCKS, TWOS, kBoundedTwos> two_tiles;
+      if (a.most != nullptr && a.quads > 1 && part_weights<S, BLOCKS, true>(a)) return {two_tiles.tile, TWOS};
+    }
+    if (a.most != nullptr && part_weights<S, BLOCKS, false>(a)) return {bounded_tiles.tile, MAX};
+  }
+  return {a.x_signed ? signed_tiles.tile : unsigned_tiles.tile, EXACT};
+}
+
 // MAX: pixels in a tile; where products of bytes saturate, EXACT of them if 16-bit pairs are taken and TWOS if two quads at a time,
 // of which weights and input take more registers. FEW: quads whose weights fit in the registers.
 template <class S, int BLOCKS, int MAX, int FEW = 0, int EXACT = MAX, int TWOS = 0>
 void conv_blocks(const ConvPanel& panel) {
   ConvPanel a = panel;
-  static constexpr ConvTiles<S, BLOCKS, EXACT, kUnsignedInputs> unsigned_tiles;
-  static constexpr ConvTiles<S, BLOCKS, EXACT, kSignedInputs> signed_tiles;
-  const ConvTile<BLOCKS>* tiles = a.x_signed ? signed_tiles.tile : unsigned_tiles.tile;
-  int64_t max = EXACT;
+  const auto [tiles, max] = choose_tiles<S, BLOCKS, MAX, EXACT, TWOS>(a);
   alignas(64) int32_t init[BLOCKS * kBlock];
   if constexpr (S::kSaturates) {
-    static constexpr ConvTiles<S, BLOCKS, MAX, kBoundedInputs> bounded_tiles;
-    bool twos = false;
-    if constexpr (TWOS > 0) {
-      static constexpr ConvTiles<S, BLOCKS, TWOS, kBoundedTwos> two_tiles;
-      twos = a.most != nullptr && a.quads > 1 && part_weights<S, BLOCKS, true>(a);
-      if (twos) tiles = two_tiles.tile, max = TWOS;
-    }
-    if (a.most != nullptr && !twos && part_weights<S, BLOCKS, false>(a)) tiles = bounded_tiles.tile, max = MAX;
     if (a.least != nullptr) {
       add_least<S, BLOCKS>(a, init);
       a.init = init;
