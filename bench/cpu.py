@@ -46,6 +46,9 @@ ENGINES: dict[str, tuple[Engine, bool]] = {
 SCALED = (("resnet50", "dense"), ("resnet50", "sparse-90"), ("mobilenet_v2", "int8"))
 BATCHES = (1, 2, 4, 8, 16, 32)
 
+#: What can be done to a network.
+VARIANTS = list(dict.fromkeys(v.name for of_network in networks.VARIANTS.values() for v in of_network))
+
 #: A float engine's largest error, relative to the largest output, and an int8 one's least cosine.
 MAX_ERROR, MIN_COSINE = 1e-3, 0.95
 
@@ -98,22 +101,22 @@ class Race:
         else:
             self.peaks = found
 
-    def network(self, network: str, engines: Sequence[str], scaling: bool) -> None:
-        """Race the variants of one network in ``engines``, and then cnncomp alone at other sizes."""
-        variants = networks.VARIANTS[network]
+    def network(self, network: str, engines: Sequence[str], names: Sequence[str], scaling: bool) -> None:
+        """Race the variants of one network that ``names`` are of in ``engines``, and then cnncomp alone at other sizes."""
+        variants = [v for v in networks.VARIANTS[network] if v.name in names]
         if self.quick:
-            variants = tuple(v for v in variants if v.name in ("dense", "sparse-90", "int8"))
+            variants = [v for v in variants if v.name in ("dense", "sparse-90", "int8")]
         size, images = (64, 4) if self.quick else (224, 16)
         plan: list[tuple[Engine, Case, int]] = []
         for variant in variants:
-            names = [e for e in engines if wanted(e, variant)]
-            if not names:
+            able = [e for e in engines if wanted(e, variant)]
+            if not able:
                 continue
             say(f"{network} {variant.name}: writing the model")
             folder = self.folder / f"{network}-{variant.name}"
             case = networks.write(network, variant, folder, batch=self.batch, size=size, images=images * self.batch)
-            plan += [(ENGINES[e][0], case, self.threads) for e in names]
-            if scaling and "cnncomp" in names and (network, variant.name) in SCALED:
+            plan += [(ENGINES[e][0], case, self.threads) for e in able]
+            if scaling and "cnncomp" in able and (network, variant.name) in SCALED:
                 plan.append((ENGINES["cnncomp"][0], case, 2 * self.threads))
         say(f"{network}: starting {len(plan)} engines, which takes some minutes")
         with started(plan, self.folder, self.skip, say) as workers:
@@ -152,6 +155,7 @@ class Race:
 def main(
     engines: Annotated[str, typer.Option(help=f"Some of {', '.join(ENGINES)}, with commas.")] = "",
     only: Annotated[str, typer.Option("--networks", help=f"Some of {', '.join(networks.VARIANTS)}.")] = "",
+    variants: Annotated[str, typer.Option(help=f"Some of {', '.join(VARIANTS)}.")] = "",
     n: Annotated[int, typer.Option("--rounds", min=1, help="Times that each engine gets its turn.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine, each on a processor of its own.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
@@ -162,6 +166,7 @@ def main(
     """Race the engines and print the tables; records go to OUT/cpu.json, a picture to OUT/cpu.png."""
     names = chosen(engines, list(ENGINES), "--engines")
     picked = chosen(only, list(networks.VARIANTS), "--networks")
+    done = chosen(variants, VARIANTS, "--variants")
     try:
         cores(threads)
     except ValueError as error:
@@ -173,7 +178,7 @@ def main(
     say("measuring the core's limits")
     race.measure_peaks()
     for network in picked:
-        race.network(network, names, scaling and has_cores(2 * threads))
+        race.network(network, names, done, scaling and has_cores(2 * threads))
     finish(race, out)
 
 

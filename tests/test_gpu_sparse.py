@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cnncomp.sparsity.blocks import kept_fraction
 from tests import cuda_emulated as emulated
 
 pytest.importorskip("cnncomp._cuda", reason="built without CUDA")
-from bench import gpu_sparse
+from bench import gpu_model, gpu_sparse
 
 pytestmark = pytest.mark.skipif(emulated.NVCC is None, reason="nvcc is not installed")
 
@@ -99,10 +100,11 @@ def test_pixels_of_1x1_convolutions_are_images_and_the_copy_is_charged():
 
 def test_report_and_records(monkeypatch, tmp_path, capsys):
     out = tmp_path / "gpu_model.json"
-    old = dict(network=LAYER.network, layer=LAYER.name, batch=1, gpu="A100", peer=None)
+    old = dict(network=LAYER.network, layer=LAYER.name, shape=asdict(LAYER), batch=1, gpu="A100", peer=None)
     old |= dict(dtype="int8", pattern="2:4", sparsity=0.5)
     out.write_text(json.dumps([{"kernel": "other"}, old]))
-    monkeypatch.setattr(gpu_sparse, "OUT", out)
+    for module in (gpu_model, gpu_sparse):
+        monkeypatch.setattr(module, "OUT", out)
     monkeypatch.setattr(gpu_sparse, "headers", lambda: None)
     monkeypatch.setattr(gpu_sparse, "gpu_shapes", lambda network: [LAYER])
     monkeypatch.setattr(sys, "argv", ["gpu_sparse", "--network", "resnet50", "--batch=1", "--gpu=A100", "--dtype=int8"])
