@@ -110,6 +110,32 @@ def test_the_network_decides_between_own_kernels_and_torchs(monkeypatch: pytest.
         assert {getattr(m, "kernel", kernel) for m in planner.module.children()} == kernels
 
 
+@pytest.mark.parametrize(("network", "kernel"), [(0.96, "conv2d_sparse"), (0.98, "dense.fused")])
+@pytest.mark.parametrize("seconds", [MARGIN + 0.01, NEAR - 0.01, NEAR + 0.01])
+def test_the_network_decides_where_dense_hardly_wins_and_needs_conversions(
+    seconds: float, network: float, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = mask_weights(nn.Sequential(*convs(3)), 0.8).eval()
+    planner = NetworkPlanner(trace(net, (X,)), (X,), torch.device("cpu"))
+    raced: list[str] = []
+
+    def race(rivals: dict[str, object]) -> dict[str, float]:
+        raced.extend(rivals)
+        return {"dense": 2.0, "converted": 1.0} | ({"near": network} if "near" in rivals else {})
+
+    monkeypatch.setattr(planner, "_race", race)
+    monkeypatch.setattr(planner.choosers[0], "_conversion", lambda node, src, dst, spec: 0.0 if src == dst else 0.1)
+    dense = {**DENSE, "dense.nchw": 3.0, "dense.direct": 3.0, "dense.channels_last": 3.0, "dense.fused": 1.0}
+    times = dict(zip(sorted(planner.names), ({**dense, "conv2d_sparse": s} for s in (0.1, seconds, 0.1)), strict=True))
+    plan = planner.settle_by(times)
+    middle = list(plan.layers.values())[1]
+    if seconds > NEAR:
+        assert middle.kernel == "dense.fused" and "near" not in raced
+        return
+    assert middle.kernel == kernel and plan.network_ms["converted"] == 1e3 * (network if network < 0.97 else 1.0)
+    assert ("dense alone, but the network is faster with it" in middle.reason) == (kernel == "conv2d_sparse")
+
+
 class Sum(nn.Module):
     """Two convolutions that are added."""
 

@@ -25,7 +25,7 @@ MARGIN = 0.9
 #: The same, with the conversions of the layer's inputs counted.
 WITH_CONVERSIONS = 0.97
 #: A kernel that costs less in a network than alone is tried if alone it takes up to this much of the best one's time: the
-#: network decides.
+#: network decides, which has to be faster by WITH_CONVERSIONS for compressed ones.
 NEAR = 1.15
 #: The same for two layers that run in one: what lies between them is then not written, up to a half of their time.
 NEAR_IN_PAIRS = 1.5
@@ -256,21 +256,20 @@ class Chooser:
             for formats in ((NCHW, NHWC, Q8, *half), (NCHW,), (NHWC,), *(half and [half]))
         ]
 
-    def cheapest(self) -> Assignment:
+    def cheapest(self, margin: float = MARGIN) -> Assignment:
         """The best network in which no compressed layer takes longer than the best dense kernel in its place: its own time
-        must beat dense, and with the conversions of its inputs it must not lose to it."""
+        must beat dense, and with the conversions of its inputs it must not lose to it. With a ``margin`` of :data:`NEAR` it
+        may take a little longer alone: among others in 8 bit it needs no conversions, which a dense one does."""
         allowed = {
-            node: self.dense(node) + [o for o in opts if not o.candidate.dense and self.beats_dense(node, o)]
+            node: self.dense(node) + [o for o in opts if not o.candidate.dense and self.beats_dense(node, o, margin)]
             for node, opts in self.options.items()
         }
-        dense = self.cheapest_dense()
+        dense, limit = self.cheapest_dense(), max(margin, WITH_CONVERSIONS)
         while True:
             starts = [*self._starts(allowed), dense]
             best = min((self._descend(start, allowed) for start in starts), key=self.cost)
             costs = self.costs(best)
-            losers = [
-                n for n, o in best.items() if not o.candidate.dense and costs[n] > WITH_CONVERSIONS * self.best_dense(n)
-            ]
+            losers = [n for n, o in best.items() if not o.candidate.dense and costs[n] > limit * self.best_dense(n)]
             if not losers:
                 return best
             for node in losers:
@@ -318,9 +317,9 @@ class Chooser:
         """Seconds of the fastest dense option that the user allows."""
         return min(o.seconds for o in self.dense(node))
 
-    def beats_dense(self, node: fx.Node, option: Option) -> bool:
+    def beats_dense(self, node: fx.Node, option: Option, margin: float = MARGIN) -> bool:
         """Whether a compressed option is measurably faster than every dense one."""
-        return option.seconds <= MARGIN * self.best_dense(node)
+        return option.seconds <= margin * self.best_dense(node)
 
     def _descend(self, current: Assignment, allowed: dict[fx.Node, list[Option]]) -> Assignment:
         current = dict(current)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cnncomp._version import __version__
 from cnncomp.dispatch.candidates import Option, count_nonzero
-from cnncomp.dispatch.choose import Assignment, Chooser, half_nodes, layer_nodes
+from cnncomp.dispatch.choose import NEAR, WITH_CONVERSIONS, Assignment, Chooser, half_nodes, layer_nodes
 from cnncomp.dispatch.device import device_key
 from cnncomp.dispatch.plan import LayerPlan, Plan, plan_key
 from cnncomp.dispatch.timing import interleaved
@@ -132,12 +132,12 @@ class NetworkPlanner:
         with torch.inference_mode():
             dense = [c.cheapest_dense() for c in self.choosers]
             best = [c.cheapest() for c in self.choosers]
-        if all(option.candidate.dense for assignment in best for option in assignment.values()):
-            plan = self._plan(best, measured=True)
-            plan.reason = "no compressed kernel beat dense on any layer"
-            self._apply(best)
-            return plan
+            near = [c.cheapest(NEAR) for c in self.choosers]
+        if _all_dense(near):
+            return self._keep_dense(best)
         rivals = {"converted": best, "dense": dense}
+        if near != best:
+            rivals["near"] = near
         ours = [c.with_own_kernels(assignment) for c, assignment in zip(self.choosers, best, strict=True)]
         if ours != best:
             rivals["own kernels"] = ours
@@ -146,6 +146,10 @@ class NetworkPlanner:
         seconds = self._race(rivals)
         if seconds.get("own kernels", math.inf) < seconds["converted"]:
             best, seconds["converted"] = ours, seconds["own kernels"]
+        if seconds.get("near", math.inf) < WITH_CONVERSIONS * seconds["converted"]:
+            best, seconds["converted"] = near, seconds["near"]
+        if _all_dense(best):
+            return self._keep_dense(best)
         reported = ("dense", "converted", *HALF_KERNELS)
         network_ms = {name: seconds[name] * 1e3 for name in reported if name in seconds}
         if seconds["converted"] > NETWORK_MARGIN * seconds["dense"]:
@@ -157,6 +161,12 @@ class NetworkPlanner:
             plan = self._plan(best, measured=True)
             self._apply(best)
         plan.network_ms = network_ms
+        return plan
+
+    def _keep_dense(self, best: list[Assignment]) -> Plan:
+        plan = self._plan(best, measured=True)
+        plan.reason = "no compressed kernel beat dense on any layer"
+        self._apply(best)
         return plan
 
     def _race(self, rivals: Mapping[str, list[Assignment]]) -> dict[str, float]:
@@ -225,6 +235,10 @@ class NetworkPlanner:
             apply_assignment(chooser.gm, assignment)
 
 
+def _all_dense(assignments: list[Assignment]) -> bool:
+    return all(option.candidate.dense for assignment in assignments for option in assignment.values())
+
+
 def _named(options: list[Option], kernel: str, layer: str) -> Option:
     for option in options:
         if option.candidate.kernel == kernel:
@@ -240,9 +254,10 @@ def _reason(chooser: Chooser, node: fx.Node, option: Option, measured: bool) -> 
     if not option.candidate.dense:
         if not measured:
             return "rule of thumb"
-        return (
-            f"{chooser.best_dense(node) / option.seconds:.2f}× faster than dense{_beside_half(chooser, node, option)}"
-        )
+        times = f"{chooser.best_dense(node) / option.seconds:.2f}×"
+        if not chooser.beats_dense(node, option):
+            return f"{times} dense alone, but the network is faster with it: dense would need conversions"
+        return f"{times} faster than dense{_beside_half(chooser, node, option)}"
     compressed = [o for o in chooser.options[node] if not o.candidate.dense]
     if not compressed:
         return chooser.why_not[node]
